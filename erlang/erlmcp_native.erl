@@ -1,0 +1,120 @@
+%%% @doc The face of `erlmcp_native' in the shell.
+%%%
+%%% ```
+%%% 1> erlmcp_native:i().
+%%% '''
+-module(erlmcp_native).
+
+-export([i/0, info/0]).
+
+-export_type([info/0]).
+
+-type info() :: #{
+                  version := string(),
+                  otp_release := string(),
+                  nif_version := string(),
+                  system_architecture := string(),
+                  nif := loaded | {not_loaded, erlmcp_nif:load_error()},
+                  application := running | stopped,
+                  registry_process := pid() | undefined,
+                  registry => erlmcp_shard_registry:stats(),
+                  bindings => non_neg_integer(),
+                  distinct_configs => non_neg_integer()
+                 }.
+
+
+%% @doc What is installed, what runs, and what the default registry holds.
+%%
+%% `registry', `bindings' and `distinct_configs' are there if the native library is loaded. `registry'
+%% is that of {@link erlmcp_shard_registry:stats/0}; `distinct_configs' counts the different config
+%% terms that all registries keep. Counting the bindings costs in proportion to the transports, on a
+%% dirty scheduler.
+-spec info() -> info().
+info() ->
+    Info = #{
+             version => version(),
+             otp_release => erlang:system_info(otp_release),
+             nif_version => erlang:system_info(nif_version),
+             system_architecture => erlang:system_info(system_architecture),
+             application => application_state(),
+             registry_process => whereis(erlmcp_registry)
+            },
+    case erlmcp_nif:load_error() of
+        none ->
+            Info#{
+              nif => loaded,
+              registry => erlmcp_shard_registry:stats(),
+              bindings => length(erlmcp_nif:bindings(default)),
+              distinct_configs => erlmcp_nif:distinct_configs()
+             };
+        LoadError ->
+            Info#{nif => {not_loaded, LoadError}}
+    end.
+
+
+%% @doc Prints what {@link info/0} returns.
+-spec i() -> ok.
+i() ->
+    Info = info(),
+    io:format("erlmcp_native ~ts on OTP ~ts, ~ts~n",
+              [maps:get(version, Info), maps:get(otp_release, Info), maps:get(system_architecture, Info)]),
+    print("application", "~p", [maps:get(application, Info)]),
+    print("erlmcp_registry", "~ts", [process_state(maps:get(registry_process, Info))]),
+    case Info of
+        #{nif := {not_loaded, #{path := Path, reason := Reason, remedy := Remedy}}} ->
+            print("native library", "NOT LOADED: ~ts", [Path]),
+            print("reason", "~tp", [Reason]),
+            print("remedy", "~ts", [Remedy]);
+        #{nif := loaded, registry := Registry, bindings := Bindings, distinct_configs := Configs} ->
+            print("native library", "loaded (NIF ~ts)", [maps:get(nif_version, Info)]),
+            print_registry(Registry),
+            print("bindings", "~b", [Bindings]),
+            print("distinct configs", "~b", [Configs])
+    end.
+
+
+-spec print_registry(erlmcp_shard_registry:stats()) -> ok.
+print_registry(Registry) ->
+    #{
+      servers := Servers,
+      transports := Transports,
+      connections := Connections,
+      max_entries := MaxEntries,
+      shards := Shards,
+      fullest_shard := {Fullest, Most},
+      emptiest_shard := {Emptiest, Least}
+     } = Registry,
+    print("servers", "~b", [Servers]),
+    print("transports", "~b", [Transports]),
+    print("connections", "~b", [Connections]),
+    print("entries", "~b of ~b", [Servers + Transports + Connections, MaxEntries]),
+    print("shards",
+          "~b (fullest ~b: ~b, emptiest ~b: ~b)",
+          [Shards, Fullest, Most, Emptiest, Least]).
+
+
+-spec print(string(), io:format(), [term()]) -> ok.
+print(Name, Format, Arguments) ->
+    io:format("  ~-18ts" ++ Format ++ "~n", [Name | Arguments]).
+
+
+-spec process_state(pid() | undefined) -> string().
+process_state(undefined) -> "not running";
+process_state(Pid) -> "running as " ++ pid_to_list(Pid).
+
+
+-spec application_state() -> running | stopped.
+application_state() ->
+    case lists:keymember(?MODULE, 1, application:which_applications()) of
+        true -> running;
+        false -> stopped
+    end.
+
+
+-spec version() -> string().
+version() ->
+    _ = application:load(?MODULE),
+    case application:get_key(?MODULE, vsn) of
+        {ok, Version} -> Version;
+        undefined -> "unknown"
+    end.

@@ -1,0 +1,147 @@
+%%% @private
+%%% Registrations in native memory, for the modules that give them a public face
+%%% ({@link erlmcp_shard_registry}, {@link erlmcp_registry}).
+%%%
+%%% This module chooses the scheduler (see {@link erlmcp_nif}) and looks after processes of other
+%%% nodes, which native code cannot monitor: each such entry has a <em>sentinel</em>, a local
+%%% process that monitors the remote one and ends with it. The entry goes when its sentinel ends,
+%%% as it would for a local process.
+%%%
+%%% Everything runs in the calling process. Nothing here is a server.
+-module(erlmcp_native_registry).
+
+-export([register/6,
+         unregister/3,
+         update_server/3,
+         find/3,
+         list/2,
+         list_shard/2,
+         bound_transports/2,
+         close/1]).
+
+-export_type([entry/0]).
+
+-type entry() :: {pid(), Config :: term()}.
+
+
+%% @doc Registers `Id'. Raises `badarg' if `Pid' is not a pid or `Id' is too long.
+%%
+%% `Owner' is the process that the registry ends with, if there is one: a sentinel then ends with it
+%% too, since nobody unregisters the entries of a registry that is gone.
+-spec register(erlmcp_nif:registry(), erlmcp_nif:namespace(), term(), pid(), term(), Owner :: pid() | none) ->
+          ok | {error, {already_registered, pid()} | registry_full | registry_closed}.
+register(Registry, Namespace, Id, Pid, Config, _Owner) when node(Pid) =:= node() ->
+    register_monitored(Registry, Namespace, Id, Pid, Pid, Config);
+register(Registry, Namespace, Id, Pid, Config, Owner) when is_pid(Pid) ->
+    Sentinel = start_sentinel(Pid, Owner),
+    try register_monitored(Registry, Namespace, Id, Pid, Sentinel, Config) of
+        ok ->
+            ok;
+        Refused ->
+            end_sentinel(Sentinel),
+            Refused
+    catch
+        Class:Reason:Stacktrace ->
+            end_sentinel(Sentinel),
+            erlang:raise(Class, Reason, Stacktrace)
+    end;
+register(_Registry, _Namespace, _Id, _Pid, _Config, _Owner) ->
+    error(badarg).
+
+
+-spec register_monitored(erlmcp_nif:registry(), erlmcp_nif:namespace(), term(), pid(), pid(), term()) ->
+          ok | {error, {already_registered, pid()} | registry_full | registry_closed}.
+register_monitored(Registry, Namespace, Id, Pid, Monitored, Config) ->
+    Result =
+        case erlmcp_nif:register(Registry, Namespace, Id, Pid, Monitored, Config) of
+            dirty ->
+                erlmcp_nif:register_dirty(Registry, Namespace, Id, Pid, Monitored, Config);
+            Done ->
+                Done
+        end,
+    case Result of
+        ok -> ok;
+        Reason -> {error, Reason}
+    end.
+
+
+%% @doc Removes `Id' if it is registered.
+-spec unregister(erlmcp_nif:registry(), erlmcp_nif:namespace(), term()) -> ok.
+unregister(Registry, Namespace, Id) ->
+    case erlmcp_nif:unregister(Registry, Namespace, Id) of
+        ok -> ok;
+        {ok, Sentinel} -> end_sentinel(Sentinel)
+    end.
+
+
+%% @doc Exchanges the config of a server; its process and its bindings stay.
+-spec update_server(erlmcp_nif:registry(), term(), term()) -> ok | {error, not_found}.
+update_server(Registry, Id, Config) ->
+    case erlmcp_nif:update_server(Registry, Id, Config) of
+        dirty -> erlmcp_nif:update_server_dirty(Registry, Id, Config);
+        Done -> Done
+    end.
+
+
+%% @doc The process and the config of `Id'; never a local process that has ended.
+-spec find(erlmcp_nif:registry(), erlmcp_nif:namespace(), term()) ->
+          {ok, entry()} | {error, not_found}.
+find(Registry, Namespace, Id) ->
+    case erlmcp_nif:find(Registry, Namespace, Id) of
+        dirty -> erlmcp_nif:find_dirty(Registry, Namespace, Id);
+        Done -> Done
+    end.
+
+
+%% @doc All entries of a namespace.
+-spec list(erlmcp_nif:registry(), erlmcp_nif:namespace()) -> [{term(), entry()}].
+list(Registry, Namespace) ->
+    case erlmcp_nif:list(Registry, Namespace) of
+        dirty -> erlmcp_nif:list_dirty(Registry, Namespace);
+        Done -> Done
+    end.
+
+
+%% @doc The connections of a shard.
+-spec list_shard(erlmcp_nif:registry(), non_neg_integer()) -> [{term(), entry()}].
+list_shard(Registry, Shard) ->
+    case erlmcp_nif:list_shard(Registry, Shard) of
+        dirty -> erlmcp_nif:list_shard_dirty(Registry, Shard);
+        Done -> Done
+    end.
+
+
+%% @doc The processes of the transports that are bound to a server.
+-spec bound_transports(erlmcp_nif:registry(), term()) -> [pid()].
+bound_transports(Registry, Server) ->
+    case erlmcp_nif:bound_transports(Registry, Server) of
+        dirty -> erlmcp_nif:bound_transports_dirty(Registry, Server);
+        Done -> Done
+    end.
+
+
+%% @doc Removes all servers and transports, and refuses new ones until `erlmcp_nif:open/1'.
+-spec close(erlmcp_nif:registry()) -> ok.
+close(Registry) ->
+    lists:foreach(fun end_sentinel/1, erlmcp_nif:close(Registry)).
+
+
+%%% Sentinels
+
+
+-spec start_sentinel(pid(), pid() | none) -> pid().
+start_sentinel(Pid, Owner) ->
+    spawn(fun() ->
+                  _ = monitor(process, Pid),
+                  _ = is_pid(Owner) andalso monitor(process, Owner),
+                  receive
+                      {'DOWN', _, process, _, _} -> ok;
+                      {?MODULE, stop} -> ok
+                  end
+          end).
+
+
+-spec end_sentinel(pid()) -> ok.
+end_sentinel(Sentinel) ->
+    Sentinel ! {?MODULE, stop},
+    ok.

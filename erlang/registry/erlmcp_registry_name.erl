@@ -1,0 +1,85 @@
+%% Validation and normalisation of the names of tools and transports.
+%%
+%% A name is UTF-8 text. Lengths are counted in what a reader calls characters (extended grapheme
+%% clusters, Unicode Annex #29), so a family emoji or a letter with its accents counts once.
+%%
+%% Guarantee: no function here ever makes an atom. Atoms are not collected, so a name that came from
+%% the network must not become one; normalize_name/1 returns an atom only if it exists already.
+%%
+%% Trade-off: what normalize_name/1 returns for a name depends on which modules are loaded. Compare
+%% two results of it only within the life of one node.
+-module(erlmcp_registry_name).
+
+-export([validate_tool_name/1, validate_transport_name/1, normalize_name/1]).
+-export_type([name_error/0]).
+
+%% What an atom can hold, and thereby the limit of the names in use.
+-define(MAX_CHARACTERS, 255).
+
+-type name_error() :: empty | too_long | invalid_characters | invalid_binary.
+
+
+%% @doc Checks the name of a tool.
+%%
+%% Text in any script passes, with digits, punctuation and emoji. The first fault found is returned:
+%% `invalid_binary' for anything but a binary, `empty', `too_long' above 255 characters, and
+%% `invalid_characters' for control characters and for what is not UTF-8.
+-spec validate_tool_name(term()) -> ok | {error, name_error()}.
+validate_tool_name(Name) ->
+    validate(Name).
+
+
+%% @doc Checks the name of a transport. The rules are those of {@link validate_tool_name/1}.
+-spec validate_transport_name(term()) -> ok | {error, name_error()}.
+validate_transport_name(Name) ->
+    validate(Name).
+
+
+%% @doc Returns the atom of this name if it exists, otherwise the name as an NFC binary.
+%%
+%% Names that differ in their composition only (é as one code point or as two) have the same result.
+%% An atom is returned as it is, and a string is read as its binary. Raises `badarg' for anything
+%% that is not UTF-8 text.
+-spec normalize_name(binary() | string() | atom()) -> atom() | binary().
+normalize_name(Name) when is_atom(Name) ->
+    Name;
+normalize_name(Name) when is_binary(Name); is_list(Name) ->
+    case unicode:characters_to_nfc_binary(Name) of
+        Normal when is_binary(Normal) -> existing_atom(Normal);
+        {error, _, _} -> error(badarg, [Name])
+    end;
+normalize_name(Name) ->
+    error(badarg, [Name]).
+
+
+-spec validate(term()) -> ok | {error, name_error()}.
+validate(<<>>) ->
+    {error, empty};
+validate(Name) when is_binary(Name) ->
+    try string:length(Name) of
+        Length when Length > ?MAX_CHARACTERS -> {error, too_long};
+        _ -> validate_characters(Name)
+    catch
+        error:_ -> {error, invalid_characters}
+    end;
+validate(_) ->
+    {error, invalid_binary}.
+
+
+%% The name is UTF-8 here: string:length/1 has been through it.
+-spec validate_characters(binary()) -> ok | {error, invalid_characters}.
+validate_characters(<<Char/utf8, _/binary>>) when Char < 16#20; Char >= 16#7F, Char =< 16#9F ->
+    {error, invalid_characters};
+validate_characters(<<_/utf8, Rest/binary>>) ->
+    validate_characters(Rest);
+validate_characters(<<>>) ->
+    ok.
+
+
+-spec existing_atom(binary()) -> atom() | binary().
+existing_atom(Name) ->
+    try
+        binary_to_existing_atom(Name, utf8)
+    catch
+        error:_ -> Name
+    end.

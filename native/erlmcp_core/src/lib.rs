@@ -1,0 +1,23 @@
+//! The data structures under `erlmcp_native`, without any notion of the BEAM.
+//!
+//! The crate is generic over what a registration carries (a *lease*, see [`registry`]) and sees
+//! identifiers as bytes and message targets as 64-bit addresses. The NIF crate gives these a
+//! meaning.
+//!
+//! # Guarantees
+//!
+//! * Every operation of [`registry::Registry`] is linearizable, except for the iterations, which
+//!   are weakly consistent: an element that is present throughout is seen exactly once.
+//! * No operation takes a lock. Look-ups make progress whatever other threads do; an update is
+//!   repeated only when another thread's update of the same id came between.
+//! * No `unsafe` code.
+
+#![deny(unsafe_code)]
+
+pub mod error;
+pub mod kept_hash;
+pub mod registry;
+mod shard;
+#[doc(hidden)]
+pub mod slots;
+mod sync;

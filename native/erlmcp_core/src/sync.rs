@@ -1,0 +1,18 @@
+//! The atomics of this crate: those of `std`, or loom's under `cfg(loom)`.
+
+#[cfg(loom)]
+pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+#[cfg(not(loom))]
+pub(crate) use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+
+/// `len` zeros, from the allocator's zeroed pages where it has them, so that a large array costs
+/// nothing until it is used.
+#[cfg(not(loom))]
+pub(crate) fn zeroed_u64s(len: usize) -> Box<[AtomicU64]> {
+    bytemuck::zeroed_slice_box(len)
+}
+
+#[cfg(loom)]
+pub(crate) fn zeroed_u64s(len: usize) -> Box<[AtomicU64]> {
+    (0..len).map(|_| AtomicU64::new(0)).collect()
+}

@@ -1,0 +1,444 @@
+//! Config terms kept for entries, each distinct one once.
+//!
+//! A term is kept in one of three forms: an immediate one as its word; a small plain one in the
+//! external term format, which is compact; any other one in an environment of its own, which costs
+//! about 2.5 KB more, but from which it is copied out quickly and in which references, funs and
+//! large binaries keep what they refer to alive.
+//!
+//! Terms that are equal (`=:=`) are kept once, in a table by content. A kept term counts its users;
+//! the last one to leave takes it out of the table. Zero users is final: whoever finds the term
+//! then keeps a new copy.
+
+use std::hash::{Hash, Hasher};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use crate::tuple::tuple_elements;
+use ahash::RandomState;
+use erlmcp_core::kept_hash::KeptHash;
+use once_cell::race::OnceBox;
+use papaya::{Equivalent, HashMap};
+use rustler::env::OwnedEnv;
+use rustler::sys::ErlNifTerm;
+use rustler::{Binary, Env, LocalPid, MapIterator, Term, TermType};
+
+/// A term of this weight is worked on in well under a millisecond.
+pub(crate) const MAX_WEIGHT_ON_NORMAL_SCHEDULER: usize = 20_000;
+/// Up to this weight the overhead of an environment outweighs the slower decoding.
+const MAX_COMPACT_WEIGHT: usize = 64;
+/// Bytes of a binary that weigh as much as one more term.
+const BYTES_PER_WEIGHT: usize = 16;
+
+/// How much work one call may do.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Scheduler {
+    Normal,
+    Dirty,
+}
+
+/// The work must be done on a dirty scheduler.
+pub(crate) struct TooHeavy;
+
+/// A kept term, counted as one user of it.
+pub(crate) struct Config(Arc<Kept>);
+
+struct Kept {
+    users: AtomicUsize,
+    hash: u64,
+    weight: usize,
+    content: Content,
+}
+
+enum Content {
+    Immediate(ErlNifTerm),
+    Compact(Box<[u8]>),
+    Shared(SharedTerm),
+    Remote(Box<Remote>),
+}
+
+/// The config of an entry whose process is on another node. Not shared.
+pub(crate) struct Remote {
+    /// The external format of the pid.
+    pid: Box<[u8]>,
+    /// The local process that ends when the remote one does.
+    pub(crate) sentinel: LocalPid,
+    config: Config,
+}
+
+/// A term in an environment that nobody writes to any more.
+struct SharedTerm {
+    env: OwnedEnv,
+    term: ErlNifTerm,
+}
+
+// SAFETY: after its construction the environment is only read: `enif_make_copy` and
+// `enif_is_identical` do not change their source, and the counters of the off-heap parts that they
+// refer to are atomic. It is freed by the last owner.
+unsafe impl Sync for SharedTerm {}
+
+impl SharedTerm {
+    fn new(term: Term<'_>) -> Self {
+        let env = OwnedEnv::new();
+        let term = env.run(|own| term.in_env(own).as_c_arg());
+        Self { env, term }
+    }
+
+    fn is(&self, term: Term<'_>) -> bool {
+        self.env.run(|own| {
+            // SAFETY: the term was made in this environment, which has not been cleared.
+            let kept = unsafe { Term::new(own, self.term) };
+            kept == term
+        })
+    }
+
+    fn copy<'a>(&self, env: Env<'a>) -> Term<'a> {
+        self.env.run(|own| {
+            // SAFETY: as in `is`.
+            unsafe { Term::new(own, self.term) }.in_env(env)
+        })
+    }
+}
+
+impl Config {
+    /// Keeps a term, or joins the users of an equal one.
+    pub(crate) fn keep(term: Term<'_>, scheduler: Scheduler) -> Result<Self, TooHeavy> {
+        let Some(Weighed { weight, is_plain }) = weigh(term, MAX_WEIGHT_ON_NORMAL_SCHEDULER) else {
+            return match scheduler {
+                Scheduler::Normal => Err(TooHeavy),
+                Scheduler::Dirty => Ok(table().keep_shared(term, usize::MAX)),
+            };
+        };
+        if is_immediate(term) {
+            return Ok(table().keep_immediate(term));
+        }
+        if is_plain && weight <= MAX_COMPACT_WEIGHT {
+            return Ok(table().keep_compact(term, weight));
+        }
+        Ok(table().keep_shared(term, weight))
+    }
+
+    /// The config of an entry for `pid`, a process of another node.
+    pub(crate) fn of_remote(self, pid: Term<'_>, sentinel: LocalPid) -> Self {
+        Self(Arc::new(Kept {
+            users: AtomicUsize::new(1),
+            hash: 0,
+            weight: self.0.weight,
+            content: Content::Remote(Box::new(Remote {
+                pid: pid.to_binary().as_slice().into(),
+                sentinel,
+                config: self,
+            })),
+        }))
+    }
+
+    /// What is kept about a process of another node, if the entry is for one.
+    pub(crate) fn remote(&self) -> Option<&Remote> {
+        match &self.0.content {
+            Content::Remote(remote) => Some(remote),
+            _ => None,
+        }
+    }
+
+    /// How much work it is to load the term: about 30 ns each.
+    pub(crate) fn weight(&self) -> usize {
+        self.0.weight
+    }
+
+    /// The term, copied into `env`.
+    pub(crate) fn load<'a>(
+        &self,
+        env: Env<'a>,
+        scheduler: Scheduler,
+    ) -> Result<Term<'a>, TooHeavy> {
+        if scheduler == Scheduler::Normal && self.0.weight > MAX_WEIGHT_ON_NORMAL_SCHEDULER {
+            return Err(TooHeavy);
+        }
+        Ok(match &self.0.content {
+            // SAFETY: the word is that of an immediate term.
+            Content::Immediate(word) => unsafe { Term::new(env, *word) },
+            Content::Compact(bytes) => {
+                // SAFETY: the bytes were written by the VM itself.
+                let decoded = unsafe { env.binary_to_term_trusted(bytes) };
+                decoded.expect("the external format of a term").0
+            }
+            Content::Shared(shared) => shared.copy(env),
+            Content::Remote(remote) => remote.config.load(env, scheduler)?,
+        })
+    }
+}
+
+impl Remote {
+    pub(crate) fn pid<'a>(&self, env: Env<'a>) -> Term<'a> {
+        // SAFETY: the bytes were written by the VM itself.
+        let decoded = unsafe { env.binary_to_term_trusted(&self.pid) };
+        decoded.expect("the external format of a pid").0
+    }
+}
+
+impl Clone for Config {
+    fn clone(&self) -> Self {
+        // We are a user, so there is at least one, and zero is not passed.
+        self.0.users.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl Drop for Config {
+    fn drop(&mut self) {
+        if self.0.users.fetch_sub(1, Ordering::AcqRel) == 1 {
+            table().forget(&self.0);
+        }
+    }
+}
+
+// ---- The table ----
+
+struct Table {
+    terms: HashMap<Stored, (), KeptHash>,
+    hasher: RandomState,
+    salt: u64,
+    distinct: AtomicU64,
+}
+
+/// A kept term as the table's key. A term without users is equal to nothing.
+struct Stored(Arc<Kept>);
+
+/// A term that is looked for.
+enum Wanted<'a> {
+    Immediate(ErlNifTerm),
+    Compact(&'a [u8]),
+    Shared(Term<'a>),
+}
+
+struct Query<'a> {
+    hash: u64,
+    wanted: Wanted<'a>,
+}
+
+/// The kept term at this address and no other.
+struct Exactly<'a>(&'a Arc<Kept>);
+
+fn table() -> &'static Table {
+    static TABLE: OnceBox<Table> = OnceBox::new();
+    TABLE.get_or_init(|| {
+        let hasher = RandomState::new();
+        Box::new(Table {
+            terms: HashMap::with_hasher(KeptHash::default()),
+            salt: hasher.hash_one(0),
+            hasher,
+            distinct: AtomicU64::new(0),
+        })
+    })
+}
+
+/// Number of distinct terms that are kept.
+pub(crate) fn distinct() -> u64 {
+    table().distinct.load(Ordering::Relaxed)
+}
+
+impl Table {
+    fn keep_immediate(&self, term: Term<'_>) -> Config {
+        let word = term.as_c_arg();
+        self.keep(
+            Query {
+                hash: self.hasher.hash_one(word),
+                wanted: Wanted::Immediate(word),
+            },
+            1,
+            || Content::Immediate(word),
+        )
+    }
+
+    fn keep_compact(&self, term: Term<'_>, weight: usize) -> Config {
+        let encoded = term.to_binary();
+        let bytes = encoded.as_slice();
+        self.keep(
+            Query {
+                hash: self.hasher.hash_one(bytes),
+                wanted: Wanted::Compact(bytes),
+            },
+            weight,
+            || Content::Compact(bytes.into()),
+        )
+    }
+
+    fn keep_shared(&self, term: Term<'_>, weight: usize) -> Config {
+        self.keep(
+            Query {
+                hash: self.hasher.hash_one(term.hash_internal(self.salt)),
+                wanted: Wanted::Shared(term),
+            },
+            weight,
+            || Content::Shared(SharedTerm::new(term)),
+        )
+    }
+
+    fn keep(&self, query: Query<'_>, weight: usize, content: impl FnOnce() -> Content) -> Config {
+        let guard = self.terms.guard();
+        if let Some((stored, ())) = self.terms.get_key_value(&query, &guard)
+            && let Some(config) = stored.join()
+        {
+            return config;
+        }
+        let kept = Arc::new(Kept {
+            users: AtomicUsize::new(1),
+            hash: query.hash,
+            weight,
+            content: content(),
+        });
+        loop {
+            match self.terms.try_insert(Stored(Arc::clone(&kept)), (), &guard) {
+                Ok(()) => {
+                    self.distinct.fetch_add(1, Ordering::Relaxed);
+                    return Config(kept);
+                }
+                // Lost to a concurrent insert of an equal term.
+                Err(_) => {
+                    if let Some((stored, ())) = self.terms.get_key_value(&query, &guard)
+                        && let Some(config) = stored.join()
+                    {
+                        return config;
+                    }
+                }
+            }
+        }
+    }
+
+    fn forget(&self, kept: &Arc<Kept>) {
+        let guard = self.terms.guard();
+        if self.terms.remove(&Exactly(kept), &guard).is_some() {
+            self.distinct.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Stored {
+    /// One more user, unless the last one has left.
+    fn join(&self) -> Option<Config> {
+        self.0
+            .users
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |users| {
+                (users > 0).then_some(users + 1)
+            })
+            .ok()
+            .map(|_| Config(Arc::clone(&self.0)))
+    }
+
+    fn has_users(&self) -> bool {
+        self.0.users.load(Ordering::Acquire) > 0
+    }
+}
+
+impl PartialEq for Stored {
+    fn eq(&self, other: &Self) -> bool {
+        if Arc::ptr_eq(&self.0, &other.0) {
+            return true;
+        }
+        self.0.hash == other.0.hash
+            && self.has_users()
+            && other.has_users()
+            && match (&self.0.content, &other.0.content) {
+                (Content::Immediate(a), Content::Immediate(b)) => a == b,
+                (Content::Compact(a), Content::Compact(b)) => a == b,
+                (Content::Shared(a), Content::Shared(b)) => b.env.run(|own| {
+                    // SAFETY: as in `SharedTerm::is`.
+                    a.is(unsafe { Term::new(own, b.term) })
+                }),
+                _ => false,
+            }
+    }
+}
+
+impl Eq for Stored {}
+
+impl Hash for Stored {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.0.hash);
+    }
+}
+
+impl Equivalent<Stored> for Query<'_> {
+    fn equivalent(&self, stored: &Stored) -> bool {
+        self.hash == stored.0.hash
+            && stored.has_users()
+            && match (&self.wanted, &stored.0.content) {
+                (Wanted::Immediate(wanted), Content::Immediate(word)) => wanted == word,
+                (Wanted::Compact(wanted), Content::Compact(bytes)) => **wanted == **bytes,
+                (Wanted::Shared(wanted), Content::Shared(shared)) => shared.is(*wanted),
+                _ => false,
+            }
+    }
+}
+
+impl Hash for Query<'_> {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.hash);
+    }
+}
+
+impl Equivalent<Stored> for Exactly<'_> {
+    fn equivalent(&self, stored: &Stored) -> bool {
+        Arc::ptr_eq(self.0, &stored.0)
+    }
+}
+
+impl Hash for Exactly<'_> {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.0.hash);
+    }
+}
+
+// ---- How much there is to do ----
+
+struct Weighed {
+    weight: usize,
+    /// Made of atoms, numbers, binaries, local pids, lists, tuples and maps only: the external
+    /// format loses nothing of these.
+    is_plain: bool,
+}
+
+fn is_immediate(term: Term<'_>) -> bool {
+    // A small integer is left out: whether it is immediate depends on its size.
+    term.is_atom() || term.is_empty_list() || term.decode::<LocalPid>().is_ok()
+}
+
+/// Weighs a term, or gives up beyond `max`. Costs in proportion to the smaller of both.
+fn weigh(term: Term<'_>, max: usize) -> Option<Weighed> {
+    let mut weighed = Weighed {
+        weight: 0,
+        is_plain: true,
+    };
+    let mut left = vec![term];
+    while let Some(term) = left.pop() {
+        weighed.weight += 1;
+        match term.get_type() {
+            TermType::Atom | TermType::Integer | TermType::Float => {}
+            TermType::Binary => match Binary::from_term(term) {
+                Ok(binary) => weighed.weight += binary.len() / BYTES_PER_WEIGHT,
+                Err(_) => weighed.is_plain = false,
+            },
+            TermType::List => {
+                if let Ok((head, tail)) = term.list_get_cell() {
+                    left.push(tail);
+                    left.push(head);
+                }
+            }
+            TermType::Tuple => left.extend(tuple_elements(term, max)?),
+            TermType::Map => {
+                if term.map_size().ok()? > max {
+                    return None;
+                }
+                for (key, value) in MapIterator::new(term)? {
+                    left.push(key);
+                    left.push(value);
+                }
+            }
+            TermType::Pid => weighed.is_plain &= term.decode::<LocalPid>().is_ok(),
+            _ => weighed.is_plain = false,
+        }
+        if weighed.weight + left.len() > max {
+            return None;
+        }
+    }
+    Some(weighed)
+}

@@ -1,0 +1,22 @@
+//! The NIF of `erlmcp_native`: each function decodes its arguments, calls the core once, and
+//! encodes what that returned. `erlmcp_nif.erl` documents the functions.
+//!
+//! Panics do not cross into the VM: rustler catches them in functions and callbacks.
+
+mod atoms;
+mod config;
+mod id;
+mod immediate;
+mod lookup;
+mod registry;
+mod resource;
+mod tuple;
+
+use rustler::{Env, Term};
+
+fn load(env: Env<'_>, _info: Term<'_>) -> bool {
+    env.register::<resource::RegistryResource>().is_ok()
+        && env.register::<resource::LeaseResource>().is_ok()
+}
+
+rustler::init!("erlmcp_nif", load = load);

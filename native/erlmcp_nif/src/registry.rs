@@ -1,0 +1,606 @@
+//! The functions on registries. Those that may have much to do exist twice: the plain one answers
+//! `dirty` instead of working for long, and the one named `*_dirty` then does it on a dirty
+//! scheduler.
+
+use std::sync::Arc;
+
+use erlmcp_core::error::{BindError, RegisterError};
+use erlmcp_core::registry::{Entry, Id, Limits, Namespace};
+use rustler::{Atom, Encoder, Env, Error, LocalPid, NifResult, ResourceArc, Term};
+
+use crate::atoms;
+use crate::config::{self, Config, MAX_WEIGHT_ON_NORMAL_SCHEDULER, Scheduler, TooHeavy};
+use crate::id::{self, EncodedId};
+use crate::immediate;
+use crate::lookup::{self, REMOTE};
+use crate::resource::{Lease, Registry, RegistryResource, make_default_registry, registry};
+
+/// Entries that are listed on a normal scheduler: about 300 microseconds.
+const MAX_LISTED_ON_NORMAL_SCHEDULER: u64 = 500;
+
+// ---- Arguments and results ----
+
+#[inline]
+fn namespace(term: Term<'_>) -> NifResult<Namespace> {
+    if atoms::connection() == term {
+        Ok(Namespace::Connection)
+    } else if atoms::server() == term {
+        Ok(Namespace::Server)
+    } else if atoms::transport() == term {
+        Ok(Namespace::Transport)
+    } else {
+        Err(Error::BadArg)
+    }
+}
+
+#[inline]
+fn encode_id<'a>(registry: &Registry, term: Term<'a>) -> NifResult<EncodedId<'a>> {
+    id::encode(term, registry.limits().max_id_bytes())
+}
+
+#[inline]
+fn as_id<'a>(registry: &Registry, encoded: &'a EncodedId<'_>) -> Id<'a> {
+    registry.id(encoded.kind, encoded.bytes())
+}
+
+fn shard_number(registry: &Registry, term: Term<'_>) -> NifResult<u16> {
+    let shard: u16 = term.decode()?;
+    if shard < registry.limits().shards() {
+        Ok(shard)
+    } else {
+        Err(Error::BadArg)
+    }
+}
+
+/// `erlang:phash2(Id, Shards)`, since the number of shards is a power of two.
+fn shard_of(registry: &Registry, id: Term<'_>) -> u16 {
+    (id.hash_phash2() % u32::from(registry.limits().shards())) as u16
+}
+
+pub(crate) fn pid_term<'a>(env: Env<'a>, entry: &Entry<Lease>) -> Term<'a> {
+    match entry.lease.0.config.remote() {
+        Some(remote) => remote.pid(env),
+        // SAFETY: an entry that is not for a remote process has a local pid for an address.
+        None => unsafe { immediate::term(env, entry.address) },
+    }
+}
+
+/// Whether the entry's process is alive as far as this node knows.
+fn is_alive(env: Env<'_>, entry: &Entry<Lease>) -> bool {
+    if entry.address == REMOTE {
+        return true;
+    }
+    // SAFETY: the address is not that of a remote process.
+    let pid = unsafe { immediate::term(env, entry.address) };
+    pid.decode::<LocalPid>()
+        .is_ok_and(|pid| env.is_process_alive(pid))
+}
+
+/// The entry of an id, after removing one whose process has ended but whose monitor has not fired
+/// yet: callers that have seen the process end must not see its entry.
+fn live_entry(
+    env: Env<'_>,
+    registry: &Registry,
+    namespace: Namespace,
+    id: &Id<'_>,
+) -> Option<Entry<Lease>> {
+    loop {
+        let entry = registry.entry(namespace, id)?;
+        if is_alive(env, &entry) {
+            return Some(entry);
+        }
+        registry.remove_leased(&entry.lease.0.location, |held| *held == entry.lease);
+    }
+}
+
+/// What the one who removed an entry must end: the sentinel of a remote process.
+fn removed_term<'a>(env: Env<'a>, removed: Option<Entry<Lease>>) -> Term<'a> {
+    match removed.and_then(|entry| entry.lease.0.config.remote().map(|r| r.sentinel)) {
+        Some(sentinel) => (atoms::ok(), sentinel).encode(env),
+        None => atoms::ok().encode(env),
+    }
+}
+
+fn not_found(env: Env<'_>) -> Term<'_> {
+    (atoms::error(), atoms::not_found()).encode(env)
+}
+
+// ---- Registries ----
+
+fn limits(shards: u64, max_entries: u64, max_id_bytes: u64) -> NifResult<Limits> {
+    Limits::new(shards, max_entries, max_id_bytes).map_err(|_| Error::BadArg)
+}
+
+#[rustler::nif]
+fn new(
+    shards: u64,
+    max_entries: u64,
+    max_id_bytes: u64,
+) -> NifResult<ResourceArc<RegistryResource>> {
+    let registry = Registry::new(limits(shards, max_entries, max_id_bytes)?);
+    Ok(ResourceArc::new(RegistryResource(Some(Arc::new(registry)))))
+}
+
+#[rustler::nif]
+fn make_default(shards: u64, max_entries: u64, max_id_bytes: u64) -> NifResult<Atom> {
+    let made = make_default_registry(limits(shards, max_entries, max_id_bytes)?);
+    Ok(if made {
+        atoms::created()
+    } else {
+        atoms::exists()
+    })
+}
+
+#[rustler::nif(name = "limits")]
+fn registry_limits(of: Term<'_>) -> NifResult<(u16, u64, usize)> {
+    let limits = registry(of)?.limits();
+    Ok((limits.shards(), limits.max_entries(), limits.max_id_bytes()))
+}
+
+// ---- Look-up ----
+
+#[rustler::nif]
+fn whereis<'a>(env: Env<'a>, of: Term<'a>, ns: Term<'a>, id: Term<'a>) -> NifResult<Term<'a>> {
+    lookup::pid(env, registry(of)?, namespace(ns)?, id)
+}
+
+fn find_on<'a>(
+    env: Env<'a>,
+    of: Term<'a>,
+    ns: Term<'a>,
+    id: Term<'a>,
+    scheduler: Scheduler,
+) -> NifResult<Term<'a>> {
+    let registry = registry(of)?;
+    let namespace = namespace(ns)?;
+    let encoded = encode_id(registry, id)?;
+    let Some(entry) = live_entry(env, registry, namespace, &as_id(registry, &encoded)) else {
+        return Ok(not_found(env));
+    };
+    Ok(match entry.lease.0.config.load(env, scheduler) {
+        Ok(config) => (atoms::ok(), (pid_term(env, &entry), config)).encode(env),
+        Err(TooHeavy) => atoms::dirty().encode(env),
+    })
+}
+
+#[rustler::nif]
+fn find<'a>(env: Env<'a>, of: Term<'a>, ns: Term<'a>, id: Term<'a>) -> NifResult<Term<'a>> {
+    find_on(env, of, ns, id, Scheduler::Normal)
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn find_dirty<'a>(env: Env<'a>, of: Term<'a>, ns: Term<'a>, id: Term<'a>) -> NifResult<Term<'a>> {
+    find_on(env, of, ns, id, Scheduler::Dirty)
+}
+
+// ---- Registration ----
+
+/// What stands in the config of a transport under `server_id`: the server that it is bound to.
+fn automatic_binding(namespace: Namespace, config: Term<'_>) -> Option<Term<'_>> {
+    if namespace != Namespace::Transport {
+        return None;
+    }
+    let server = config.map_get(atoms::server_id()).ok()?;
+    (atoms::undefined() != server).then_some(server)
+}
+
+fn register_on<'a>(
+    env: Env<'a>,
+    [of, ns, id_term, pid, monitored, config_term]: [Term<'a>; 6],
+    scheduler: Scheduler,
+) -> NifResult<Term<'a>> {
+    let registry = registry(of)?;
+    let namespace = namespace(ns)?;
+    let encoded = encode_id(registry, id_term)?;
+    let id = as_id(registry, &encoded);
+    if !pid.is_pid() {
+        return Err(Error::BadArg);
+    }
+    let monitored: LocalPid = monitored.decode()?;
+    let is_local = pid.decode::<LocalPid>().is_ok();
+    let address = if is_local {
+        immediate::word(pid)
+    } else {
+        REMOTE
+    };
+    let bind_to = automatic_binding(namespace, config_term)
+        .map(|server| encode_id(registry, server))
+        .transpose()?;
+    let bind_to = bind_to.as_ref().map(|server| as_id(registry, server));
+    if let Some(taken) = live_entry(env, registry, namespace, &id) {
+        return Ok((atoms::already_registered(), pid_term(env, &taken)).encode(env));
+    }
+    let Ok(config) = Config::keep(config_term, scheduler) else {
+        return Ok(atoms::dirty().encode(env));
+    };
+    let config = if is_local {
+        config
+    } else {
+        config.of_remote(pid, monitored)
+    };
+    loop {
+        let registered = registry.register(
+            namespace,
+            id,
+            shard_of(registry, id_term),
+            address,
+            bind_to,
+            |location| Lease::new(registry, location, config.clone()),
+        );
+        return Ok(match registered {
+            Ok(lease) => {
+                if lease.0.monitor(Some(env), &monitored).is_none() {
+                    // It had ended before it was registered, and is registered no more.
+                    registry.remove_leased(&lease.0.location, |held| *held == lease);
+                }
+                atoms::ok().encode(env)
+            }
+            Err(RegisterError::AlreadyRegistered { .. }) => {
+                match live_entry(env, registry, namespace, &id) {
+                    Some(taken) => (atoms::already_registered(), pid_term(env, &taken)).encode(env),
+                    None => continue,
+                }
+            }
+            Err(RegisterError::RegistryFull) => atoms::registry_full().encode(env),
+            Err(RegisterError::Closed) => atoms::registry_closed().encode(env),
+        });
+    }
+}
+
+#[rustler::nif]
+fn register<'a>(
+    env: Env<'a>,
+    of: Term<'a>,
+    ns: Term<'a>,
+    id: Term<'a>,
+    pid: Term<'a>,
+    monitored: Term<'a>,
+    config: Term<'a>,
+) -> NifResult<Term<'a>> {
+    register_on(env, [of, ns, id, pid, monitored, config], Scheduler::Normal)
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn register_dirty<'a>(
+    env: Env<'a>,
+    of: Term<'a>,
+    ns: Term<'a>,
+    id: Term<'a>,
+    pid: Term<'a>,
+    monitored: Term<'a>,
+    config: Term<'a>,
+) -> NifResult<Term<'a>> {
+    register_on(env, [of, ns, id, pid, monitored, config], Scheduler::Dirty)
+}
+
+#[rustler::nif]
+fn unregister<'a>(env: Env<'a>, of: Term<'a>, ns: Term<'a>, id: Term<'a>) -> NifResult<Term<'a>> {
+    let registry = registry(of)?;
+    let namespace = namespace(ns)?;
+    let encoded = encode_id(registry, id)?;
+    let removed = registry.remove(namespace, &as_id(registry, &encoded));
+    Ok(removed_term(env, removed))
+}
+
+fn update_server_on<'a>(
+    env: Env<'a>,
+    [of, id, config]: [Term<'a>; 3],
+    scheduler: Scheduler,
+) -> NifResult<Term<'a>> {
+    let registry = registry(of)?;
+    let encoded = encode_id(registry, id)?;
+    let id = as_id(registry, &encoded);
+    let Ok(config) = Config::keep(config, scheduler) else {
+        return Ok(atoms::dirty().encode(env));
+    };
+    loop {
+        let Some(entry) = live_entry(env, registry, Namespace::Server, &id) else {
+            return Ok(not_found(env));
+        };
+        let former = &entry.lease;
+        let pid = pid_term(env, &entry);
+        let (monitored, config) = match former.0.config.remote() {
+            Some(remote) => (
+                remote.sentinel,
+                config.clone().of_remote(pid, remote.sentinel),
+            ),
+            None => (pid.decode()?, config.clone()),
+        };
+        let new = Lease::new(registry, former.0.location, config);
+        if !registry.exchange_server_lease(&id, former, new.clone()) {
+            // Lost to another change of this server.
+            continue;
+        }
+        if new.0.monitor(Some(env), &monitored).is_none() {
+            registry.remove_leased(&new.0.location, |held| *held == new);
+            return Ok(not_found(env));
+        }
+        return Ok(atoms::ok().encode(env));
+    }
+}
+
+#[rustler::nif]
+fn update_server<'a>(
+    env: Env<'a>,
+    of: Term<'a>,
+    id: Term<'a>,
+    config: Term<'a>,
+) -> NifResult<Term<'a>> {
+    update_server_on(env, [of, id, config], Scheduler::Normal)
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn update_server_dirty<'a>(
+    env: Env<'a>,
+    of: Term<'a>,
+    id: Term<'a>,
+    config: Term<'a>,
+) -> NifResult<Term<'a>> {
+    update_server_on(env, [of, id, config], Scheduler::Dirty)
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn close(of: Term<'_>) -> NifResult<Vec<LocalPid>> {
+    let mut sentinels = Vec::new();
+    registry(of)?.close(|entry| {
+        sentinels.extend(entry.lease.0.config.remote().map(|r| r.sentinel));
+    });
+    Ok(sentinels)
+}
+
+#[rustler::nif]
+fn open(of: Term<'_>) -> NifResult<Atom> {
+    registry(of)?.open();
+    Ok(atoms::ok())
+}
+
+// ---- Bindings ----
+
+#[rustler::nif]
+fn bind<'a>(
+    env: Env<'a>,
+    of: Term<'a>,
+    transport: Term<'a>,
+    server: Term<'a>,
+    server_must_exist: bool,
+) -> NifResult<Term<'a>> {
+    let registry = registry(of)?;
+    let transport = encode_id(registry, transport)?;
+    let transport = as_id(registry, &transport);
+    let server = encode_id(registry, server)?;
+    let server = as_id(registry, &server);
+    // Whoever has ended must not be bound, nor bound to, although its monitor is yet to fire.
+    live_entry(env, registry, Namespace::Server, &server);
+    live_entry(env, registry, Namespace::Transport, &transport);
+    Ok(match registry.bind(&transport, server, server_must_exist) {
+        Ok(()) => atoms::ok().encode(env),
+        Err(BindError::ServerNotFound) => (atoms::error(), atoms::server_not_found()).encode(env),
+        Err(BindError::TransportNotFound) => {
+            (atoms::error(), atoms::transport_not_found()).encode(env)
+        }
+    })
+}
+
+#[rustler::nif]
+fn unbind<'a>(of: Term<'a>, transport: Term<'a>) -> NifResult<Atom> {
+    let registry = registry(of)?;
+    let transport = encode_id(registry, transport)?;
+    registry.unbind(&as_id(registry, &transport));
+    Ok(atoms::ok())
+}
+
+#[rustler::nif]
+fn bound_server<'a>(env: Env<'a>, of: Term<'a>, transport: Term<'a>) -> NifResult<Term<'a>> {
+    let registry = registry(of)?;
+    let transport = encode_id(registry, transport)?;
+    let transport = as_id(registry, &transport);
+    if live_entry(env, registry, Namespace::Transport, &transport).is_none() {
+        return Ok(not_found(env));
+    }
+    loop {
+        let Some((server, is_stale)) = registry.bound_server(&transport, |server| {
+            let is_stale = registry
+                .entry(Namespace::Server, &server)
+                .is_some_and(|entry| !is_alive(env, &entry));
+            if is_stale {
+                live_entry(env, registry, Namespace::Server, &server);
+            }
+            (id::decode(env, server.kind(), server.bytes()), is_stale)
+        }) else {
+            return Ok(not_found(env));
+        };
+        if !is_stale {
+            return Ok((atoms::ok(), server?).encode(env));
+        }
+    }
+}
+
+fn bound_on<'a>(
+    env: Env<'a>,
+    of: Term<'a>,
+    server: Term<'a>,
+    scheduler: Scheduler,
+) -> NifResult<Term<'a>> {
+    let registry = registry(of)?;
+    let server = encode_id(registry, server)?;
+    let server = as_id(registry, &server);
+    live_entry(env, registry, Namespace::Server, &server);
+    if scheduler == Scheduler::Normal
+        && u64::from(registry.bound_high_water(&server)) > MAX_LISTED_ON_NORMAL_SCHEDULER
+    {
+        return Ok(atoms::dirty().encode(env));
+    }
+    let mut pids = Term::list_new_empty(env);
+    registry.for_each_bound(&server, |entry| {
+        pids = pids.list_prepend(pid_term(env, entry));
+    });
+    Ok(pids)
+}
+
+#[rustler::nif]
+fn bound_transports<'a>(env: Env<'a>, of: Term<'a>, server: Term<'a>) -> NifResult<Term<'a>> {
+    bound_on(env, of, server, Scheduler::Normal)
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn bound_transports_dirty<'a>(env: Env<'a>, of: Term<'a>, server: Term<'a>) -> NifResult<Term<'a>> {
+    bound_on(env, of, server, Scheduler::Dirty)
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn bindings<'a>(env: Env<'a>, of: Term<'a>) -> NifResult<Term<'a>> {
+    let registry = registry(of)?;
+    let mut list = Term::list_new_empty(env);
+    let mut failed = None;
+    registry.for_each_binding(|transport, server| {
+        let pair = id::decode(env, transport.kind(), transport.bytes())
+            .and_then(|transport| Ok((transport, id::decode(env, server.kind(), server.bytes())?)));
+        match pair {
+            Ok(pair) => list = list.list_prepend(pair),
+            Err(error) => failed = Some(error),
+        }
+    });
+    failed.map_or(Ok(list), Err)
+}
+
+// ---- Listing and counting ----
+
+/// A list of `{Id, {Pid, Config}}` in the making.
+struct Listing<'a> {
+    env: Env<'a>,
+    scheduler: Scheduler,
+    list: Term<'a>,
+    weight: usize,
+    is_too_heavy: bool,
+    failed: Option<Error>,
+}
+
+impl<'a> Listing<'a> {
+    fn new(env: Env<'a>, scheduler: Scheduler) -> Self {
+        Self {
+            env,
+            scheduler,
+            list: Term::list_new_empty(env),
+            weight: 0,
+            is_too_heavy: false,
+            failed: None,
+        }
+    }
+
+    fn add(&mut self, id: Id<'_>, entry: &Entry<Lease>) {
+        if self.is_too_heavy || !is_alive(self.env, entry) {
+            return;
+        }
+        let config = &entry.lease.0.config;
+        self.weight = self.weight.saturating_add(config.weight());
+        if self.scheduler == Scheduler::Normal && self.weight > MAX_WEIGHT_ON_NORMAL_SCHEDULER {
+            self.is_too_heavy = true;
+            return;
+        }
+        let id = match id::decode(self.env, id.kind(), id.bytes()) {
+            Ok(id) => id,
+            Err(error) => {
+                self.failed = Some(error);
+                return;
+            }
+        };
+        match config.load(self.env, self.scheduler) {
+            Ok(config) => {
+                let listed = (id, (pid_term(self.env, entry), config));
+                self.list = self.list.list_prepend(listed);
+            }
+            Err(TooHeavy) => self.is_too_heavy = true,
+        }
+    }
+
+    fn finish(self) -> NifResult<Term<'a>> {
+        match self.failed {
+            Some(error) => Err(error),
+            None if self.is_too_heavy => Ok(atoms::dirty().encode(self.env)),
+            None => Ok(self.list),
+        }
+    }
+}
+
+fn list_on<'a>(
+    env: Env<'a>,
+    of: Term<'a>,
+    ns: Term<'a>,
+    scheduler: Scheduler,
+) -> NifResult<Term<'a>> {
+    let registry = registry(of)?;
+    let namespace = namespace(ns)?;
+    if scheduler == Scheduler::Normal && registry.count(namespace) > MAX_LISTED_ON_NORMAL_SCHEDULER
+    {
+        return Ok(atoms::dirty().encode(env));
+    }
+    let mut listing = Listing::new(env, scheduler);
+    registry.for_each(namespace, |id, entry| listing.add(id, entry));
+    listing.finish()
+}
+
+#[rustler::nif]
+fn list<'a>(env: Env<'a>, of: Term<'a>, ns: Term<'a>) -> NifResult<Term<'a>> {
+    list_on(env, of, ns, Scheduler::Normal)
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn list_dirty<'a>(env: Env<'a>, of: Term<'a>, ns: Term<'a>) -> NifResult<Term<'a>> {
+    list_on(env, of, ns, Scheduler::Dirty)
+}
+
+fn list_shard_on<'a>(
+    env: Env<'a>,
+    of: Term<'a>,
+    shard: Term<'a>,
+    scheduler: Scheduler,
+) -> NifResult<Term<'a>> {
+    let registry = registry(of)?;
+    let shard = shard_number(registry, shard)?;
+    if scheduler == Scheduler::Normal
+        && u64::from(registry.shard_high_water(shard)) > MAX_LISTED_ON_NORMAL_SCHEDULER
+    {
+        return Ok(atoms::dirty().encode(env));
+    }
+    let mut listing = Listing::new(env, scheduler);
+    registry.for_each_connection_of(shard, |id, entry| listing.add(id, entry));
+    listing.finish()
+}
+
+#[rustler::nif]
+fn list_shard<'a>(env: Env<'a>, of: Term<'a>, shard: Term<'a>) -> NifResult<Term<'a>> {
+    list_shard_on(env, of, shard, Scheduler::Normal)
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn list_shard_dirty<'a>(env: Env<'a>, of: Term<'a>, shard: Term<'a>) -> NifResult<Term<'a>> {
+    list_shard_on(env, of, shard, Scheduler::Dirty)
+}
+
+#[rustler::nif]
+fn count(of: Term<'_>, ns: Term<'_>) -> NifResult<u64> {
+    Ok(registry(of)?.count(namespace(ns)?))
+}
+
+#[rustler::nif]
+fn count_shard(of: Term<'_>, shard: Term<'_>) -> NifResult<(u64, u64, u64)> {
+    let registry = registry(of)?;
+    let shard = shard_number(registry, shard)?;
+    Ok((
+        registry.count_of(Namespace::Server, shard),
+        registry.count_of(Namespace::Transport, shard),
+        registry.count_of(Namespace::Connection, shard),
+    ))
+}
+
+#[rustler::nif]
+fn shard<'a>(of: Term<'a>, id: Term<'a>) -> NifResult<u16> {
+    let registry = registry(of)?;
+    encode_id(registry, id)?;
+    Ok(shard_of(registry, id))
+}
+
+#[rustler::nif]
+fn distinct_configs() -> u64 {
+    config::distinct()
+}
