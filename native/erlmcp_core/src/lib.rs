@@ -15,7 +15,8 @@
 #![deny(unsafe_code)]
 
 pub mod error;
-pub mod kept_hash;
+#[doc(hidden)]
+pub mod gate;
 pub mod registry;
 mod shard;
 #[doc(hidden)]

@@ -13,9 +13,9 @@ use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
+use crate::kept_hash::KeptHash;
 use crate::tuple::tuple_elements;
 use ahash::RandomState;
-use erlmcp_core::kept_hash::KeptHash;
 use once_cell::race::OnceBox;
 use papaya::{Equivalent, HashMap};
 use rustler::env::OwnedEnv;

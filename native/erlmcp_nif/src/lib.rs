@@ -7,6 +7,7 @@ mod atoms;
 mod config;
 mod id;
 mod immediate;
+mod kept_hash;
 mod lookup;
 mod registry;
 mod resource;

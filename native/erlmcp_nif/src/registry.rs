@@ -58,7 +58,7 @@ fn shard_of(registry: &Registry, id: Term<'_>) -> u16 {
 }
 
 pub(crate) fn pid_term<'a>(env: Env<'a>, entry: &Entry<Lease>) -> Term<'a> {
-    match entry.lease.0.config.remote() {
+    match entry.lease.config.remote() {
         Some(remote) => remote.pid(env),
         // SAFETY: an entry that is not for a remote process has a local pid for an address.
         None => unsafe { immediate::term(env, entry.address) },
@@ -89,13 +89,13 @@ fn live_entry(
         if is_alive(env, &entry) {
             return Some(entry);
         }
-        registry.remove_leased(&entry.lease.0.location, |held| *held == entry.lease);
+        registry.remove_leased(&entry.lease.location, |held| *held == entry.lease);
     }
 }
 
 /// What the one who removed an entry must end: the sentinel of a remote process.
 fn removed_term<'a>(env: Env<'a>, removed: Option<Entry<Lease>>) -> Term<'a> {
-    match removed.and_then(|entry| entry.lease.0.config.remote().map(|r| r.sentinel)) {
+    match removed.and_then(|entry| entry.lease.config.remote().map(|r| r.sentinel)) {
         Some(sentinel) => (atoms::ok(), sentinel).encode(env),
         None => atoms::ok().encode(env),
     }
@@ -157,7 +157,7 @@ fn find_on<'a>(
     let Some(entry) = live_entry(env, registry, namespace, &as_id(registry, &encoded)) else {
         return Ok(not_found(env));
     };
-    Ok(match entry.lease.0.config.load(env, scheduler) {
+    Ok(match entry.lease.config.load(env, scheduler) {
         Ok(config) => (atoms::ok(), (pid_term(env, &entry), config)).encode(env),
         Err(TooHeavy) => atoms::dirty().encode(env),
     })
@@ -229,9 +229,9 @@ fn register_on<'a>(
         );
         return Ok(match registered {
             Ok(lease) => {
-                if lease.0.monitor(Some(env), &monitored).is_none() {
+                if !lease.monitor(env, &monitored) {
                     // It had ended before it was registered, and is registered no more.
-                    registry.remove_leased(&lease.0.location, |held| *held == lease);
+                    registry.remove_leased(&lease.location, |held| *held == lease);
                 }
                 atoms::ok().encode(env)
             }
@@ -299,20 +299,20 @@ fn update_server_on<'a>(
         };
         let former = &entry.lease;
         let pid = pid_term(env, &entry);
-        let (monitored, config) = match former.0.config.remote() {
+        let (monitored, config) = match former.config.remote() {
             Some(remote) => (
                 remote.sentinel,
                 config.clone().of_remote(pid, remote.sentinel),
             ),
             None => (pid.decode()?, config.clone()),
         };
-        let new = Lease::new(registry, former.0.location, config);
+        let new = Lease::new(registry, former.location, config);
         if !registry.exchange_server_lease(&id, former, new.clone()) {
             // Lost to another change of this server.
             continue;
         }
-        if new.0.monitor(Some(env), &monitored).is_none() {
-            registry.remove_leased(&new.0.location, |held| *held == new);
+        if !new.monitor(env, &monitored) {
+            registry.remove_leased(&new.location, |held| *held == new);
             return Ok(not_found(env));
         }
         return Ok(atoms::ok().encode(env));
@@ -343,7 +343,7 @@ fn update_server_dirty<'a>(
 fn close(of: Term<'_>) -> NifResult<Vec<LocalPid>> {
     let mut sentinels = Vec::new();
     registry(of)?.close(|entry| {
-        sentinels.extend(entry.lease.0.config.remote().map(|r| r.sentinel));
+        sentinels.extend(entry.lease.config.remote().map(|r| r.sentinel));
     });
     Ok(sentinels)
 }
@@ -491,7 +491,7 @@ impl<'a> Listing<'a> {
         if self.is_too_heavy || !is_alive(self.env, entry) {
             return;
         }
-        let config = &entry.lease.0.config;
+        let config = &entry.lease.config;
         self.weight = self.weight.saturating_add(config.weight());
         if self.scheduler == Scheduler::Normal && self.weight > MAX_WEIGHT_ON_NORMAL_SCHEDULER {
             self.is_too_heavy = true;

@@ -1,10 +1,15 @@
 //! The resources: registries, and leases, which tie an entry to the life of a process.
 
+use std::ffi::c_void;
+use std::mem::ManuallyDrop;
+use std::ops::Deref;
+use std::ptr::NonNull;
 use std::sync::{Arc, Weak};
 use std::thread;
 
 use erlmcp_core::registry::{Limits, Location, Namespace};
 use once_cell::race::OnceBox;
+use rustler::sys::{enif_keep_resource, enif_monitor_process, enif_release_resource};
 use rustler::{Env, Error, LocalPid, Monitor, NifResult, Resource, ResourceArc, Term};
 
 use crate::atoms;
@@ -83,28 +88,92 @@ impl Resource for LeaseResource {
     /// this callback runs nothing else can stand at our address.
     fn down<'a>(&'a self, _env: Env<'a>, _pid: LocalPid, _monitor: Monitor) {
         if let Some(registry) = self.registry.upgrade() {
-            registry.remove_leased(&self.location, |held| std::ptr::eq(&*held.0, self));
+            registry.remove_leased(&self.location, |held| held.is(self));
             release(registry);
         }
     }
 }
 
-/// A counted reference to a lease. Equal leases are the same one.
-#[derive(Clone)]
-pub(crate) struct Lease(pub(crate) ResourceArc<LeaseResource>);
+/// A counted reference to a lease: rustler's `ResourceArc` in one word instead of two, since every
+/// entry holds one. Equal leases are the same one.
+pub(crate) struct Lease(NonNull<LeaseResource>);
+
+// SAFETY: a counted reference to something that is `Send` and `Sync`.
+unsafe impl Send for Lease {}
+// SAFETY: as above.
+unsafe impl Sync for Lease {}
+
+/// From the start of the VM's allocation, which is aligned for a pointer, to the data in it.
+const DATA_OFFSET: usize = align_of::<LeaseResource>();
 
 impl Lease {
     pub(crate) fn new(registry: &Arc<Registry>, location: Location, config: Config) -> Self {
-        Self(ResourceArc::new(LeaseResource {
+        let lease = ManuallyDrop::new(ResourceArc::new(LeaseResource {
             registry: Arc::downgrade(registry),
             location,
             config,
-        }))
+        }));
+        let data = NonNull::from(&**lease);
+        assert_eq!(
+            lease.as_c_arg().addr() + DATA_OFFSET,
+            data.as_ptr().addr(),
+            "the layout of resources has changed"
+        );
+        Self(data)
+    }
+
+    fn resource(&self) -> *const c_void {
+        // SAFETY: `new` has checked that the allocation starts there.
+        unsafe { self.0.as_ptr().byte_sub(DATA_OFFSET).cast() }
+    }
+
+    /// Whether this is the lease at an address.
+    pub(crate) fn is(&self, data: &LeaseResource) -> bool {
+        std::ptr::eq(self.0.as_ptr(), data)
+    }
+
+    /// Ties the lease to the life of a process; false if that has ended.
+    pub(crate) fn monitor(&self, env: Env<'_>, pid: &LocalPid) -> bool {
+        // SAFETY: the environment is that of the calling process; we hold the resource. The handle
+        // of the monitor is not asked for: it ends with the resource.
+        let result = unsafe {
+            enif_monitor_process(
+                env.as_c_arg(),
+                self.resource(),
+                pid.as_c_arg(),
+                std::ptr::null_mut(),
+            )
+        };
+        result == 0
+    }
+}
+
+impl Deref for Lease {
+    type Target = LeaseResource;
+
+    fn deref(&self) -> &LeaseResource {
+        // SAFETY: we count as a reference, so the resource is there.
+        unsafe { self.0.as_ref() }
+    }
+}
+
+impl Clone for Lease {
+    fn clone(&self) -> Self {
+        // SAFETY: we hold the resource.
+        unsafe { enif_keep_resource(self.resource()) };
+        Self(self.0)
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        // SAFETY: we hold the resource, and never again.
+        unsafe { enif_release_resource(self.resource()) };
     }
 }
 
 impl PartialEq for Lease {
     fn eq(&self, other: &Self) -> bool {
-        self.0.as_c_arg() == other.0.as_c_arg()
+        self.0 == other.0
     }
 }

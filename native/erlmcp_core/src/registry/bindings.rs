@@ -41,157 +41,319 @@
 
 use std::sync::Arc;
 
-use once_cell::race::OnceBox;
+use papaya::{Compute, Operation};
 
-use super::entry::{Key, Location};
-use crate::slots::{OCCUPIED, Slots};
-use crate::sync::{AtomicU8, Ordering, fence};
+use super::entry::{Key, Server, Transport};
+use super::group::{Attempt, Binding, From, Group, Membership};
+use super::{Entry, Id, Location, Namespace, Registry};
+use crate::error::BindError;
 
-/// One life of a server id.
-pub(super) struct Group {
-    /// The server's id; its location means nothing.
-    pub(super) server: Key,
-    /// Made at the first binding: most connections are never bound to.
-    members: OnceBox<Slots>,
-}
-
-impl Group {
-    pub(super) fn new(server: Key) -> Arc<Self> {
-        Arc::new(Self {
-            server,
-            members: OnceBox::new(),
-        })
-    }
-
-    pub(super) fn enter(self: &Arc<Self>, transport: Location) -> Membership {
-        let word = u64::from(transport.shard) << 49 | OCCUPIED | u64::from(transport.slot);
-        Membership {
-            group: Arc::clone(self),
-            slot: self
-                .members
-                .get_or_init(|| Box::new(Slots::new()))
-                .insert(word),
-        }
-    }
-
-    /// The places of those that may be bound: membership slot, shard, and slot in the shard.
-    pub(super) fn members(&self) -> impl Iterator<Item = (u32, u16, u32)> + '_ {
-        self.members
-            .get()
-            .into_iter()
-            .flat_map(Slots::iter)
-            .map(|(slot, word)| (slot, (word >> 49) as u16, word as u32))
-    }
-
-    /// Number of places that [`Self::members`] visits.
-    pub(super) fn high_water(&self) -> u32 {
-        self.members.get().map_or(0, Slots::high_water)
-    }
-}
-
-/// A place in a group's list.
-#[derive(Clone)]
-pub(super) struct Membership {
-    pub(super) group: Arc<Group>,
-    pub(super) slot: u32,
-}
-
-impl Membership {
-    pub(super) fn is(&self, group: &Arc<Group>, slot: u32) -> bool {
-        self.slot == slot && Arc::ptr_eq(&self.group, group)
-    }
-
-    /// Takes the place out of the list. Only for the one that ended the membership, once.
-    pub(super) fn leave_list(&self) {
-        if let Some(members) = self.group.members.get() {
-            members.remove(self.slot);
-        }
-    }
-}
-
-/// What stands in a transport's entry.
-#[derive(Clone)]
-pub(super) enum Binding {
-    Unbound,
-    To(Membership),
-    Pending(Arc<Attempt>),
-}
-
-impl Binding {
-    pub(super) fn settled(membership: Option<Membership>) -> Self {
-        membership.map_or(Self::Unbound, Self::To)
-    }
-
-    pub(super) fn is_attempt(&self, attempt: &Arc<Attempt>) -> bool {
-        matches!(self, Self::Pending(pending) if Arc::ptr_eq(pending, attempt))
-    }
-}
-
-/// The descriptor of a binding that is being made.
-pub(super) struct Attempt {
-    pub(super) to: Membership,
-    /// What holds if the attempt is aborted.
-    pub(super) from: From,
-    decision: Decision,
-}
-
-/// What an attempt replaces.
-#[derive(Clone)]
-pub(super) enum From {
-    /// The transport is being registered with an automatic binding.
-    Unregistered,
-    Registered(Option<Membership>),
-}
-
-impl Attempt {
-    pub(super) fn new(to: Membership, from: From) -> Arc<Self> {
-        Arc::new(Self {
-            to,
-            from,
-            decision: Decision::new(),
-        })
-    }
-
-    /// Whether the binding holds. `is_current` says whether the attempt's group is the current one
-    /// of its server id; it is asked only as long as nobody has decided.
-    pub(super) fn decide(&self, is_current: impl FnOnce() -> bool) -> bool {
-        self.decision.decide(is_current)
-    }
-}
-
-const UNDECIDED: u8 = 0;
-const BOUND: u8 = 1;
-const ABORTED: u8 = 2;
-
-/// A question that is answered once, by whoever comes first.
-#[doc(hidden)]
-#[derive(Debug)]
-pub struct Decision(AtomicU8);
-
-impl Decision {
-    #[doc(hidden)]
-    #[allow(clippy::new_without_default)]
-    pub fn new() -> Self {
-        Self(AtomicU8::new(UNDECIDED))
-    }
-
-    #[doc(hidden)]
-    pub fn decide(&self, is_current: impl FnOnce() -> bool) -> bool {
-        let decided = match self.0.load(Ordering::Acquire) {
-            UNDECIDED => {
-                // SeqCst: the attempt was written (or seen) before this fence and the server is
-                // read after it. One who takes the server out has the same fence between that
-                // write and any later look at the transport. Without the two, each of them could
-                // miss the other's write, and the old binding would be seen after the new one
-                // took effect.
-                fence(Ordering::SeqCst);
-                let mine = if is_current() { BOUND } else { ABORTED };
-                self.0
-                    .compare_exchange(UNDECIDED, mine, Ordering::AcqRel, Ordering::Acquire)
-                    .map_or_else(|theirs| theirs, |_| mine)
+impl<L> Registry<L>
+where
+    L: Clone + PartialEq + Send + Sync + 'static,
+{
+    /// Binds a transport to a server, instead of what it is bound to. Lock-free.
+    ///
+    /// With `server_must_exist` the server must be registered at the moment of binding (checked
+    /// before the transport); without it the binding is made as an automatic one.
+    pub fn bind(
+        &self,
+        transport: &Id<'_>,
+        server: Id<'_>,
+        server_must_exist: bool,
+    ) -> Result<(), BindError> {
+        loop {
+            let group = if server_must_exist {
+                let guard = self.servers.guard();
+                match self.servers.get(&server, &guard) {
+                    Some(Server::Registered { group, .. }) => Arc::clone(group),
+                    _ => return Err(BindError::ServerNotFound),
+                }
+            } else {
+                self.join(server)
+            };
+            let guard = self.transports.guard();
+            let Some((key, held)) = self.transports.get_key_value(transport, &guard) else {
+                self.leave_group(&group);
+                return Err(BindError::TransportNotFound);
+            };
+            if !self.is_registered(held) {
+                self.leave_group(&group);
+                return Err(BindError::TransportNotFound);
             }
-            decided => decided,
+            let location = key.location();
+            let from = self.holding(&held.binding);
+            let attempt = Attempt::new(group.enter(location), From::Registered(from.clone()));
+            let installed = self.transports.compute(
+                Key::new(*transport, location),
+                |current| match current {
+                    // No entry is freed while we hold the guard, so the same address is the same
+                    // entry and `from` is what it holds.
+                    Some((_, current)) if std::ptr::eq(current, held) => {
+                        Operation::Insert(Transport {
+                            entry: held.entry.clone(),
+                            binding: Binding::Pending(Arc::clone(&attempt)),
+                        })
+                    }
+                    _ => Operation::Abort(()),
+                },
+                &guard,
+            );
+            if !matches!(installed, Compute::Updated { .. }) {
+                // Lost to another change of this transport.
+                self.leave(&attempt.to);
+                continue;
+            }
+            let bound = self.decide(&attempt);
+            let (kept, left) = if bound {
+                (Some(attempt.to.clone()), from)
+            } else {
+                (from, Some(attempt.to.clone()))
+            };
+            self.settle(transport, &attempt, kept);
+            if let Some(left) = left {
+                self.leave(&left);
+            }
+            if bound {
+                return Ok(());
+            }
+            if server_must_exist {
+                return Err(BindError::ServerNotFound);
+            }
+        }
+    }
+
+    /// Ends a transport's binding. Returns whether the transport is registered.
+    pub fn unbind(&self, transport: &Id<'_>) -> bool {
+        loop {
+            let guard = self.transports.guard();
+            let Some((key, held)) = self.transports.get_key_value(transport, &guard) else {
+                return false;
+            };
+            if !self.is_registered(held) {
+                return false;
+            }
+            let Some(from) = self.holding(&held.binding) else {
+                return true;
+            };
+            let unbound = self.transports.compute(
+                Key::new(*transport, key.location()),
+                |current| match current {
+                    Some((_, current)) if std::ptr::eq(current, held) => {
+                        Operation::Insert(Transport {
+                            entry: held.entry.clone(),
+                            binding: Binding::Unbound,
+                        })
+                    }
+                    _ => Operation::Abort(()),
+                },
+                &guard,
+            );
+            if matches!(unbound, Compute::Updated { .. }) {
+                self.leave(&from);
+                return true;
+            }
+        }
+    }
+
+    /// Gives `found` the id of the server that a transport is bound to, registered or not.
+    pub fn bound_server<R>(
+        &self,
+        transport: &Id<'_>,
+        found: impl FnOnce(Id<'_>) -> R,
+    ) -> Option<R> {
+        loop {
+            let guard = self.transports.guard();
+            let held = self.transports.get(transport, &guard)?;
+            if !self.is_registered(held) {
+                return None;
+            }
+            let membership = self.holding(&held.binding)?;
+            if self.is_current(&membership.group) {
+                return Some(found(self.id_of(&membership.group.server)));
+            }
+            // Unbound by the end of its server, provided that it was still this binding when we
+            // saw the server gone.
+            if self
+                .transports
+                .get(transport, &guard)
+                .is_some_and(|now| std::ptr::eq(now, held))
+            {
+                return None;
+            }
+        }
+    }
+
+    /// Gives `each` the entries of the transports that are bound to `server`. Weakly consistent;
+    /// costs in proportion to the most transports bound to it at one time.
+    pub fn for_each_bound(&self, server: &Id<'_>, mut each: impl FnMut(&Entry<L>)) {
+        let servers = self.servers.guard();
+        let Some(server) = self.servers.get(server, &servers) else {
+            return;
         };
-        decided == BOUND
+        let group = server.group();
+        let transports = self.transports.guard();
+        for (member, shard, slot) in group.members() {
+            let Some(transport) = self
+                .located(Location {
+                    slot,
+                    shard,
+                    namespace: Namespace::Transport,
+                })
+                .and_then(|place| self.transports.get(&place, &transports))
+            else {
+                continue;
+            };
+            // The place may have been given to another transport since.
+            let is_bound = self
+                .holding(&transport.binding)
+                .is_some_and(|membership| membership.is(group, member));
+            if is_bound && self.is_registered(transport) {
+                each(&transport.entry);
+            }
+        }
+    }
+
+    /// An upper bound of what [`Self::for_each_bound`] visits.
+    pub fn bound_high_water(&self, server: &Id<'_>) -> u32 {
+        let guard = self.servers.guard();
+        self.servers
+            .get(server, &guard)
+            .map_or(0, |server| server.group().high_water())
+    }
+
+    // ---- The protocol ----
+
+    pub(super) fn is_current(&self, group: &Arc<Group>) -> bool {
+        let guard = self.servers.guard();
+        self.servers
+            .get(&self.id_of(&group.server), &guard)
+            .is_some_and(|server| Arc::ptr_eq(server.group(), group))
+    }
+
+    pub(super) fn decide(&self, attempt: &Attempt) -> bool {
+        attempt.decide(|| self.is_current(&attempt.to.group))
+    }
+
+    /// Whether a transport that is in the map counts as registered.
+    #[inline]
+    pub(super) fn is_registered(&self, transport: &Transport<L>) -> bool {
+        match &transport.binding {
+            Binding::Unbound | Binding::To(_) => true,
+            Binding::Pending(attempt) => match attempt.from {
+                From::Unregistered => self.decide(attempt),
+                From::Registered(_) => true,
+            },
+        }
+    }
+
+    /// The membership that a binding amounts to, after deciding it if need be. Its group may have
+    /// ended.
+    pub(super) fn holding(&self, binding: &Binding) -> Option<Membership> {
+        match binding {
+            Binding::Unbound => None,
+            Binding::To(membership) => Some(membership.clone()),
+            Binding::Pending(attempt) if self.decide(attempt) => Some(attempt.to.clone()),
+            Binding::Pending(attempt) => match &attempt.from {
+                From::Unregistered => None,
+                From::Registered(from) => from.clone(),
+            },
+        }
+    }
+
+    /// Puts a plain binding in the place of a decided attempt, unless somebody was quicker.
+    pub(super) fn settle(
+        &self,
+        transport: &Id<'_>,
+        attempt: &Arc<Attempt>,
+        kept: Option<Membership>,
+    ) {
+        let guard = self.transports.guard();
+        let Some((key, _)) = self.transports.get_key_value(transport, &guard) else {
+            return;
+        };
+        let _ = self.transports.compute(
+            Key::new(*transport, key.location()),
+            |current| match current {
+                // Only an entry at that place can hold this attempt.
+                Some((_, held)) if held.binding.is_attempt(attempt) => {
+                    Operation::Insert(Transport {
+                        entry: held.entry.clone(),
+                        binding: Binding::settled(kept.clone()),
+                    })
+                }
+                _ => Operation::Abort(()),
+            },
+            &guard,
+        );
+    }
+
+    /// The current group of a server id, for an automatic binding. A name without a server is
+    /// kept in the map by counting the bindings to it; [`Self::leave_group`] undoes that.
+    pub(super) fn join(&self, server: Id<'_>) -> Arc<Group> {
+        let guard = self.servers.guard();
+        let new_group = Group::new(Key::without_location(server));
+        let joined = self.servers.compute(
+            Key::without_location(server),
+            |current| match current {
+                None => Operation::Insert(Server::Dangling {
+                    group: Arc::clone(&new_group),
+                    bound: 1,
+                }),
+                Some((_, Server::Dangling { group, bound })) => {
+                    Operation::Insert(Server::Dangling {
+                        group: Arc::clone(group),
+                        bound: bound + 1,
+                    })
+                }
+                Some((_, Server::Registered { group, .. })) => Operation::Abort(Arc::clone(group)),
+            },
+            &guard,
+        );
+        match joined {
+            Compute::Inserted(_, server) => Arc::clone(server.group()),
+            Compute::Updated {
+                new: (_, server), ..
+            } => Arc::clone(server.group()),
+            Compute::Aborted(group) => group,
+            Compute::Removed(..) => unreachable!("join never removes"),
+        }
+    }
+
+    /// Ends a membership. Only for the one whose exchange ended it (or who never made use of it).
+    pub(super) fn leave(&self, membership: &Membership) {
+        membership.leave_list();
+        self.leave_group(&membership.group);
+    }
+
+    /// Takes one binding off the count of a name without a server. Every binding to such a group
+    /// was counted by `join`, and once the server is registered (or gone) the count is void.
+    fn leave_group(&self, group: &Arc<Group>) {
+        let guard = self.servers.guard();
+        let is_dangling = |server: &Server<L>| matches!(server, Server::Dangling { group: held, .. } if Arc::ptr_eq(held, group));
+        if !self
+            .servers
+            .get(&self.id_of(&group.server), &guard)
+            .is_some_and(is_dangling)
+        {
+            return;
+        }
+        let _ = self.servers.compute(
+            Key::without_location(self.id_of(&group.server)),
+            |current| match current {
+                Some((_, Server::Dangling { group: held, bound })) if Arc::ptr_eq(held, group) => {
+                    if *bound == 1 {
+                        Operation::Remove
+                    } else {
+                        Operation::Insert(Server::Dangling {
+                            group: Arc::clone(held),
+                            bound: bound - 1,
+                        })
+                    }
+                }
+                _ => Operation::Abort(()),
+            },
+            &guard,
+        );
     }
 }

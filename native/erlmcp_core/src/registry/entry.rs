@@ -2,13 +2,15 @@
 //! namespaces.
 
 use std::fmt;
-use std::hash::{Hash, Hasher};
+use std::hash::{BuildHasher, Hash, Hasher};
 use std::sync::Arc;
 
+use ahash::{AHasher, RandomState};
 use papaya::Equivalent;
 
 use super::Namespace;
-use super::bindings::{Binding, Group};
+use super::group::{Binding, Group};
+use crate::slots::OCCUPIED;
 
 /// An identifier as a caller gives it: bytes, and what kind of thing they encode. Two ids are the
 /// same exactly if both are equal. Made by [`super::Registry::id`], for that registry alone.
@@ -37,11 +39,10 @@ impl fmt::Debug for Id<'_> {
     }
 }
 
-/// Where an entry stands in its registry. Together with its lease it says exactly which
-/// registration is meant, also when the id has been registered anew.
+/// Where an entry stands in its registry, for as long as it is registered. Together with its lease
+/// it says exactly which registration is meant, also when the place has been given to another one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Location {
-    pub(super) hash: u64,
     pub(super) slot: u32,
     pub(super) shard: u16,
     pub(super) namespace: Namespace,
@@ -92,9 +93,9 @@ impl KeyBytes {
 /// The slot of a key that is in no shard's list.
 const NO_SLOT: u32 = u32::MAX;
 
-/// An owned id with its place. Equality is that of the id.
+/// An owned id with its place. Equality is that of the id. The hash is not kept: it would cost as
+/// much memory as it saves time, and only when a table grows.
 pub(super) struct Key {
-    hash: u64,
     slot: u32,
     shard: u16,
     kind: u8,
@@ -105,7 +106,6 @@ pub(super) struct Key {
 impl Key {
     pub(super) fn new(id: Id<'_>, location: Location) -> Self {
         Self {
-            hash: id.hash,
             slot: location.slot,
             shard: location.shard,
             kind: id.kind,
@@ -119,7 +119,6 @@ impl Key {
         Self::new(
             id,
             Location {
-                hash: id.hash,
                 slot: NO_SLOT,
                 shard: 0,
                 namespace: Namespace::Server,
@@ -127,17 +126,16 @@ impl Key {
         )
     }
 
-    pub(super) fn id(&self) -> Id<'_> {
-        Id {
-            hash: self.hash,
-            kind: self.kind,
-            bytes: self.bytes.as_slice(),
-        }
+    pub(super) fn kind(&self) -> u8 {
+        self.kind
+    }
+
+    pub(super) fn bytes(&self) -> &[u8] {
+        self.bytes.as_slice()
     }
 
     pub(super) fn location(&self) -> Location {
         Location {
-            hash: self.hash,
             slot: self.slot,
             shard: self.shard,
             namespace: self.namespace,
@@ -147,7 +145,7 @@ impl Key {
 
 impl PartialEq for Key {
     fn eq(&self, other: &Self) -> bool {
-        other.id().equivalent(self)
+        self.kind == other.kind && self.bytes() == other.bytes()
     }
 }
 
@@ -155,31 +153,97 @@ impl Eq for Key {}
 
 impl Hash for Key {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        state.write_u64(self.hash);
+        state.write(self.bytes());
+        state.write_u8(self.kind);
     }
 }
 
 impl Equivalent<Key> for Id<'_> {
+    #[inline]
     fn equivalent(&self, key: &Key) -> bool {
-        self.hash == key.hash && self.kind == key.kind && self.bytes == key.bytes.as_slice()
+        self.kind == key.kind && self.bytes == key.bytes()
     }
 }
 
 impl Hash for Id<'_> {
+    #[inline]
     fn hash<H: Hasher>(&self, state: &mut H) {
         state.write_u64(self.hash);
     }
 }
 
-impl Equivalent<Key> for Location {
+/// A query for the entry at a place, whatever its id is.
+pub(super) struct Located {
+    pub(super) hash: u64,
+    pub(super) location: Location,
+}
+
+impl Equivalent<Key> for Located {
     fn equivalent(&self, key: &Key) -> bool {
-        self.hash == key.hash && self.slot == key.slot && self.shard == key.shard
+        self.location == key.location()
     }
 }
 
-impl Hash for Location {
+impl Hash for Located {
     fn hash<H: Hasher>(&self, state: &mut H) {
         state.write_u64(self.hash);
+    }
+}
+
+/// The maps' hasher, keyed at random. What brings its hash along (an [`Id`], a [`Located`]) writes
+/// it as one `u64`; what does not (a [`Key`], when a table grows) writes its bytes and its kind.
+#[derive(Clone)]
+pub(super) struct IdHashing(pub(super) RandomState);
+
+pub(super) enum IdHasher {
+    Computing(AHasher),
+    Given(u64),
+}
+
+impl IdHashing {
+    /// The hash of an id. It has [`OCCUPIED`] set, so that it can be kept in [`crate::slots`].
+    #[inline(always)]
+    pub(super) fn hash(&self, kind: u8, bytes: &[u8]) -> u64 {
+        let mut hasher = self.0.build_hasher();
+        hasher.write(bytes);
+        hasher.write_u8(kind);
+        hasher.finish() | OCCUPIED
+    }
+}
+
+impl BuildHasher for IdHashing {
+    type Hasher = IdHasher;
+
+    #[inline]
+    fn build_hasher(&self) -> IdHasher {
+        IdHasher::Computing(self.0.build_hasher())
+    }
+}
+
+impl Hasher for IdHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        if let Self::Computing(hasher) = self {
+            hasher.write(bytes);
+        }
+    }
+
+    fn write_u8(&mut self, byte: u8) {
+        if let Self::Computing(hasher) = self {
+            hasher.write_u8(byte);
+        }
+    }
+
+    #[inline]
+    fn write_u64(&mut self, hash: u64) {
+        *self = Self::Given(hash);
+    }
+
+    #[inline]
+    fn finish(&self) -> u64 {
+        match self {
+            Self::Computing(hasher) => hasher.finish() | OCCUPIED,
+            Self::Given(hash) => *hash,
+        }
     }
 }
 

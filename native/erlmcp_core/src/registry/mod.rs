@@ -35,23 +35,23 @@
 
 mod bindings;
 mod entry;
+mod group;
+mod registration;
 
 use std::fmt;
-use std::sync::Arc;
 
 use ahash::RandomState;
-use papaya::{Compute, HashMap, Operation};
+use papaya::HashMap;
 
-pub use bindings::Decision;
-use bindings::{Attempt, Binding, From, Group, Membership};
 pub use entry::{Entry, Id, Location};
-use entry::{Key, Server, Transport};
+use entry::{IdHashing, Key, Located, Server, Transport};
+#[doc(hidden)]
+pub use group::Decision;
 
-use crate::error::{BindError, LimitsError, RegisterError};
-use crate::kept_hash::KeptHash;
+use crate::error::LimitsError;
+use crate::gate::Gate;
 use crate::shard::Shard;
-use crate::slots::OCCUPIED;
-use crate::sync::{AtomicBool, AtomicU64, Ordering, fence};
+use crate::sync::AtomicU64;
 
 /// The three kinds of ids. The same id may stand in each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -125,20 +125,20 @@ impl Default for Limits {
     }
 }
 
-type Map<V> = HashMap<Key, V, KeptHash>;
+type Map<V> = HashMap<Key, V, IdHashing>;
 
 /// See the [module's documentation](self).
 pub struct Registry<L> {
     limits: Limits,
-    hasher: RandomState,
+    hashing: IdHashing,
     servers: Map<Server<L>>,
     transports: Map<Transport<L>>,
     connections: Map<Entry<L>>,
     shards: Box<[Shard]>,
     /// Registrations, those under way included.
     reserved: AtomicU64,
-    /// Whether the namespaces of servers and transports take no registrations.
-    closed: AtomicBool,
+    /// Closed while the namespaces of servers and transports take no registrations.
+    gate: Gate,
 }
 
 impl<L> Registry<L>
@@ -147,18 +147,16 @@ where
 {
     /// An empty registry. Its maps allocate when they are first used.
     pub fn new(limits: Limits) -> Self {
-        fn map<V>() -> Map<V> {
-            HashMap::with_hasher(KeptHash::default())
-        }
+        let hashing = IdHashing(RandomState::new());
         Self {
             limits,
-            hasher: RandomState::new(),
-            servers: map(),
-            transports: map(),
-            connections: map(),
+            servers: HashMap::with_hasher(hashing.clone()),
+            transports: HashMap::with_hasher(hashing.clone()),
+            connections: HashMap::with_hasher(hashing.clone()),
+            hashing,
             shards: (0..limits.shards).map(|_| Shard::default()).collect(),
             reserved: AtomicU64::new(0),
-            closed: AtomicBool::new(false),
+            gate: Gate::new(),
         }
     }
 
@@ -170,15 +168,23 @@ where
     /// The id of `bytes` of some `kind`, with its hash: what every other operation takes.
     #[inline(always)]
     pub fn id<'a>(&self, kind: u8, bytes: &'a [u8]) -> Id<'a> {
-        use std::hash::{BuildHasher, Hasher};
-        let mut hasher = self.hasher.build_hasher();
-        hasher.write(bytes);
-        hasher.write_u8(kind);
         Id {
-            hash: hasher.finish() | OCCUPIED,
+            hash: self.hashing.hash(kind, bytes),
             kind,
             bytes,
         }
+    }
+
+    fn id_of<'a>(&self, key: &'a Key) -> Id<'a> {
+        self.id(key.kind(), key.bytes())
+    }
+
+    /// A query for the entry at a place; `None` if nothing is registered there.
+    fn located(&self, location: Location) -> Option<Located> {
+        let hash = self.shards[usize::from(location.shard)]
+            .slots
+            .get(location.slot)?;
+        Some(Located { hash, location })
     }
 
     // ---- Look-up ----
@@ -225,448 +231,6 @@ where
         }
     }
 
-    // ---- Registration ----
-
-    /// Registers `id` for `address` in `shard`, and for a transport makes the automatic binding to
-    /// the server named by `bind_to`, whether that is registered or not. `lease` makes what the
-    /// entry carries; it is called at most once, after the first checks have passed.
-    ///
-    /// Lock-free. `bind_to` is ignored for servers and connections. `shard` must be less than the
-    /// number of shards.
-    pub fn register(
-        &self,
-        namespace: Namespace,
-        id: Id<'_>,
-        shard: u16,
-        address: u64,
-        bind_to: Option<Id<'_>>,
-        lease: impl FnOnce(Location) -> L,
-    ) -> Result<L, RegisterError> {
-        if let Some(address) = self.address(namespace, &id) {
-            return Err(RegisterError::AlreadyRegistered { address });
-        }
-        if self.reserved.fetch_add(1, Ordering::Relaxed) >= self.limits.max_entries {
-            self.reserved.fetch_sub(1, Ordering::Relaxed);
-            return Err(RegisterError::RegistryFull);
-        }
-        let location = Location {
-            hash: id.hash,
-            slot: self.shards[usize::from(shard)].slots.insert(id.hash),
-            shard,
-            namespace,
-        };
-        self.shards[usize::from(shard)].entered(namespace);
-        let lease = lease(location);
-        let entry = Entry {
-            address,
-            lease: lease.clone(),
-        };
-        let inserted = match namespace {
-            Namespace::Server => self.insert_server(Key::new(id, location), entry),
-            Namespace::Transport => self.insert_transport(id, location, entry, bind_to),
-            Namespace::Connection => {
-                let guard = self.connections.guard();
-                self.connections
-                    .try_insert(Key::new(id, location), entry, &guard)
-                    .map(|_| ())
-                    .map_err(|occupied| occupied.current.address)
-            }
-        };
-        if let Err(address) = inserted {
-            self.release(location);
-            return Err(RegisterError::AlreadyRegistered { address });
-        }
-        // SeqCst: the entry was written before this fence and `closed` is read after it;
-        // `close` writes and walks in the opposite order with the same fence between. So either
-        // we see that the registry is closed, or the walk sees our entry.
-        fence(Ordering::SeqCst);
-        if namespace != Namespace::Connection && self.closed.load(Ordering::Relaxed) {
-            self.remove_leased(&location, |held| *held == lease);
-            return Err(RegisterError::Closed);
-        }
-        Ok(lease)
-    }
-
-    fn insert_server(&self, key: Key, entry: Entry<L>) -> Result<(), u64> {
-        let guard = self.servers.guard();
-        let id_for_group = Key::without_location(key.id());
-        let new_group = Group::new(id_for_group);
-        let registered = self.servers.compute(
-            key,
-            |current| match current {
-                None => Operation::Insert(Server::Registered {
-                    group: Arc::clone(&new_group),
-                    entry: entry.clone(),
-                }),
-                // The transports that are bound to the name are bound to the server from now on.
-                Some((_, Server::Dangling { group, .. })) => {
-                    Operation::Insert(Server::Registered {
-                        group: Arc::clone(group),
-                        entry: entry.clone(),
-                    })
-                }
-                Some((_, Server::Registered { entry, .. })) => Operation::Abort(entry.address),
-            },
-            &guard,
-        );
-        match registered {
-            Compute::Aborted(address) => Err(address),
-            _ => Ok(()),
-        }
-    }
-
-    fn insert_transport(
-        &self,
-        id: Id<'_>,
-        location: Location,
-        entry: Entry<L>,
-        bind_to: Option<Id<'_>>,
-    ) -> Result<(), u64> {
-        let guard = self.transports.guard();
-        loop {
-            let attempt = bind_to
-                .map(|server| Attempt::new(self.join(server).enter(location), From::Unregistered));
-            let transport = Transport {
-                entry: entry.clone(),
-                binding: attempt.clone().map_or(Binding::Unbound, Binding::Pending),
-            };
-            let key = Key::new(id, location);
-            if let Err(occupied) = self.transports.try_insert(key, transport, &guard) {
-                if let Some(attempt) = attempt {
-                    self.leave(&attempt.to);
-                }
-                if self.is_registered(occupied.current) {
-                    return Err(occupied.current.entry.address);
-                }
-                // Its server went before it was registered, so it never was. Help it out of the
-                // way; the one who registers it begins again like us.
-                let theirs = &occupied.current.entry.lease;
-                let _ = self.transports.remove_if(
-                    &id,
-                    |_, held| held.entry.lease == *theirs && !self.is_registered(held),
-                    &guard,
-                );
-                continue;
-            }
-            let Some(attempt) = attempt else {
-                return Ok(());
-            };
-            if self.decide(&attempt) {
-                self.settle(&id, &attempt, Some(attempt.to.clone()));
-                return Ok(());
-            }
-            let _ =
-                self.transports
-                    .remove_if(&id, |_, held| held.binding.is_attempt(&attempt), &guard);
-            self.leave(&attempt.to);
-        }
-    }
-
-    /// Gives back what a registration took before it entered its map.
-    fn release(&self, location: Location) {
-        let shard = &self.shards[usize::from(location.shard)];
-        shard.slots.remove(location.slot);
-        shard.left(location.namespace);
-        self.reserved.fetch_sub(1, Ordering::Relaxed);
-    }
-
-    // ---- Removal ----
-
-    /// Removes whatever is registered under `id`, with its bindings, and returns it.
-    pub fn remove(&self, namespace: Namespace, id: &Id<'_>) -> Option<Entry<L>> {
-        self.remove_if(namespace, id, |_| true)
-    }
-
-    /// Removes the entry at `location` if `is_meant` says that its lease is the one meant. For
-    /// the end of what the lease stands for: never touches another registration of the same id.
-    pub fn remove_leased(
-        &self,
-        location: &Location,
-        is_meant: impl Fn(&L) -> bool,
-    ) -> Option<Entry<L>> {
-        self.remove_if(location.namespace, location, is_meant)
-    }
-
-    fn remove_if<Q>(
-        &self,
-        namespace: Namespace,
-        query: &Q,
-        is_meant: impl Fn(&L) -> bool,
-    ) -> Option<Entry<L>>
-    where
-        Q: papaya::Equivalent<Key> + std::hash::Hash,
-    {
-        let (location, entry) = match namespace {
-            Namespace::Connection => {
-                let guard = self.connections.guard();
-                let (key, entry) = self
-                    .connections
-                    .remove_if(query, |_, entry| is_meant(&entry.lease), &guard)
-                    .ok()??;
-                (key.location(), entry.clone())
-            }
-            Namespace::Server => {
-                let guard = self.servers.guard();
-                let (key, server) = self
-                    .servers
-                    .remove_if(
-                        query,
-                        |_, server| server.entry().is_some_and(|e| is_meant(&e.lease)),
-                        &guard,
-                    )
-                    .ok()??;
-                // SeqCst: pairs with the fence in `Decision::decide`.
-                fence(Ordering::SeqCst);
-                (key.location(), server.entry()?.clone())
-            }
-            Namespace::Transport => {
-                let guard = self.transports.guard();
-                let (key, transport) = self
-                    .transports
-                    .remove_if(
-                        query,
-                        |_, t| is_meant(&t.entry.lease) && self.is_registered(t),
-                        &guard,
-                    )
-                    .ok()??;
-                if let Some(membership) = self.holding(&transport.binding) {
-                    self.leave(&membership);
-                }
-                (key.location(), transport.entry.clone())
-            }
-        };
-        self.release(location);
-        Some(entry)
-    }
-
-    /// Removes all servers and transports and refuses new ones until [`Self::open`]. `removed` is
-    /// given each entry. Costs in proportion to what there is.
-    pub fn close(&self, mut removed: impl FnMut(Entry<L>)) {
-        self.closed.store(true, Ordering::Relaxed);
-        // SeqCst: see the end of `register`.
-        fence(Ordering::SeqCst);
-        let guard = self.transports.guard();
-        for key in self.transports.keys(&guard) {
-            self.remove(Namespace::Transport, &key.id())
-                .map(&mut removed);
-        }
-        let guard = self.servers.guard();
-        for key in self.servers.keys(&guard) {
-            self.remove(Namespace::Server, &key.id()).map(&mut removed);
-        }
-    }
-
-    /// Takes registrations of servers and transports again.
-    pub fn open(&self) {
-        self.closed.store(false, Ordering::Release);
-    }
-
-    // ---- Change ----
-
-    /// Exchanges `former`, the lease of the server registered under `id`, for `new`, which must
-    /// have the same location. Address and bindings stay. Returns whether `former` was the lease.
-    pub fn exchange_server_lease(&self, id: &Id<'_>, former: &L, new: L) -> bool {
-        let guard = self.servers.guard();
-        let Some((key, _)) = self.servers.get_key_value(id, &guard) else {
-            return false;
-        };
-        let location = key.location();
-        let exchanged = self.servers.compute(
-            Key::new(*id, location),
-            |current| match current {
-                // The key is written anew with the entry, so it must be the one we read.
-                Some((key, Server::Registered { group, entry }))
-                    if key.location() == location && entry.lease == *former =>
-                {
-                    Operation::Insert(Server::Registered {
-                        group: Arc::clone(group),
-                        entry: Entry {
-                            address: entry.address,
-                            lease: new.clone(),
-                        },
-                    })
-                }
-                _ => Operation::Abort(()),
-            },
-            &guard,
-        );
-        matches!(exchanged, Compute::Updated { .. })
-    }
-
-    // ---- Bindings ----
-
-    /// Binds a transport to a server, instead of what it is bound to. Lock-free.
-    ///
-    /// With `server_must_exist` the server must be registered at the moment of binding (checked
-    /// before the transport); without it the binding is made as an automatic one.
-    pub fn bind(
-        &self,
-        transport: &Id<'_>,
-        server: Id<'_>,
-        server_must_exist: bool,
-    ) -> Result<(), BindError> {
-        loop {
-            let group = if server_must_exist {
-                let guard = self.servers.guard();
-                match self.servers.get(&server, &guard) {
-                    Some(Server::Registered { group, .. }) => Arc::clone(group),
-                    _ => return Err(BindError::ServerNotFound),
-                }
-            } else {
-                self.join(server)
-            };
-            let guard = self.transports.guard();
-            let Some((key, held)) = self.transports.get_key_value(transport, &guard) else {
-                self.leave_group(&group);
-                return Err(BindError::TransportNotFound);
-            };
-            if !self.is_registered(held) {
-                self.leave_group(&group);
-                return Err(BindError::TransportNotFound);
-            }
-            let location = key.location();
-            let from = self.holding(&held.binding);
-            let attempt = Attempt::new(group.enter(location), From::Registered(from.clone()));
-            let installed = self.transports.compute(
-                Key::new(*transport, location),
-                |current| match current {
-                    // No entry is freed while we hold the guard, so the same address is the same
-                    // entry and `from` is what it holds.
-                    Some((_, current)) if std::ptr::eq(current, held) => {
-                        Operation::Insert(Transport {
-                            entry: held.entry.clone(),
-                            binding: Binding::Pending(Arc::clone(&attempt)),
-                        })
-                    }
-                    _ => Operation::Abort(()),
-                },
-                &guard,
-            );
-            if !matches!(installed, Compute::Updated { .. }) {
-                // Lost to another change of this transport.
-                self.leave(&attempt.to);
-                continue;
-            }
-            let bound = self.decide(&attempt);
-            let (kept, left) = if bound {
-                (Some(attempt.to.clone()), from)
-            } else {
-                (from, Some(attempt.to.clone()))
-            };
-            self.settle(transport, &attempt, kept);
-            if let Some(left) = left {
-                self.leave(&left);
-            }
-            if bound {
-                return Ok(());
-            }
-            if server_must_exist {
-                return Err(BindError::ServerNotFound);
-            }
-        }
-    }
-
-    /// Ends a transport's binding. Returns whether the transport is registered.
-    pub fn unbind(&self, transport: &Id<'_>) -> bool {
-        loop {
-            let guard = self.transports.guard();
-            let Some((key, held)) = self.transports.get_key_value(transport, &guard) else {
-                return false;
-            };
-            if !self.is_registered(held) {
-                return false;
-            }
-            let Some(from) = self.holding(&held.binding) else {
-                return true;
-            };
-            let unbound = self.transports.compute(
-                Key::new(*transport, key.location()),
-                |current| match current {
-                    Some((_, current)) if std::ptr::eq(current, held) => {
-                        Operation::Insert(Transport {
-                            entry: held.entry.clone(),
-                            binding: Binding::Unbound,
-                        })
-                    }
-                    _ => Operation::Abort(()),
-                },
-                &guard,
-            );
-            if matches!(unbound, Compute::Updated { .. }) {
-                self.leave(&from);
-                return true;
-            }
-        }
-    }
-
-    /// Gives `found` the id of the server that a transport is bound to, registered or not.
-    pub fn bound_server<R>(
-        &self,
-        transport: &Id<'_>,
-        found: impl FnOnce(Id<'_>) -> R,
-    ) -> Option<R> {
-        loop {
-            let guard = self.transports.guard();
-            let held = self.transports.get(transport, &guard)?;
-            if !self.is_registered(held) {
-                return None;
-            }
-            let membership = self.holding(&held.binding)?;
-            if self.is_current(&membership.group) {
-                return Some(found(membership.group.server.id()));
-            }
-            // Unbound by the end of its server, provided that it was still this binding when we
-            // saw the server gone.
-            if self
-                .transports
-                .get(transport, &guard)
-                .is_some_and(|now| std::ptr::eq(now, held))
-            {
-                return None;
-            }
-        }
-    }
-
-    /// Gives `each` the entries of the transports that are bound to `server`. Weakly consistent;
-    /// costs in proportion to the most transports bound to it at one time.
-    pub fn for_each_bound(&self, server: &Id<'_>, mut each: impl FnMut(&Entry<L>)) {
-        let servers = self.servers.guard();
-        let Some(server) = self.servers.get(server, &servers) else {
-            return;
-        };
-        let group = server.group();
-        let transports = self.transports.guard();
-        for (member, shard, slot) in group.members() {
-            let Some(hash) = self.shards[usize::from(shard)].slots.get(slot) else {
-                continue;
-            };
-            let location = Location {
-                hash,
-                slot,
-                shard,
-                namespace: Namespace::Transport,
-            };
-            let Some(transport) = self.transports.get(&location, &transports) else {
-                continue;
-            };
-            // The place may have been given to another transport since.
-            let is_bound = self
-                .holding(&transport.binding)
-                .is_some_and(|membership| membership.is(group, member));
-            if is_bound && self.is_registered(transport) {
-                each(&transport.entry);
-            }
-        }
-    }
-
-    /// An upper bound of what [`Self::for_each_bound`] visits.
-    pub fn bound_high_water(&self, server: &Id<'_>) -> u32 {
-        let guard = self.servers.guard();
-        self.servers
-            .get(server, &guard)
-            .map_or(0, |server| server.group().high_water())
-    }
-
     // ---- Listing and counting ----
 
     /// Gives `each` every entry of a namespace with its id. Weakly consistent.
@@ -675,14 +239,14 @@ where
             Namespace::Connection => {
                 let guard = self.connections.guard();
                 for (key, entry) in self.connections.iter(&guard) {
-                    each(key.id(), entry);
+                    each(self.id_of(key), entry);
                 }
             }
             Namespace::Server => {
                 let guard = self.servers.guard();
                 for (key, server) in self.servers.iter(&guard) {
                     if let Some(entry) = server.entry() {
-                        each(key.id(), entry);
+                        each(self.id_of(key), entry);
                     }
                 }
             }
@@ -690,7 +254,7 @@ where
                 let guard = self.transports.guard();
                 for (key, transport) in self.transports.iter(&guard) {
                     if self.is_registered(transport) {
-                        each(key.id(), &transport.entry);
+                        each(self.id_of(key), &transport.entry);
                     }
                 }
             }
@@ -707,7 +271,7 @@ where
             if let Some(membership) = self.holding(&transport.binding)
                 && self.is_current(&membership.group)
             {
-                each(key.id(), membership.group.server.id());
+                each(self.id_of(key), self.id_of(&membership.group.server));
             }
         }
     }
@@ -718,13 +282,13 @@ where
         let guard = self.connections.guard();
         for (slot, hash) in self.shards[usize::from(shard)].slots.iter() {
             let location = Location {
-                hash,
                 slot,
                 shard,
                 namespace: Namespace::Connection,
             };
-            if let Some((key, entry)) = self.connections.get_key_value(&location, &guard) {
-                each(key.id(), entry);
+            let place = Located { hash, location };
+            if let Some((key, entry)) = self.connections.get_key_value(&place, &guard) {
+                each(self.id_of(key), entry);
             }
         }
     }
@@ -751,136 +315,6 @@ where
             .values(&guard)
             .filter(|server| server.entry().is_none())
             .count()
-    }
-
-    // ---- The protocol of bindings: see the module `bindings` ----
-
-    fn is_current(&self, group: &Arc<Group>) -> bool {
-        let guard = self.servers.guard();
-        self.servers
-            .get(&group.server.id(), &guard)
-            .is_some_and(|server| Arc::ptr_eq(server.group(), group))
-    }
-
-    fn decide(&self, attempt: &Attempt) -> bool {
-        attempt.decide(|| self.is_current(&attempt.to.group))
-    }
-
-    /// Whether a transport that is in the map counts as registered.
-    #[inline]
-    fn is_registered(&self, transport: &Transport<L>) -> bool {
-        match &transport.binding {
-            Binding::Unbound | Binding::To(_) => true,
-            Binding::Pending(attempt) => match attempt.from {
-                From::Unregistered => self.decide(attempt),
-                From::Registered(_) => true,
-            },
-        }
-    }
-
-    /// The membership that a binding amounts to, after deciding it if need be. Its group may have
-    /// ended.
-    fn holding(&self, binding: &Binding) -> Option<Membership> {
-        match binding {
-            Binding::Unbound => None,
-            Binding::To(membership) => Some(membership.clone()),
-            Binding::Pending(attempt) if self.decide(attempt) => Some(attempt.to.clone()),
-            Binding::Pending(attempt) => match &attempt.from {
-                From::Unregistered => None,
-                From::Registered(from) => from.clone(),
-            },
-        }
-    }
-
-    /// Puts a plain binding in the place of a decided attempt, unless somebody was quicker.
-    fn settle(&self, transport: &Id<'_>, attempt: &Arc<Attempt>, kept: Option<Membership>) {
-        let guard = self.transports.guard();
-        let Some((key, _)) = self.transports.get_key_value(transport, &guard) else {
-            return;
-        };
-        let _ = self.transports.compute(
-            Key::new(*transport, key.location()),
-            |current| match current {
-                // Only an entry at that place can hold this attempt.
-                Some((_, held)) if held.binding.is_attempt(attempt) => {
-                    Operation::Insert(Transport {
-                        entry: held.entry.clone(),
-                        binding: Binding::settled(kept.clone()),
-                    })
-                }
-                _ => Operation::Abort(()),
-            },
-            &guard,
-        );
-    }
-
-    /// The current group of a server id, for an automatic binding. A name without a server is
-    /// kept in the map by counting the bindings to it; [`Self::leave_group`] undoes that.
-    fn join(&self, server: Id<'_>) -> Arc<Group> {
-        let guard = self.servers.guard();
-        let new_group = Group::new(Key::without_location(server));
-        let joined = self.servers.compute(
-            Key::without_location(server),
-            |current| match current {
-                None => Operation::Insert(Server::Dangling {
-                    group: Arc::clone(&new_group),
-                    bound: 1,
-                }),
-                Some((_, Server::Dangling { group, bound })) => {
-                    Operation::Insert(Server::Dangling {
-                        group: Arc::clone(group),
-                        bound: bound + 1,
-                    })
-                }
-                Some((_, Server::Registered { group, .. })) => Operation::Abort(Arc::clone(group)),
-            },
-            &guard,
-        );
-        match joined {
-            Compute::Inserted(_, server) => Arc::clone(server.group()),
-            Compute::Updated {
-                new: (_, server), ..
-            } => Arc::clone(server.group()),
-            Compute::Aborted(group) => group,
-            Compute::Removed(..) => unreachable!("join never removes"),
-        }
-    }
-
-    /// Ends a membership. Only for the one whose exchange ended it (or who never made use of it).
-    fn leave(&self, membership: &Membership) {
-        membership.leave_list();
-        self.leave_group(&membership.group);
-    }
-
-    /// Takes one binding off the count of a name without a server. Every binding to such a group
-    /// was counted by `join`, and once the server is registered (or gone) the count is void.
-    fn leave_group(&self, group: &Arc<Group>) {
-        let guard = self.servers.guard();
-        let is_dangling = |server: &Server<L>| matches!(server, Server::Dangling { group: held, .. } if Arc::ptr_eq(held, group));
-        if !self
-            .servers
-            .get(&group.server.id(), &guard)
-            .is_some_and(is_dangling)
-        {
-            return;
-        }
-        let _ = self.servers.compute(
-            Key::without_location(group.server.id()),
-            |current| match current {
-                Some((_, Server::Dangling { group: held, bound })) if Arc::ptr_eq(held, group) => {
-                    if *bound == 1 {
-                        Operation::Remove
-                    } else {
-                        Operation::Insert(Server::Dangling {
-                            group: Arc::clone(held),
-                            bound: bound - 1,
-                        })
-                    }
-                }
-                _ => Operation::Abort(()),
-            },
-            &guard,
-        );
     }
 }
 

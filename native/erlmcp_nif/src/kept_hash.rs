@@ -7,7 +7,7 @@ use std::hash::{BuildHasher, Hasher};
 
 /// Passes on the one `u64` that a key writes.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct KeptHash(u64);
+pub(crate) struct KeptHash(u64);
 
 impl BuildHasher for KeptHash {
     type Hasher = Self;

@@ -1,0 +1,165 @@
+//! What bindings are made of: groups, memberships and attempts. The protocol is described in the
+//! module `bindings`.
+
+use std::sync::Arc;
+
+use once_cell::race::OnceBox;
+
+use super::entry::{Key, Location};
+use crate::slots::{OCCUPIED, Slots};
+use crate::sync::{AtomicU8, Ordering, fence};
+
+/// One life of a server id.
+pub(super) struct Group {
+    /// The server's id; its location means nothing.
+    pub(super) server: Key,
+    /// Made at the first binding: most connections are never bound to.
+    members: OnceBox<Slots>,
+}
+
+impl Group {
+    pub(super) fn new(server: Key) -> Arc<Self> {
+        Arc::new(Self {
+            server,
+            members: OnceBox::new(),
+        })
+    }
+
+    pub(super) fn enter(self: &Arc<Self>, transport: Location) -> Membership {
+        let word = u64::from(transport.shard) << 49 | OCCUPIED | u64::from(transport.slot);
+        Membership {
+            group: Arc::clone(self),
+            slot: self
+                .members
+                .get_or_init(|| Box::new(Slots::new()))
+                .insert(word),
+        }
+    }
+
+    /// The places of those that may be bound: membership slot, shard, and slot in the shard.
+    pub(super) fn members(&self) -> impl Iterator<Item = (u32, u16, u32)> + '_ {
+        self.members
+            .get()
+            .into_iter()
+            .flat_map(Slots::iter)
+            .map(|(slot, word)| (slot, (word >> 49) as u16, word as u32))
+    }
+
+    /// Number of places that [`Self::members`] visits.
+    pub(super) fn high_water(&self) -> u32 {
+        self.members.get().map_or(0, Slots::high_water)
+    }
+}
+
+/// A place in a group's list.
+#[derive(Clone)]
+pub(super) struct Membership {
+    pub(super) group: Arc<Group>,
+    pub(super) slot: u32,
+}
+
+impl Membership {
+    pub(super) fn is(&self, group: &Arc<Group>, slot: u32) -> bool {
+        self.slot == slot && Arc::ptr_eq(&self.group, group)
+    }
+
+    /// Takes the place out of the list. Only for the one that ended the membership, once.
+    pub(super) fn leave_list(&self) {
+        if let Some(members) = self.group.members.get() {
+            members.remove(self.slot);
+        }
+    }
+}
+
+/// What stands in a transport's entry.
+#[derive(Clone)]
+pub(super) enum Binding {
+    Unbound,
+    To(Membership),
+    Pending(Arc<Attempt>),
+}
+
+impl Binding {
+    pub(super) fn settled(membership: Option<Membership>) -> Self {
+        membership.map_or(Self::Unbound, Self::To)
+    }
+
+    pub(super) fn is_attempt(&self, attempt: &Arc<Attempt>) -> bool {
+        matches!(self, Self::Pending(pending) if Arc::ptr_eq(pending, attempt))
+    }
+}
+
+/// The descriptor of a binding that is being made.
+pub(super) struct Attempt {
+    pub(super) to: Membership,
+    /// What holds if the attempt is aborted.
+    pub(super) from: From,
+    decision: Decision,
+}
+
+/// What an attempt replaces.
+#[derive(Clone)]
+pub(super) enum From {
+    /// The transport is being registered with an automatic binding.
+    Unregistered,
+    Registered(Option<Membership>),
+}
+
+impl Attempt {
+    pub(super) fn new(to: Membership, from: From) -> Arc<Self> {
+        Arc::new(Self {
+            to,
+            from,
+            decision: Decision::new(),
+        })
+    }
+
+    /// Whether the binding holds. `is_current` says whether the attempt's group is the current one
+    /// of its server id; it is asked only as long as nobody has decided.
+    pub(super) fn decide(&self, is_current: impl FnOnce() -> bool) -> bool {
+        self.decision.decide(is_current)
+    }
+}
+
+const UNDECIDED: u8 = 0;
+const BOUND: u8 = 1;
+const ABORTED: u8 = 2;
+
+/// A question that is answered once, by whoever comes first.
+#[doc(hidden)]
+#[derive(Debug)]
+pub struct Decision(AtomicU8);
+
+impl Decision {
+    #[doc(hidden)]
+    #[allow(clippy::new_without_default)]
+    pub fn new() -> Self {
+        Self(AtomicU8::new(UNDECIDED))
+    }
+
+    #[doc(hidden)]
+    pub fn decide(&self, is_current: impl FnOnce() -> bool) -> bool {
+        let decided = match self.0.load(Ordering::Acquire) {
+            UNDECIDED => {
+                // SeqCst: the attempt was written (or seen) before this fence, and the server is
+                // read after it; against the fence in `server_has_gone`.
+                fence(Ordering::SeqCst);
+                let mine = if is_current() { BOUND } else { ABORTED };
+                self.0
+                    .compare_exchange(UNDECIDED, mine, Ordering::AcqRel, Ordering::Acquire)
+                    .map_or_else(|theirs| theirs, |_| mine)
+            }
+            decided => decided,
+        };
+        decided == BOUND
+    }
+
+    /// For the one who has taken a server out of its map, before anything else is read.
+    #[doc(hidden)]
+    pub fn server_has_gone() {
+        // SeqCst: without this fence and that in `decide`, one thread could take the server for
+        // current after it was removed while another, which removed it, still sees the old
+        // binding of a transport that the first one has bound to it.
+        fence(Ordering::SeqCst);
+    }
+}

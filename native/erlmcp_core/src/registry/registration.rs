@@ -1,0 +1,278 @@
+//! Registering, removing and changing entries. Each takes effect at one exchange in one map, but for
+//! a registration with an automatic binding (see the module `bindings`).
+
+use std::sync::Arc;
+
+use papaya::{Compute, Operation};
+
+use super::entry::{Key, Server, Transport};
+use super::group::{Attempt, Binding, Decision, From, Group};
+use super::{Entry, Id, Location, Namespace, Registry};
+use crate::error::RegisterError;
+use crate::sync::Ordering;
+
+impl<L> Registry<L>
+where
+    L: Clone + PartialEq + Send + Sync + 'static,
+{
+    /// Registers `id` for `address` in `shard`, and for a transport makes the automatic binding to
+    /// the server named by `bind_to`, whether that is registered or not. `lease` makes what the
+    /// entry carries; it is called at most once, after the first checks have passed.
+    ///
+    /// Lock-free. `bind_to` is ignored for servers and connections. `shard` must be less than the
+    /// number of shards.
+    pub fn register(
+        &self,
+        namespace: Namespace,
+        id: Id<'_>,
+        shard: u16,
+        address: u64,
+        bind_to: Option<Id<'_>>,
+        lease: impl FnOnce(Location) -> L,
+    ) -> Result<L, RegisterError> {
+        if let Some(address) = self.address(namespace, &id) {
+            return Err(RegisterError::AlreadyRegistered { address });
+        }
+        if namespace != Namespace::Connection && self.gate.is_closed() {
+            return Err(RegisterError::Closed);
+        }
+        if self.reserved.fetch_add(1, Ordering::Relaxed) >= self.limits.max_entries {
+            self.reserved.fetch_sub(1, Ordering::Relaxed);
+            return Err(RegisterError::RegistryFull);
+        }
+        let location = Location {
+            slot: self.shards[usize::from(shard)].slots.insert(id.hash),
+            shard,
+            namespace,
+        };
+        self.shards[usize::from(shard)].entered(namespace);
+        let lease = lease(location);
+        let entry = Entry {
+            address,
+            lease: lease.clone(),
+        };
+        let inserted = match namespace {
+            Namespace::Server => self.insert_server(Key::new(id, location), entry),
+            Namespace::Transport => self.insert_transport(id, location, entry, bind_to),
+            Namespace::Connection => {
+                let guard = self.connections.guard();
+                self.connections
+                    .try_insert(Key::new(id, location), entry, &guard)
+                    .map(|_| ())
+                    .map_err(|occupied| occupied.current.address)
+            }
+        };
+        if let Err(address) = inserted {
+            self.release(location);
+            return Err(RegisterError::AlreadyRegistered { address });
+        }
+        if namespace != Namespace::Connection && self.gate.is_closed_behind() {
+            self.remove_leased(&location, |held| *held == lease);
+            return Err(RegisterError::Closed);
+        }
+        Ok(lease)
+    }
+
+    fn insert_server(&self, key: Key, entry: Entry<L>) -> Result<(), u64> {
+        let guard = self.servers.guard();
+        let new_group = Group::new(Key::without_location(self.id_of(&key)));
+        let registered = self.servers.compute(
+            key,
+            |current| match current {
+                None => Operation::Insert(Server::Registered {
+                    group: Arc::clone(&new_group),
+                    entry: entry.clone(),
+                }),
+                // The transports that are bound to the name are bound to the server from now on.
+                Some((_, Server::Dangling { group, .. })) => {
+                    Operation::Insert(Server::Registered {
+                        group: Arc::clone(group),
+                        entry: entry.clone(),
+                    })
+                }
+                Some((_, Server::Registered { entry, .. })) => Operation::Abort(entry.address),
+            },
+            &guard,
+        );
+        match registered {
+            Compute::Aborted(address) => Err(address),
+            _ => Ok(()),
+        }
+    }
+
+    fn insert_transport(
+        &self,
+        id: Id<'_>,
+        location: Location,
+        entry: Entry<L>,
+        bind_to: Option<Id<'_>>,
+    ) -> Result<(), u64> {
+        let guard = self.transports.guard();
+        loop {
+            let attempt = bind_to
+                .map(|server| Attempt::new(self.join(server).enter(location), From::Unregistered));
+            let transport = Transport {
+                entry: entry.clone(),
+                binding: attempt.clone().map_or(Binding::Unbound, Binding::Pending),
+            };
+            let key = Key::new(id, location);
+            if let Err(occupied) = self.transports.try_insert(key, transport, &guard) {
+                if let Some(attempt) = attempt {
+                    self.leave(&attempt.to);
+                }
+                if self.is_registered(occupied.current) {
+                    return Err(occupied.current.entry.address);
+                }
+                // Its server went before it was registered, so it never was. Help it out of the
+                // way; the one who registers it begins again like us.
+                let theirs = &occupied.current.entry.lease;
+                let _ = self.transports.remove_if(
+                    &id,
+                    |_, held| held.entry.lease == *theirs && !self.is_registered(held),
+                    &guard,
+                );
+                continue;
+            }
+            let Some(attempt) = attempt else {
+                return Ok(());
+            };
+            if self.decide(&attempt) {
+                self.settle(&id, &attempt, Some(attempt.to.clone()));
+                return Ok(());
+            }
+            let _ =
+                self.transports
+                    .remove_if(&id, |_, held| held.binding.is_attempt(&attempt), &guard);
+            self.leave(&attempt.to);
+        }
+    }
+
+    /// Gives back what a registration took before it entered its map.
+    fn release(&self, location: Location) {
+        let shard = &self.shards[usize::from(location.shard)];
+        shard.slots.remove(location.slot);
+        shard.left(location.namespace);
+        self.reserved.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    // ---- Removal ----
+
+    /// Removes whatever is registered under `id`, with its bindings, and returns it.
+    pub fn remove(&self, namespace: Namespace, id: &Id<'_>) -> Option<Entry<L>> {
+        self.remove_if(namespace, id, |_| true)
+    }
+
+    /// Removes the entry at `location` if `is_meant` says that its lease is the one meant. For
+    /// the end of what the lease stands for: never touches another registration of the same id.
+    pub fn remove_leased(
+        &self,
+        location: &Location,
+        is_meant: impl Fn(&L) -> bool,
+    ) -> Option<Entry<L>> {
+        self.remove_if(location.namespace, &self.located(*location)?, is_meant)
+    }
+
+    fn remove_if<Q>(
+        &self,
+        namespace: Namespace,
+        query: &Q,
+        is_meant: impl Fn(&L) -> bool,
+    ) -> Option<Entry<L>>
+    where
+        Q: papaya::Equivalent<Key> + std::hash::Hash,
+    {
+        let (location, entry) = match namespace {
+            Namespace::Connection => {
+                let guard = self.connections.guard();
+                let (key, entry) = self
+                    .connections
+                    .remove_if(query, |_, entry| is_meant(&entry.lease), &guard)
+                    .ok()??;
+                (key.location(), entry.clone())
+            }
+            Namespace::Server => {
+                let guard = self.servers.guard();
+                let (key, server) = self
+                    .servers
+                    .remove_if(
+                        query,
+                        |_, server| server.entry().is_some_and(|e| is_meant(&e.lease)),
+                        &guard,
+                    )
+                    .ok()??;
+                Decision::server_has_gone();
+                (key.location(), server.entry()?.clone())
+            }
+            Namespace::Transport => {
+                let guard = self.transports.guard();
+                let (key, transport) = self
+                    .transports
+                    .remove_if(
+                        query,
+                        |_, t| is_meant(&t.entry.lease) && self.is_registered(t),
+                        &guard,
+                    )
+                    .ok()??;
+                if let Some(membership) = self.holding(&transport.binding) {
+                    self.leave(&membership);
+                }
+                (key.location(), transport.entry.clone())
+            }
+        };
+        self.release(location);
+        Some(entry)
+    }
+
+    /// Removes all servers and transports and refuses new ones until [`Self::open`]. `removed` is
+    /// given each entry. Costs in proportion to what there is.
+    pub fn close(&self, mut removed: impl FnMut(Entry<L>)) {
+        self.gate.close();
+        let guard = self.transports.guard();
+        for key in self.transports.keys(&guard) {
+            self.remove(Namespace::Transport, &self.id_of(key))
+                .map(&mut removed);
+        }
+        let guard = self.servers.guard();
+        for key in self.servers.keys(&guard) {
+            self.remove(Namespace::Server, &self.id_of(key))
+                .map(&mut removed);
+        }
+    }
+
+    /// Takes registrations of servers and transports again.
+    pub fn open(&self) {
+        self.gate.open();
+    }
+
+    // ---- Change ----
+
+    /// Exchanges `former`, the lease of the server registered under `id`, for `new`, which must
+    /// have the same location. Address and bindings stay. Returns whether `former` was the lease.
+    pub fn exchange_server_lease(&self, id: &Id<'_>, former: &L, new: L) -> bool {
+        let guard = self.servers.guard();
+        let Some((key, _)) = self.servers.get_key_value(id, &guard) else {
+            return false;
+        };
+        let location = key.location();
+        let exchanged = self.servers.compute(
+            Key::new(*id, location),
+            |current| match current {
+                // The key is written anew with the entry, so it must be the one we read.
+                Some((key, Server::Registered { group, entry }))
+                    if key.location() == location && entry.lease == *former =>
+                {
+                    Operation::Insert(Server::Registered {
+                        group: Arc::clone(group),
+                        entry: Entry {
+                            address: entry.address,
+                            lease: new.clone(),
+                        },
+                    })
+                }
+                _ => Operation::Abort(()),
+            },
+            &guard,
+        );
+        matches!(exchanged, Compute::Updated { .. })
+    }
+}
