@@ -21,9 +21,10 @@
 
 %% @doc Checks the name of a tool.
 %%
-%% Text in any script passes, with digits, punctuation and emoji. The first fault found is returned:
+%% Letters and digits of any script, `_', `-' and emoji pass. The first fault found is returned:
 %% `invalid_binary' for anything but a binary, `empty', `too_long' above 255 characters, and
-%% `invalid_characters' for control characters and for what is not UTF-8.
+%% `invalid_characters' for any other character (spaces and punctuation among them) and for what is
+%% not UTF-8.
 -spec validate_tool_name(term()) -> ok | {error, name_error()}.
 validate_tool_name(Name) ->
     validate(Name).
@@ -66,14 +67,19 @@ validate(_) ->
     {error, invalid_binary}.
 
 
+%% Letters (L) with their marks (M), decimal digits (Nd), and what emoji are made of: symbols (So),
+%% skin tones (Sk), the joiner, and the tags that make flags of regions.
+-define(CHARACTERS, <<"^(?:[\\p{L}\\p{M}\\p{Nd}\\p{So}_\\-]|[\\x{1F3FB}-\\x{1F3FF}]|\\x{200D}"
+                      "|[\\x{1F000}-\\x{1FAFF}]|[\\x{E0020}-\\x{E007F}])+$">>).
+
+
 %% The name is UTF-8 here: string:length/1 has been through it.
 -spec validate_characters(binary()) -> ok | {error, invalid_characters}.
-validate_characters(<<Char/utf8, _/binary>>) when Char < 16#20; Char >= 16#7F, Char =< 16#9F ->
-    {error, invalid_characters};
-validate_characters(<<_/utf8, Rest/binary>>) ->
-    validate_characters(Rest);
-validate_characters(<<>>) ->
-    ok.
+validate_characters(Name) ->
+    case re:run(Name, ?CHARACTERS, [unicode, dollar_endonly, {capture, none}]) of
+        match -> ok;
+        nomatch -> {error, invalid_characters}
+    end.
 
 
 -spec existing_atom(binary()) -> atom() | binary().

@@ -36,14 +36,15 @@ pub const OCCUPIED: u64 = 1 << 48;
 
 #[cfg(not(loom))]
 const FIRST_SEGMENT: u32 = 8;
+/// loom does not see `OnceBox`, so a model makes its only segment before it starts threads.
 #[cfg(loom)]
-const FIRST_SEGMENT: u32 = 2;
+const FIRST_SEGMENT: u32 = 4;
 
 /// Enough to double [`FIRST_SEGMENT`] up to 2^31 words.
 #[cfg(not(loom))]
 const SEGMENTS: usize = 28;
 #[cfg(loom)]
-const SEGMENTS: usize = 2;
+const SEGMENTS: usize = 1;
 
 /// See the module's documentation.
 ///
