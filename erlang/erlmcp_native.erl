@@ -39,13 +39,13 @@ info() ->
              application => application_state(),
              registry_process => whereis(erlmcp_registry)
             },
-    case erlmcp_nif:load_error() of
+    case erlmcp_native_registry:load_error() of
         none ->
             Info#{
               nif => loaded,
               registry => erlmcp_shard_registry:stats(),
-              bindings => length(erlmcp_nif:bindings(default)),
-              distinct_configs => erlmcp_nif:distinct_configs()
+              bindings => length(erlmcp_native_registry:bindings(default)),
+              distinct_configs => erlmcp_native_registry:distinct_configs()
              };
         LoadError ->
             Info#{nif => {not_loaded, LoadError}}

@@ -11,7 +11,7 @@
 
 -spec start(application:start_type(), []) -> {ok, pid()} | {error, term()}.
 start(_Type, []) ->
-    case erlmcp_nif:load_error() of
+    case erlmcp_native_registry:load_error() of
         none -> configure();
         LoadError -> {error, {nif_not_loaded, LoadError}}
     end.
@@ -30,16 +30,25 @@ configure() ->
 
 %% The default registry outlives the application, and may have been used before it was started.
 -spec make_default_registry(erlmcp_native_config:limits()) -> ok.
-make_default_registry({Shards, MaxEntries, MaxIdBytes} = Limits) ->
-    created =:= erlmcp_nif:make_default(Shards, MaxEntries, MaxIdBytes) orelse
-    Limits =:= erlmcp_nif:limits(default) orelse
-    ?LOG_WARNING(
-      "erlmcp_native: the default registry exists already with {shards, max_entries, "
-      "max_id_bytes} = ~p and keeps them; the configured ~p take effect when the node is "
-      "started again and the application is started before the registry is used",
-      [erlmcp_nif:limits(default), Limits],
-      #{domain => [erlmcp_native]}),
-    ok.
+make_default_registry({Shards, MaxEntries, MaxIdBytes}) ->
+    case erlmcp_native_registry:make_default(Shards, MaxEntries, MaxIdBytes) of
+        created ->
+            ok;
+        exists ->
+            Wanted = #{shards => Shards, max_entries => MaxEntries, max_id_bytes => MaxIdBytes},
+            warn_unless_equal(erlmcp_shard_registry:limits(), Wanted)
+    end.
+
+
+-spec warn_unless_equal(erlmcp_shard_registry:options(), erlmcp_shard_registry:options()) -> ok.
+warn_unless_equal(Limits, Limits) ->
+    ok;
+warn_unless_equal(Existing, Wanted) ->
+    ?LOG_WARNING("erlmcp_native: the default registry exists already with ~p and keeps these bounds; "
+                 "the configured ~p take effect if the application is started before the registry is "
+                 "first used",
+                 [Existing, Wanted],
+                 #{domain => [erlmcp_native]}).
 
 
 -spec stop(term()) -> ok.

@@ -18,6 +18,7 @@
          list_shard/2,
          bound_transports/2,
          close/1]).
+-export([load_error/0, make_default/3, bindings/1, distinct_configs/0]).
 
 -export_type([entry/0]).
 
@@ -124,6 +125,34 @@ bound_transports(Registry, Server) ->
 -spec close(erlmcp_nif:registry()) -> ok.
 close(Registry) ->
     lists:foreach(fun end_sentinel/1, erlmcp_nif:close(Registry)).
+
+
+%%% What others than the registries need
+
+
+%% @doc Why the native library is not loaded; `none' if it is.
+-spec load_error() -> none | erlmcp_nif:load_error().
+load_error() ->
+    erlmcp_nif:load_error().
+
+
+%% @doc Makes the default registry with these bounds, unless it exists.
+-spec make_default(Shards :: pos_integer(), MaxEntries :: pos_integer(), MaxIdBytes :: pos_integer()) ->
+          created | exists.
+make_default(Shards, MaxEntries, MaxIdBytes) ->
+    erlmcp_nif:make_default(Shards, MaxEntries, MaxIdBytes).
+
+
+%% @doc All bindings, on a dirty scheduler.
+-spec bindings(erlmcp_nif:registry()) -> [{Transport :: term(), Server :: term()}].
+bindings(Registry) ->
+    erlmcp_nif:bindings(Registry).
+
+
+%% @doc The number of different config terms that all registries keep.
+-spec distinct_configs() -> non_neg_integer().
+distinct_configs() ->
+    erlmcp_nif:distinct_configs().
 
 
 %%% Sentinels

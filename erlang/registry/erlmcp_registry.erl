@@ -433,7 +433,7 @@ code_change(_OldVsn, State, _Extra) ->
 
 %% @private
 %% Configs may hold secrets, and status reports end up in logs.
--spec format_status(map()) -> map().
+-spec format_status(gen_server:format_status()) -> gen_server:format_status().
 format_status(Status) ->
     maps:map(
       fun(state, #state{registry = Registry}) ->
