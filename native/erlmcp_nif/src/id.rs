@@ -177,13 +177,15 @@ fn encode_one<'a>(
             Ok(_) => return Err(Error::BadArg),
             Err(_) => external(term, max_bytes, out)?,
         },
-        TermType::Integer => match (term.decode::<u8>(), term.decode::<i64>()) {
-            (Ok(byte), _) => out.extend_from_slice(&[TAG_BYTE, byte]),
-            (_, Ok(integer)) => {
-                out.push(TAG_INTEGER);
-                out.extend_from_slice(&integer.to_le_bytes());
-            }
-            _ => external(term, max_bytes, out)?,
+        TermType::Integer => match term.decode::<i64>() {
+            Ok(integer) => match u8::try_from(integer) {
+                Ok(byte) => out.extend_from_slice(&[TAG_BYTE, byte]),
+                Err(_) => {
+                    out.push(TAG_INTEGER);
+                    out.extend_from_slice(&integer.to_le_bytes());
+                }
+            },
+            Err(_) => external(term, max_bytes, out)?,
         },
         TermType::Float => {
             let mut float: f64 = term.decode()?;
