@@ -1,0 +1,81 @@
+%%% Runs the model of `prop_registry' against both registries.
+%%%
+%%% PROP_SEQUENTIAL and PROP_PARALLEL in the environment are the numbers of histories for each
+%%% registry. A default run takes about 10 s for a sequential and 4 s for a parallel property on two
+%%% cores.
+-module(registry_property_SUITE).
+
+-export([suite/0, all/0, init_per_suite/1, end_per_suite/1]).
+-export([sequential_native/1, sequential_classic/1, parallel_native/1, parallel_classic/1]).
+
+-define(SEQUENTIAL, 1000).
+-define(PARALLEL,   200).
+
+%% Histories grow with every test from the first of these sizes to the second. A failure that is
+%% waited for costs its deadline in every attempt to shrink it.
+-define(OPTIONS, [{start_size, 20}, {max_size, 100}, {max_shrinks, 100}, {to_file, user}]).
+
+
+suite() -> [{timetrap, {hours, 8}}].
+
+
+all() -> [sequential_native, sequential_classic, parallel_native, parallel_classic].
+
+
+%% The histories route to unknown ids all the time, and every registry warns of it.
+init_per_suite(Config) ->
+    #{level := Level} = logger:get_primary_config(),
+    ok = logger:set_primary_config(level, error),
+    [{logger_level, Level} | Config].
+
+
+end_per_suite(Config) ->
+    ok = logger:set_primary_config(level, proplists:get_value(logger_level, Config)).
+
+
+sequential_native(_Config) ->
+    check(prop_registry:prop_sequential_native(), "PROP_SEQUENTIAL", ?SEQUENTIAL).
+
+
+sequential_classic(_Config) ->
+    check(prop_registry:prop_sequential_classic(), "PROP_SEQUENTIAL", ?SEQUENTIAL).
+
+
+parallel_native(_Config) ->
+    check(prop_registry:prop_parallel_native(), "PROP_PARALLEL", ?PARALLEL).
+
+
+parallel_classic(_Config) ->
+    check(prop_registry:prop_parallel_classic(), "PROP_PARALLEL", ?PARALLEL).
+
+
+%% A run shorter than the default may miss an interesting outcome by chance, a longer one may not.
+check(Property, Variable, Default) ->
+    Histories = histories(Variable, Default),
+    Started = erlang:monotonic_time(millisecond),
+    io:format(user, "~n~b histories (~s)~n", [Histories, Variable]),
+    case proper:quickcheck(Property, [{numtests, Histories} | ?OPTIONS]) of
+        true -> ok;
+        Failure -> ct:fail({Failure, proper:counterexample()})
+    end,
+    Milliseconds = erlang:monotonic_time(millisecond) - Started,
+    Unseen = prop_registry:unseen(),
+    Summary = io_lib:format("~b histories in ~b ms, unseen: ~0p",
+                            [Histories, Milliseconds, Unseen]),
+    io:format(user, "~s~n", [Summary]),
+    case Unseen =:= [] orelse Histories < Default of
+        true -> {comment, lists:flatten(Summary)};
+        false -> ct:fail({unseen, Unseen})
+    end.
+
+
+histories(Variable, Default) ->
+    case os:getenv(Variable) of
+        false ->
+            Default;
+        Text ->
+            case string:to_integer(Text) of
+                {Number, ""} when is_integer(Number), Number > 0 -> Number;
+                _ -> ct:fail({bad_environment, Variable, Text, "a positive integer"})
+            end
+    end.
