@@ -18,6 +18,9 @@ use crate::resource::{Lease, Registry, RegistryResource, make_default_registry, 
 /// Entries that are listed on a normal scheduler: about 300 microseconds.
 const MAX_LISTED_ON_NORMAL_SCHEDULER: u64 = 500;
 
+/// Places, most of them empty, that are walked on a normal scheduler: some 100 microseconds.
+const MAX_WALKED_ON_NORMAL_SCHEDULER: u64 = 20_000;
+
 // ---- Arguments and results ----
 
 #[inline]
@@ -530,7 +533,9 @@ fn list_on<'a>(
 ) -> NifResult<Term<'a>> {
     let registry = registry(of)?;
     let namespace = namespace(ns)?;
-    if scheduler == Scheduler::Normal && registry.count(namespace) > MAX_LISTED_ON_NORMAL_SCHEDULER
+    if scheduler == Scheduler::Normal
+        && (registry.count(namespace) > MAX_LISTED_ON_NORMAL_SCHEDULER
+            || registry.high_water() > MAX_WALKED_ON_NORMAL_SCHEDULER)
     {
         return Ok(atoms::dirty().encode(env));
     }

@@ -308,6 +308,15 @@ where
         self.shards[usize::from(shard)].slots.high_water()
     }
 
+    /// The most entries that there have been at one time, or a little more: the tables never shrink
+    /// by themselves, so this is what [`Self::for_each`] costs. One load a shard.
+    pub fn high_water(&self) -> u64 {
+        self.shards
+            .iter()
+            .map(|shard| u64::from(shard.slots.high_water()))
+            .sum()
+    }
+
     /// Server ids that are in the map only because automatic bindings name them.
     pub fn dangling_servers(&self) -> usize {
         let guard = self.servers.guard();
