@@ -72,13 +72,12 @@ require_cargo() {
 # Runs a command. Shows what it printed only if it failed.
 require_quietly() {
     require_log=$(mktemp)
-    if "$@" >"$require_log" 2>&1; then
-        rm -f "$require_log"
-        return 0
+    require_status=0
+    "$@" >"$require_log" 2>&1 || require_status=$?
+    if [ "$require_status" -ne 0 ]; then
+        cat "$require_log" >&2
+        echo "failed: $*" >&2
     fi
-    require_status=$?
-    cat "$require_log" >&2
     rm -f "$require_log"
-    echo "failed: $*" >&2
     return "$require_status"
 }

@@ -292,31 +292,42 @@ where
     /// kept in the map by counting the bindings to it; [`Self::leave_group`] undoes that.
     pub(super) fn join(&self, server: Id<'_>) -> Arc<Group> {
         let guard = self.servers.guard();
-        let new_group = Group::new(Key::without_location(server));
-        let joined = self.servers.compute(
-            Key::without_location(server),
-            |current| match current {
-                None => Operation::Insert(Server::Dangling {
-                    group: Arc::clone(&new_group),
-                    bound: 1,
-                }),
-                Some((_, Server::Dangling { group, bound })) => {
-                    Operation::Insert(Server::Dangling {
-                        group: Arc::clone(group),
-                        bound: bound + 1,
-                    })
-                }
-                Some((_, Server::Registered { group, .. })) => Operation::Abort(Arc::clone(group)),
-            },
-            &guard,
-        );
-        match joined {
-            Compute::Inserted(_, server) => Arc::clone(server.group()),
-            Compute::Updated {
-                new: (_, server), ..
-            } => Arc::clone(server.group()),
-            Compute::Aborted(group) => group,
-            Compute::Removed(..) => unreachable!("join never removes"),
+        loop {
+            let joined = self.servers.compute(
+                Key::without_location(server),
+                |current| match current {
+                    None => Operation::Abort(None),
+                    Some((_, Server::Dangling { group, bound })) => {
+                        Operation::Insert(Server::Dangling {
+                            group: Arc::clone(group),
+                            bound: bound + 1,
+                        })
+                    }
+                    Some((_, Server::Registered { group, .. })) => {
+                        Operation::Abort(Some(Arc::clone(group)))
+                    }
+                },
+                &guard,
+            );
+            match joined {
+                Compute::Aborted(Some(group)) => return group,
+                Compute::Updated {
+                    new: (_, server), ..
+                } => return Arc::clone(server.group()),
+                _ => {}
+            }
+            // Not by `compute`: see `insert_server`.
+            let new = Server::Dangling {
+                group: Group::new(Key::without_location(server)),
+                bound: 1,
+            };
+            if let Ok(inserted) =
+                self.servers
+                    .try_insert(Key::without_location(server), new, &guard)
+            {
+                return Arc::clone(inserted.group());
+            }
+            // Lost to another change of this name.
         }
     }
 

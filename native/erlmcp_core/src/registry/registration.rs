@@ -52,7 +52,7 @@ where
             lease: lease.clone(),
         };
         let inserted = match namespace {
-            Namespace::Server => self.insert_server(Key::new(id, location), entry),
+            Namespace::Server => self.insert_server(id, location, &entry),
             Namespace::Transport => self.insert_transport(id, location, entry, bind_to),
             Namespace::Connection => {
                 let guard = self.connections.guard();
@@ -73,30 +73,42 @@ where
         Ok(lease)
     }
 
-    fn insert_server(&self, key: Key, entry: Entry<L>) -> Result<(), u64> {
+    fn insert_server(&self, id: Id<'_>, location: Location, entry: &Entry<L>) -> Result<(), u64> {
         let guard = self.servers.guard();
-        let new_group = Group::new(Key::without_location(self.id_of(&key)));
-        let registered = self.servers.compute(
-            key,
-            |current| match current {
-                None => Operation::Insert(Server::Registered {
-                    group: Arc::clone(&new_group),
-                    entry: entry.clone(),
-                }),
-                // The transports that are bound to the name are bound to the server from now on.
-                Some((_, Server::Dangling { group, .. })) => {
-                    Operation::Insert(Server::Registered {
-                        group: Arc::clone(group),
-                        entry: entry.clone(),
-                    })
-                }
-                Some((_, Server::Registered { entry, .. })) => Operation::Abort(entry.address),
-            },
-            &guard,
-        );
-        match registered {
-            Compute::Aborted(address) => Err(address),
-            _ => Ok(()),
+        let group = Group::new(Key::without_location(id));
+        loop {
+            // Not by `compute`: what that inserts does not help papaya to finish a resize, so that
+            // a map filled by it alone is probed to the limits of two tables ever after (15 times
+            // slower with 15,000 entries).
+            let new = Server::Registered {
+                group: Arc::clone(&group),
+                entry: entry.clone(),
+            };
+            let key = Key::new(id, location);
+            let Err(occupied) = self.servers.try_insert(key, new, &guard) else {
+                return Ok(());
+            };
+            if let Some(held) = occupied.current.entry() {
+                return Err(held.address);
+            }
+            // The transports that are bound to the name are bound to the server from now on.
+            let registered = self.servers.compute(
+                Key::new(id, location),
+                |current| match current {
+                    Some((_, Server::Dangling { group, .. })) => {
+                        Operation::Insert(Server::Registered {
+                            group: Arc::clone(group),
+                            entry: entry.clone(),
+                        })
+                    }
+                    _ => Operation::Abort(()),
+                },
+                &guard,
+            );
+            if matches!(registered, Compute::Updated { .. }) {
+                return Ok(());
+            }
+            // Lost to another change of this name.
         }
     }
 

@@ -1,0 +1,478 @@
+%% The races that a registry without a lock must win, each under its name. Every case bounds its
+%% own time, checks the state that must hold when all is quiet, and, where it can, that the race
+%% was really run.
+-module(races_SUITE).
+
+-include_lib("stdlib/include/assert.hrl").
+
+-compile([export_all, nowarn_export_all]).
+
+-define(DEADLINE_MS, 20000).
+
+
+all() ->
+    [same_id_registered_from_16_processes,
+     death_during_registration,
+     unregister_against_down,
+     bind_against_unregister_of_the_server,
+     bind_against_unregister_of_the_transport,
+     bind_against_death_of_the_server,
+     automatic_binding_against_end_of_the_server,
+     update_server_against_death,
+     registry_killed_and_adopted_under_load,
+     orderly_stop_against_registration,
+     pid_under_many_ids_dies,
+     hundred_thousand_die_at_once,
+     readers_during_table_growth,
+     broadcast_during_binding_changes,
+     dangling_names_do_not_leak].
+
+
+init_per_testcase(_Case, Config) ->
+    start(),
+    Config.
+
+
+end_per_testcase(_Case, _Config) ->
+    is_pid(whereis(erlmcp_registry)) andalso gen_server:stop(erlmcp_registry),
+    eventually(fun() -> erlmcp_shard_registry:count() =:= 0 end),
+    #{servers := 0, transports := 0} = erlmcp_shard_registry:stats(),
+    ok.
+
+
+same_id_registered_from_16_processes(_Config) ->
+    Self = self(),
+    Winners = lists:map(
+                fun(Round) ->
+                        Results = at_once(16,
+                                          fun(N) ->
+                                                  {erlmcp_shard_registry:register_connection({id, Round}, Self, N), N}
+                                          end),
+                        [Winner] = [ N || {ok, N} <- Results ],
+                        ?assertEqual(15, length([ x || {{error, already_registered}, _} <- Results ])),
+                        ?assertEqual({ok, {Self, Winner}}, erlmcp_shard_registry:lookup_connection({id, Round})),
+                        ok = erlmcp_shard_registry:unregister_connection({id, Round}),
+                        Winner
+                end,
+                lists:seq(1, 2000)),
+    % It is not always the first one that wins.
+    ?assert(length(lists:usort(Winners)) > 1).
+
+
+%% A process is killed while it registers itself, or while another one registers it.
+death_during_registration(_Config) ->
+    Died = [ begin
+                 Victim = spawn(fun() ->
+                                        erlmcp_shard_registry:register_connection({self, N}, self(), x),
+                                        timer:sleep(infinity)
+                                end),
+                 spin(N rem 200),
+                 exit(Victim, kill),
+                 ok = erlmcp_shard_registry:register_connection({other, N}, Victim, x),
+                 Victim
+             end || N <- lists:seq(1, 20000) ],
+    _ = [ await_end(Pid) || Pid <- Died ],
+    eventually(fun() -> erlmcp_shard_registry:count() =:= 0 end).
+
+
+%% The end of the old process never takes away the new one under the same id.
+unregister_against_down(_Config) ->
+    lists:foreach(
+      fun(N) ->
+              Old = spawn(fun() -> receive go -> ok end end),
+              ok = erlmcp_registry:register_server(s, Old, N),
+              Old ! go,
+              spin(N rem 100),
+              ok = erlmcp_registry:unregister_server(s),
+              ok = erlmcp_registry:register_server(s, self(), N),
+              await_end(Old),
+              ?assertEqual({ok, {self(), N}}, erlmcp_registry:find_server(s)),
+              ok = erlmcp_registry:unregister_server(s)
+      end,
+      lists:seq(1, 10000)).
+
+
+bind_against_unregister_of_the_server(_Config) ->
+    ok = erlmcp_registry:register_transport(t, self(), #{}),
+    Outcomes = [ begin
+                     ok = erlmcp_registry:register_server(s, self(), #{}),
+                     [Bound, ok] = side_by_side(N,
+                                                fun() -> erlmcp_registry:bind_transport_to_server(t, s) end,
+                                                fun() -> erlmcp_registry:unregister_server(s) end),
+                     ?assertEqual({error, not_found}, erlmcp_registry:get_server_for_transport(t)),
+                     ok = erlmcp_registry:register_server(s, self(), #{}),
+                     ?assertEqual({error, not_found}, erlmcp_registry:get_server_for_transport(t)),
+                     ok = erlmcp_registry:unregister_server(s),
+                     Bound
+                 end || N <- lists:seq(1, 10000) ],
+    assert_both([ok, {error, server_not_found}], Outcomes).
+
+
+bind_against_unregister_of_the_transport(_Config) ->
+    ok = erlmcp_registry:register_server(s, self(), #{}),
+    Outcomes = [ begin
+                     ok = erlmcp_registry:register_transport(t, self(), #{}),
+                     [Bound, ok] = side_by_side(N,
+                                                fun() -> erlmcp_registry:bind_transport_to_server(t, s) end,
+                                                fun() -> erlmcp_registry:unregister_transport(t) end),
+                     ok = erlmcp_registry:register_transport(t, self(), #{}),
+                     ?assertEqual({error, not_found}, erlmcp_registry:get_server_for_transport(t)),
+                     ok = erlmcp_registry:unregister_transport(t),
+                     Bound
+                 end || N <- lists:seq(1, 10000) ],
+    assert_both([ok, {error, transport_not_found}], Outcomes),
+    ?assertEqual({ok, {registry_state, #{}}}, erlmcp_registry:get_all_state()).
+
+
+bind_against_death_of_the_server(_Config) ->
+    ok = erlmcp_registry:register_transport(t, self(), #{}),
+    Outcomes = [ begin
+                     Server = spawn(fun() -> receive go -> ok end end),
+                     ok = erlmcp_registry:register_server(s, Server, #{}),
+                     [Bound, _] = side_by_side(N,
+                                               fun() -> erlmcp_registry:bind_transport_to_server(t, s) end,
+                                               fun() -> Server ! go end),
+                     await_end(Server),
+                     ?assertEqual({error, not_found}, erlmcp_registry:get_server_for_transport(t)),
+                     Bound
+                 end || N <- lists:seq(1, 10000) ],
+    assert_both([ok, {error, server_not_found}], Outcomes).
+
+
+%% Either the binding was there when the server ended, and went with it; or it was made after that,
+%% and waits for the next server of that name.
+automatic_binding_against_end_of_the_server(_Config) ->
+    Outcomes = [ begin
+                     Server = spawn(fun() -> receive go -> ok end end),
+                     ok = erlmcp_registry:register_server(s, Server, #{}),
+                     [ok, _] = side_by_side(N,
+                                            fun() ->
+                                                    erlmcp_registry:register_transport(t, self_parent(), #{server_id => s})
+                                            end,
+                                            fun() -> Server ! go end),
+                     await_end(Server),
+                     Bound = erlmcp_registry:get_server_for_transport(t),
+                     Expected = [ {mcp_response, s, N} || Bound =:= {ok, s} ],
+                     ok = erlmcp_registry:route_to_transport(broadcast, s, N),
+                     ?assertEqual(Expected, flush()),
+                     ok = erlmcp_registry:unregister_transport(t),
+                     Bound
+                 end || N <- begin put(parent, self()), lists:seq(1, 10000) end ],
+    assert_both([{ok, s}, {error, not_found}], Outcomes),
+    0 = maps:get(servers, erlmcp_shard_registry:stats()).
+
+
+update_server_against_death(_Config) ->
+    lists:foreach(
+      fun(N) ->
+              Server = spawn(fun() -> receive go -> ok end end),
+              ok = erlmcp_registry:register_server(s, Server, 0),
+              [Updated, _] = side_by_side(N,
+                                          fun() -> erlmcp_registry:update_server(s, N) end,
+                                          fun() -> Server ! go end),
+              ?assert(lists:member(Updated, [ok, {error, not_found}])),
+              await_end(Server),
+              ?assertEqual({error, not_found}, erlmcp_registry:find_server(s)),
+              eventually(fun() -> [] =:= erlmcp_registry:list_servers() end)
+      end,
+      lists:seq(1, 5000)).
+
+
+%% Routes go on while the registry's process is killed and started again: nothing is lost, and the
+%% order of each sender is kept.
+registry_killed_and_adopted_under_load(_Config) ->
+    Senders = 4,
+    Receiver = spawn_link(fun() -> collect(#{}) end),
+    ok = erlmcp_registry:register_server(s, Receiver, #{}),
+    Running = [ spawn_monitor(fun() -> send_numbers(Sender, 1) end) || Sender <- lists:seq(1, Senders) ],
+    lists:foreach(fun(_) ->
+                          Old = whereis(erlmcp_registry),
+                          exit(Old, kill),
+                          await_end(Old),
+                          start(),
+                          ?assertMatch({ok, {Receiver, #{}}}, erlmcp_registry:find_server(s))
+                  end,
+                  lists:seq(1, 200)),
+    _ = [ Pid ! {stop, self()} || {Pid, _} <- Running ],
+    Sent = [ receive {sent, Sender, Last} -> {Sender, Last} end || _ <- Running ],
+    Receiver ! {report, self()},
+    Received = receive {received, Map} -> Map end,
+    ?assertEqual(maps:from_list(Sent), Received),
+    ?assert(lists:all(fun({_, Last}) -> Last > 200 end, Sent)),
+    unlink(Receiver),
+    exit(Receiver, kill).
+
+
+send_numbers(Sender, N) ->
+    ok = erlmcp_registry:route_to_server(s, Sender, N),
+    receive
+        {stop, From} -> From ! {sent, Sender, N}
+    after
+        0 ->
+            send_numbers(Sender, N + 1)
+    end.
+
+
+%% The last number of each sender, provided that none was missing.
+collect(Last) ->
+    receive
+        {mcp_message, Sender, N} ->
+            N = maps:get(Sender, Last, 0) + 1,
+            collect(Last#{Sender => N});
+        {report, From} ->
+            % Behind all that was sent before it.
+            From ! {received, Last}
+    end.
+
+
+%% What is registered while the registry is stopped is either cleared or refused.
+orderly_stop_against_registration(_Config) ->
+    Self = self(),
+    Refused = [ begin
+                    Loop = spawn_link(fun() -> register_until_refused(Self, 0) end),
+                    spin(5000),
+                    ok = gen_server:stop(erlmcp_registry),
+                    Registered = receive {refused, Loop, Count} -> Count end,
+                    #{servers := 0, transports := 0} = erlmcp_shard_registry:stats(),
+                    start(),
+                    ?assertEqual([], erlmcp_registry:list_servers()),
+                    Registered
+                end || _ <- lists:seq(1, 300) ],
+    ?assert(lists:sum(Refused) > 300).
+
+
+register_until_refused(Parent, Count) ->
+    try erlmcp_registry:register_server({s, Count}, Parent, #{}) of
+        ok -> register_until_refused(Parent, Count + 1)
+    catch
+        exit:{noproc, {gen_server, call, [erlmcp_registry, {register_server, {s, Count}, Parent, #{}}]}} ->
+            Parent ! {refused, self(), Count}
+    end.
+
+
+pid_under_many_ids_dies(_Config) ->
+    Pid = spawn(fun() -> timer:sleep(infinity) end),
+    _ = [ begin
+              ok = erlmcp_registry:register_server(N, Pid, #{}),
+              ok = erlmcp_registry:register_transport(N, Pid, #{server_id => N div 2}),
+              ok = erlmcp_shard_registry:register_connection(N, Pid, N)
+          end || N <- lists:seq(1, 10000) ],
+    exit(Pid, kill),
+    await_end(Pid),
+    eventually(fun() ->
+                       #{servers := S, transports := T, connections := C} = erlmcp_shard_registry:stats(),
+                       S + T + C =:= 0
+               end),
+    ?assertEqual({ok, {registry_state, #{}}}, erlmcp_registry:get_all_state()).
+
+
+hundred_thousand_die_at_once(_Config) ->
+    N = 100000,
+    Group = spawn(fun() -> timer:sleep(infinity) end),
+    _ = [ begin
+              Pid = spawn_opt(fun() -> _ = link(Group), timer:sleep(infinity) end, [{min_heap_size, 10}]),
+              ok = erlmcp_shard_registry:register_connection({c, I}, Pid, #{})
+          end || I <- lists:seq(1, N) ],
+    ?assertEqual(N, erlmcp_shard_registry:count()),
+    ?assertEqual(N, length(lists:append([ erlmcp_shard_registry:list_connections(S) || S <- lists:seq(0, 63) ]))),
+    Before = erlang:monotonic_time(millisecond),
+    exit(Group, kill),
+    eventually(fun() -> erlmcp_shard_registry:count() =:= 0 end),
+    ct:log("clean after ~b ms", [erlang:monotonic_time(millisecond) - Before]),
+    ?assertEqual([], lists:append([ erlmcp_shard_registry:list_connections(S) || S <- lists:seq(0, 63) ])).
+
+
+readers_during_table_growth(_Config) ->
+    Self = self(),
+    Permanent = lists:seq(1, 1000),
+    _ = [ ok = erlmcp_shard_registry:register_connection({permanent, I}, Self, I) || I <- Permanent ],
+    Rounds = counters:new(1, []),
+    Reader = spawn_link(fun() -> read_until_told(Permanent, Self, Rounds) end),
+    Passed = register_until_read(1, Rounds),
+    Reader ! {stop, Self},
+    receive {stopped, Reader} -> ok end,
+    _ = [ erlmcp_shard_registry:unregister_connection({passing, I}) || I <- lists:seq(1, Passed) ],
+    ?assertEqual(1000, erlmcp_shard_registry:count()),
+    _ = [ erlmcp_shard_registry:unregister_connection({permanent, I}) || I <- Permanent ],
+    ok.
+
+
+%% Registers at least 100,000, and goes on until everything has been read some times meanwhile.
+register_until_read(I, Rounds) ->
+    ok = erlmcp_shard_registry:register_connection({passing, I}, self(), I),
+    I rem 3 =:= 0 andalso erlmcp_shard_registry:unregister_connection({passing, I}),
+    case I >= 100000 andalso (I >= 1000000 orelse counters:get(Rounds, 1) > 3) of
+        true ->
+            ?assert(counters:get(Rounds, 1) > 3),
+            I;
+        false ->
+            register_until_read(I + 1, Rounds)
+    end.
+
+
+read_until_told(Permanent, Pid, Rounds) ->
+    _ = [ Pid = erlmcp_shard_registry:whereis_connection({permanent, I}) || I <- Permanent ],
+    Listed = [ I || S <- lists:seq(0, 63), {{permanent, I}, _} <- erlmcp_shard_registry:list_connections(S) ],
+    Permanent = lists:sort(Listed),
+    counters:add(Rounds, 1, 1),
+    receive
+        {stop, From} -> From ! {stopped, self()}
+    after
+        0 ->
+            read_until_told(Permanent, Pid, Rounds)
+    end.
+
+
+%% Who is bound throughout gets every message exactly once, in order.
+broadcast_during_binding_changes(_Config) ->
+    Self = self(),
+    ok = erlmcp_registry:register_server(s, Self, #{}),
+    ok = erlmcp_registry:register_server(other, Self, #{}),
+    Permanent = [ spawn_link(fun() -> gather([]) end) || _ <- lists:seq(1, 50) ],
+    _ = [ ok = erlmcp_registry:register_transport(P, P, #{server_id => s}) || P <- Permanent ],
+    Sink = spawn_link(fun() -> sink() end),
+    _ = [ ok = erlmcp_registry:register_transport({passing, I}, Sink, #{}) || I <- lists:seq(1, 20) ],
+    Changer = spawn_link(fun() -> change_bindings(Self, 0) end),
+    _ = [ ok = erlmcp_registry:route_to_transport(broadcast, s, N) || N <- lists:seq(1, 3000) ],
+    Changer ! {stop, Self},
+    Changes = receive {changed, Count} -> Count end,
+    ?assert(Changes > 20),
+    Expected = [ {mcp_response, s, N} || N <- lists:seq(1, 3000) ],
+    _ = [ begin
+              P ! {report, Self},
+              receive {gathered, P, Got} -> ?assertEqual(Expected, Got) end,
+              unlink(P),
+              exit(P, kill)
+          end || P <- Permanent ],
+    unlink(Sink),
+    exit(Sink, kill).
+
+
+change_bindings(From, Count) ->
+    _ = [ begin
+              ok = erlmcp_registry:bind_transport_to_server({passing, I}, s),
+              ok = erlmcp_registry:bind_transport_to_server({passing, I}, other),
+              ok = erlmcp_registry:unbind_transport({passing, I})
+          end || I <- lists:seq(1, 20) ],
+    receive
+        {stop, From} -> From ! {changed, Count}
+    after
+        0 ->
+            change_bindings(From, Count + 1)
+    end.
+
+
+dangling_names_do_not_leak(_Config) ->
+    Parent = self(),
+    _ = at_once(8,
+                fun(N) ->
+                        _ = [ begin
+                                  T = {t, N, I rem 5},
+                                  _ = erlmcp_registry:register_transport(T, Parent, #{server_id => {s, I rem 3}}),
+                                  _ = erlmcp_registry:bind_transport_to_server(T, {s, 4}),
+                                  _ = I rem 2 =:= 0 andalso
+                                      erlmcp_registry:restore_state({registry_state, #{T => {s, 1}}}),
+                                  ok = erlmcp_registry:unregister_transport(T)
+                              end || I <- lists:seq(1, 500) ]
+                end),
+    ?assertEqual([], erlmcp_registry:list_transports()),
+    ?assertEqual({ok, {registry_state, #{}}}, erlmcp_registry:get_all_state()),
+    % Nobody is bound to the names, so a server that takes one has no transports.
+    _ = [ begin
+              ok = erlmcp_registry:register_server({s, I}, Parent, #{}),
+              ok = erlmcp_registry:route_to_transport(broadcast, {s, I}, lost)
+          end || I <- lists:seq(0, 4) ],
+    ?assertEqual([], flush()).
+
+
+%%% Instruments
+
+
+start() ->
+    {Pid, Monitor} = spawn_monitor(fun() ->
+                                           {ok, Registry} = erlmcp_registry:start_link(),
+                                           unlink(Registry)
+                                   end),
+    receive {'DOWN', Monitor, process, Pid, Reason} -> normal = Reason end.
+
+
+%% Runs a fun in many processes that begin together, and returns what they returned.
+at_once(Number, Fun) ->
+    Parent = self(),
+    Pids = [ spawn_link(fun() ->
+                                receive go -> Parent ! {self(), Fun(N)} end
+                        end) || N <- lists:seq(1, Number) ],
+    _ = [ Pid ! go || Pid <- Pids ],
+    [ receive {Pid, Result} -> Result end || Pid <- Pids ].
+
+
+%% Runs two funs at the same time; which one is held back, and by how much, varies with the round.
+side_by_side(Round, First, Second) ->
+    Parent = self(),
+    Offset = 1 bsl (Round div 2 rem 17),
+    {Before, After} = case Round rem 2 of
+                          0 -> {0, Offset};
+                          1 -> {Offset, 0}
+                      end,
+    Other = spawn_link(fun() ->
+                               put(parent, Parent),
+                               Parent ! {self(), ready},
+                               receive go -> ok end,
+                               spin(Before),
+                               Parent ! {self(), First()}
+                       end),
+    receive {Other, ready} -> ok end,
+    Other ! go,
+    spin(After),
+    Result = Second(),
+    receive {Other, FirstResult} -> [FirstResult, Result] end.
+
+
+self_parent() ->
+    get(parent).
+
+
+spin(0) -> ok;
+spin(N) -> spin(N - 1).
+
+
+assert_both(Possible, Outcomes) ->
+    Counts = [ {P, length([ x || O <- Outcomes, O =:= P ])} || P <- Possible ],
+    ct:log("~p", [Counts]),
+    ?assertEqual(length(Outcomes), lists:sum([ C || {_, C} <- Counts ])),
+    ?assert(lists:all(fun({_, C}) -> C > 0 end, Counts)).
+
+
+flush() ->
+    receive {mcp_response, _, _} = Message -> [Message | flush()] after 0 -> [] end.
+
+
+gather(Got) ->
+    receive
+        {report, From} -> From ! {gathered, self(), lists:reverse(Got)};
+        Message -> gather([Message | Got])
+    end.
+
+
+sink() ->
+    receive _ -> sink() end.
+
+
+await_end(Pid) ->
+    Monitor = monitor(process, Pid),
+    receive {'DOWN', Monitor, process, Pid, _} -> ok end.
+
+
+eventually(Condition) ->
+    eventually(Condition, erlang:monotonic_time(millisecond) + ?DEADLINE_MS).
+
+
+eventually(Condition, Deadline) ->
+    case Condition() of
+        true ->
+            ok;
+        false ->
+            erlang:monotonic_time(millisecond) < Deadline orelse exit(deadline_passed),
+            timer:sleep(1),
+            eventually(Condition, Deadline)
+    end.
