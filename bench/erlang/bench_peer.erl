@@ -1,0 +1,50 @@
+%%% A VM of its own for what must not share memory or a process table with the rest, and the
+%%% resident memory of a VM as the operating system sees it.
+-module(bench_peer).
+
+-export([start/0, stop/1, call/4]).
+-export([resident/0]).
+
+-export_type([peer/0]).
+
+-opaque peer() :: pid().
+
+%% For two million processes; costs 16 MB before anything is measured.
+-define(PROCESSES, "2000000").
+
+
+%% With the application and both registries running.
+-spec start() -> peer().
+start() ->
+    Paths = [ filename:absname(Path) || Path <- code:get_path(), Path =/= "." ],
+    {ok, Peer, _} = peer:start_link(#{
+                                      connection => standard_io,
+                                      args => ["+P", ?PROCESSES, "-pa" | Paths]
+                                     }),
+    ok = call(Peer, registry_bench, start_registries, []),
+    Peer.
+
+
+-spec stop(peer()) -> ok.
+stop(Peer) ->
+    peer:stop(Peer).
+
+
+-spec call(peer(), module(), atom(), [term()]) -> term().
+call(Peer, Module, Function, Arguments) ->
+    peer:call(Peer, Module, Function, Arguments, infinity).
+
+
+%% Bytes of memory that this VM has in use, after all of its processes were collected.
+-spec resident() -> non_neg_integer().
+resident() ->
+    _ = [ erlang:garbage_collect(Pid) || Pid <- processes() ],
+    Kilobytes = case file:read_file("/proc/self/status") of
+                    {ok, Status} ->
+                        {match, [Digits]} =
+                            re:run(Status, "VmRSS:\\s+(\\d+)", [{capture, all_but_first, list}]),
+                        Digits;
+                    {error, _} ->
+                        string:trim(os:cmd("ps -o rss= -p " ++ os:getpid()))
+                end,
+    list_to_integer(Kilobytes) * 1024.

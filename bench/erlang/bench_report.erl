@@ -1,0 +1,296 @@
+%%% Rows of results, as a table for people and as JSON for programs.
+%%%
+%%% A row is a figure of the native registry, mostly beside that of something else, and their
+%%% ratio. It may have a floor, for the figure or for the ratio. A row in which the other one is
+%%% better *loses*, whatever its floor, and says so.
+-module(bench_report).
+
+%% Rows
+-export([time_row/5, rate_row/5, latency_row/5, size_row/6]).
+-export([floor/3, growth/1]).
+%% Output
+-export([print/2, json/1, missed/1]).
+%% Numbers
+-export([thousands/1, seconds/1]).
+
+-export_type([row/0]).
+
+-type row() :: #{
+                 section := string(),
+                 name := string(),
+                 figure := float(),
+                 unit := string(),
+                 better := less | more,
+                 against => string(),
+                 baseline => float(),
+                 ratio => float(),
+                 ratio_least => float(),
+                 ratio_greatest => float(),
+                 floor => float(),
+                 floor_of => figure | ratio,
+                 met => boolean(),
+                 loses := boolean(),
+                 % The ratio is of one thing at two sizes, and nothing loses.
+                 growth => true,
+                 latency => #{native := map(), against := map()}
+                }.
+
+%%% Rows
+
+
+%% Nanoseconds.
+-spec time_row(string(), string(), bench_rounds:figures(), string(), bench_rounds:figures()) ->
+          row().
+time_row(Section, Name, Figures, Against, Others) ->
+    compared(row(Section, Name, "ns", less), Figures, Against, Others).
+
+
+%% Messages a second.
+-spec rate_row(string(), string(), bench_rounds:figures(), string(), bench_rounds:figures()) ->
+          row().
+rate_row(Section, Name, Figures, Against, Others) ->
+    compared(row(Section, Name, "msg/s", more), Figures, Against, Others).
+
+
+%% Milliseconds; one map a measurement, with the three percentiles.
+-spec latency_row(string(), string(), [map()], string(), [map()]) -> row().
+latency_row(Section, Name, Native, Against, Others) ->
+    Row = compared(row(Section, Name, "ms", less),
+                   [ P95 || #{p95 := P95} <- Native ],
+                   Against,
+                   [ P95 || #{p95 := P95} <- Others ]),
+    Row#{latency => #{native => medians(Native), against => medians(Others)}}.
+
+
+-spec medians([map()]) -> map().
+medians([First | _] = Results) ->
+    maps:map(fun(Key, Value) when is_float(Value) ->
+                     bench_rounds:median([ map_get(Key, Result) || Result <- Results ]);
+                (saturated, _) ->
+                     length([ true || #{saturated := true} <- Results ]) * 2 > length(Results);
+                (_Key, Value) ->
+                     Value
+             end,
+             First).
+
+
+%% Anything of which less is better, of one measurement.
+-spec size_row(string(), string(), float(), string(), string() | none, float() | none) -> row().
+size_row(Section, Name, Figure, Unit, none, none) ->
+    (row(Section, Name, Unit, less))#{figure => Figure};
+size_row(Section, Name, Figure, Unit, Against, Baseline) ->
+    compared(row(Section, Name, Unit, less), [Figure], Against, [Baseline]).
+
+
+-spec row(string(), string(), string(), less | more) -> row().
+row(Section, Name, Unit, Better) ->
+    #{
+      section => Section,
+      name => Name,
+      figure => 0.0,
+      unit => Unit,
+      better => Better,
+      loses => false
+     }.
+
+
+-spec compared(row(), bench_rounds:figures(), string(), bench_rounds:figures()) -> row().
+compared(#{better := Better} = Row, Figures, Against, Others) ->
+    {Ratio, Least, Greatest} = bench_rounds:ratio(Figures, Others),
+    Row#{
+      figure => bench_rounds:median(Figures),
+      against => Against,
+      baseline => bench_rounds:median(Others),
+      ratio => Ratio,
+      ratio_least => Least,
+      ratio_greatest => Greatest,
+      loses => case Better of
+                   less -> Ratio > 1;
+                   more -> Ratio < 1
+               end
+     }.
+
+
+%% The least that is good enough, or the most.
+-spec floor(figure | ratio, float(), row()) -> row().
+floor(Of, Floor, #{better := Better} = Row) ->
+    Value = map_get(Of, Row),
+    Row#{
+      floor => Floor,
+      floor_of => Of,
+      met => case Better of
+                 less -> Value =< Floor;
+                 more -> Value >= Floor
+             end
+     }.
+
+
+-spec growth(row()) -> row().
+growth(Row) ->
+    Row#{growth => true, loses => false}.
+
+
+%% The rows that miss their floor.
+-spec missed([row()]) -> [row()].
+missed(Rows) ->
+    [ Row || #{met := false} = Row <- Rows ].
+
+
+%%% Table
+
+
+-spec print([{atom(), term()}], [row()]) -> ok.
+print(Machine, Rows) ->
+    io:format("~n"),
+    lists:foreach(fun({Key, Value}) -> io:format("~-11ts~ts~n", [Key, Value]) end, Machine),
+    io:format("~n~-47ts ~9ts   ~-34ts ~9ts  ~-18ts ~ts~n",
+              ["native", "", "against", "", "ratio (spread)", "floor"]),
+    _ = lists:foldl(fun(#{section := Section} = Row, Last) ->
+                            Section =:= Last orelse io:format("~ts~n", [Section]),
+                            print_row(Row),
+                            Section
+                    end,
+                    none,
+                    Rows),
+    Latencies = [ Latency || #{latency := Latency} <- Rows ],
+    Latencies =:= [] orelse print_latencies(Latencies),
+    Floors = length([ Row || #{met := _} = Row <- Rows ]),
+    Losing = length([ Row || #{loses := true} = Row <- Rows ]),
+    io:format("~nratios: native / other, the median of the rounds; less is better, more for msg/s~n"
+              "~b of ~b floors missed, ~b of ~b rows lose~n",
+              [length(missed(Rows)), Floors, Losing, length(Rows)]).
+
+
+-spec print_row(row()) -> ok.
+print_row(#{name := Name, figure := Figure, unit := Unit} = Row) ->
+    Against = maps:get(against, Row, ""),
+    Baseline = case Row of
+                   #{baseline := Value} -> quantity(Value, Unit);
+                   _ -> ""
+               end,
+    io:format("  ~-45ts ~9ts   ~-34ts ~9ts  ~-18ts ~-11ts ~ts~n",
+              [Name,
+               quantity(Figure, Unit),
+               Against,
+               Baseline,
+               ratio(Row),
+               floor_text(Row),
+               verdict(Row)]).
+
+
+-spec ratio(row()) -> string().
+ratio(#{ratio := Ratio, ratio_least := Same, ratio_greatest := Same}) ->
+    short(Ratio);
+ratio(#{ratio := Ratio, ratio_least := Least, ratio_greatest := Greatest}) ->
+    short(Ratio) ++ " (" ++ short(Least) ++ "-" ++ short(Greatest) ++ ")";
+ratio(_) ->
+    "".
+
+
+-spec floor_text(row()) -> io_lib:chars().
+floor_text(#{floor := Floor, better := less, floor_of := Of, unit := Unit}) ->
+    "<= " ++ limit(Floor, Of, Unit);
+floor_text(#{floor := Floor, better := more, floor_of := Of, unit := Unit}) ->
+    ">= " ++ limit(Floor, Of, Unit);
+floor_text(_) ->
+    "".
+
+
+-spec limit(float(), figure | ratio, string()) -> io_lib:chars().
+limit(Floor, ratio, _Unit) -> io_lib:format("~p", [Floor]);
+limit(Floor, figure, Unit) -> io_lib:format("~b ", [round(Floor)]) ++ Unit.
+
+
+-spec verdict(row()) -> string().
+verdict(#{met := true, loses := true}) -> "met, loses";
+verdict(#{met := true}) -> "met";
+verdict(#{met := false}) -> "MISSED";
+verdict(#{loses := true}) -> "loses";
+verdict(_) -> "".
+
+
+-spec print_latencies([#{native := map(), against := map()}]) -> ok.
+print_latencies(Latencies) ->
+    io:format("~n~-34ts ~10ts ~12ts ~9ts ~9ts ~9ts~n",
+              ["latency, ms", "offered/s", "delivered/s", "p50", "p95", "p99"]),
+    Results = lists:usort(
+                [ {Offered, Way, Result}
+                  || Latency <- Latencies,
+                     #{offered := Offered, way := Way} = Result <- maps:values(Latency) ]),
+    lists:foreach(
+      fun({Offered, Way, #{delivered := Delivered, p50 := P50, p95 := P95, p99 := P99} = Result}) ->
+              Note = case Result of
+                         #{saturated := true} -> "  saturated";
+                         _ -> ""
+                     end,
+              io:format("~-34ts ~10ts ~12ts ~9.2f ~9.2f ~9.2f~ts~n",
+                        [bench_senders:name(Way),
+                         thousands(Offered),
+                         thousands(round(Delivered)),
+                         P50,
+                         P95,
+                         P99,
+                         Note])
+      end,
+      Results).
+
+
+%%% Numbers
+
+
+-spec quantity(float(), string()) -> string().
+quantity(Value, "ns") when Value >= 1.0e6 -> short(Value / 1.0e6) ++ " ms";
+quantity(Value, "ns") when Value >= 1.0e3 -> short(Value / 1.0e3) ++ " us";
+quantity(Value, "msg/s") -> short(Value / 1.0e6) ++ " M/s";
+quantity(Value, Unit) -> short(Value) ++ " " ++ Unit.
+
+
+%% Three figures or so.
+-spec short(float()) -> string().
+short(Value) when abs(Value) >= 99.95 -> integer_to_list(round(Value));
+short(Value) when abs(Value) >= 9.995 -> float_to_list(Value, [{decimals, 1}]);
+short(Value) -> float_to_list(Value, [{decimals, 2}]).
+
+
+%% With a comma after each three digits from the right.
+-spec thousands(integer()) -> string().
+thousands(Number) when Number < 1000 ->
+    integer_to_list(Number);
+thousands(Number) ->
+    thousands(Number div 1000) ++ "," ++ lists:flatten(io_lib:format("~3..0b", [Number rem 1000])).
+
+
+-spec seconds(integer()) -> float().
+seconds(Native) ->
+    Native / erlang:convert_time_unit(1, second, native).
+
+
+%%% JSON
+
+
+%% Maps, strings, atoms, numbers, and lists of maps.
+-spec json(term()) -> iolist().
+json(Map) when is_map(Map) ->
+    Members = [ [json(Key), $:, json(Value)] || {Key, Value} <- lists:sort(maps:to_list(Map)) ],
+    [${, lists:join($,, Members), $}];
+json([First | _] = List) when is_map(First) ->
+    [$[, lists:join(",\n", [ json(Element) || Element <- List ]), $]];
+json([]) ->
+    "[]";
+json(Integer) when is_integer(Integer) ->
+    integer_to_list(Integer);
+json(Float) when is_float(Float) ->
+    float_to_list(Float, [{decimals, 6}, compact]);
+json(Bare) when Bare =:= true; Bare =:= false; Bare =:= null ->
+    atom_to_list(Bare);
+json(Atom) when is_atom(Atom) ->
+    json(atom_to_list(Atom));
+json(String) ->
+    [$", [ escaped(Character) || Character <- unicode:characters_to_list(String) ], $"].
+
+
+-spec escaped(char()) -> iolist().
+escaped($") -> "\\\"";
+escaped($\\) -> "\\\\";
+escaped(Control) when Control < 32 -> io_lib:format("\\u~4.16.0b", [Control]);
+escaped(Character) -> [unicode:characters_to_binary([Character])].

@@ -1,0 +1,239 @@
+%%% Latency of a message under open-loop load: how long after it was due has it been received.
+%%%
+%%% One generator a scheduler has messages due every millisecond, for all connections in turn,
+%%% whether or not earlier ones have arrived. Each message carries the time at which it was *due*.
+%%% A generator that is late sends what it owes at once, and being late counts as latency: nothing
+%%% is left out because the system was too busy to be asked (no coordinated omission). Generators
+%%% run at high priority, as load from outside would.
+%%%
+%%% A wake-up of the VM's timers is up to a millisecond late or so. That is in all figures alike;
+%%% the row of `Pid ! Msg' shows what of them is the method's.
+%%%
+%%% A rate is *saturated* if the last message came more than a tenth of the time after it was due,
+%%% or if p95 is above 50 ms. The number of messages is bounded by rate and time, and so is every
+%%% mailbox. Each rate is offered three times in turn; the figures are the medians.
+-module(latency_bench).
+
+-export([run/1]).
+
+-type histogram() :: counters:counters_ref().
+%% The way, the transport, the start, the length of a tick, messages a tick, all connections.
+-type load() :: {bench_senders:way(),
+                 binary(),
+                 integer(),
+                 pos_integer(),
+                 float(),
+                 [{binary(), pid()}]}.
+-type result() :: #{
+                    way := bench_senders:way(),
+                    offered := pos_integer(),
+                    delivered := float(),
+                    saturated := boolean(),
+                    p50 := float(),
+                    p95 := float(),
+                    p99 := float()
+                   }.
+
+%% The rates, in parts of the greatest.
+-define(STEPS,      [0.2, 0.5, 1.0]).
+-define(REPEATS,    3).
+-define(TICK_US,    1000).
+-define(GOAL_MS,    50.0).
+-define(GIVE_UP_MS, 30000).
+-define(WARM_UP,    0.1).
+%% Buckets of 10 us up to 10 ms, of 1 ms up to 1 s, of 100 ms up to 100 s.
+-define(FINE,    1000).
+-define(BUCKETS, 3000).
+
+
+-spec run(registry_bench:options()) -> [bench_report:row()].
+run(#{connections := Count, rate := Rate, seconds := Seconds, progress := Progress}) ->
+    Histogram = counters:new(?BUCKETS, [write_concurrency]),
+    Microsecond = erlang:convert_time_unit(1, microsecond, native),
+    {_, Connections} = Population =
+        bench_population:start(Count, fun() -> receiver(Histogram, Microsecond) end),
+    lists:foreach(fun({Id, Pid}) ->
+                          ok = erlmcp_registry:register_server(Id, Pid, #{}),
+                          ok = erlmcp_registry_classic:register_server(Id, Pid, #{})
+                  end,
+                  Connections),
+    Ways = bench_senders:ways(),
+    _ = [ measure(Way, Rate div 5, ?WARM_UP, Connections, Histogram) || Way <- Ways ],
+    Results = [ begin
+                    Result = measure(Way, round(Step * Rate), Seconds, Connections, Histogram),
+                    _ = Progress(),
+                    Result
+                end
+                || Step <- ?STEPS, _ <- lists:seq(1, ?REPEATS), Way <- Ways ],
+    ok = bench_population:stop(Population),
+    lists:append([ rows(round(Step * Rate), Step, Results) || Step <- ?STEPS ]).
+
+
+%% A row against the gen_server, and one against the method's own latency. The floor is at the
+%% greatest rate.
+-spec rows(pos_integer(), float(), [result()]) -> [bench_report:row()].
+rows(Offered, Step, Results) ->
+    [Native, Classic, Bare] =
+        [ [ Result
+            || #{way := One, offered := Rate} = Result <- Results,
+               One =:= Way,
+               Rate =:= Offered ]
+          || Way <- [native, classic, bare] ],
+    Compare = fun(Name, Others) ->
+                      bench_report:latency_row("latency",
+                                               "p95 at " ++ bench_report:thousands(Offered) ++ "/s",
+                                               Native,
+                                               bench_senders:name(Name),
+                                               Others)
+              end,
+    Against = case Step of
+                  1.0 -> bench_report:floor(figure, ?GOAL_MS, Compare(classic, Classic));
+                  _ -> Compare(classic, Classic)
+              end,
+    [Against, Compare(bare, Bare)].
+
+
+-spec measure(bench_senders:way(), pos_integer(), float(), [{binary(), pid()}], histogram()) ->
+          result().
+measure(Way, Rate, Seconds, Connections, Histogram) ->
+    ok = lists:foreach(fun(Bucket) -> counters:put(Histogram, Bucket, 0) end,
+                       lists:seq(1, ?BUCKETS)),
+    Number = erlang:system_info(schedulers_online),
+    Ticks = round(Seconds * 1_000_000 / ?TICK_US),
+    PerTick = Rate * ?TICK_US / 1_000_000 / Number,
+    Total = Number * trunc(Ticks * PerTick),
+    % Generators are up, and have their lists, before the first message is due.
+    Start = erlang:monotonic_time() + erlang:convert_time_unit(100, millisecond, native),
+    Generators = [ spawn_generator(Way, Sender, Number, Start, Ticks, PerTick, Connections)
+                   || Sender <- lists:seq(0, Number - 1) ],
+    ok = bench_population:await(Generators),
+    ok = await(Total, Histogram, erlang:monotonic_time(millisecond) + ?GIVE_UP_MS),
+    Took = bench_report:seconds(erlang:monotonic_time() - Start),
+    [P50, P95, P99] = percentiles([0.50, 0.95, 0.99], Histogram),
+    #{
+      way => Way,
+      offered => Rate,
+      delivered => Total / max(Took, Seconds),
+      saturated => Took > Seconds * 1.1 orelse P95 > ?GOAL_MS,
+      p50 => P50,
+      p95 => P95,
+      p99 => P99
+     }.
+
+
+-spec await(non_neg_integer(), histogram(), integer()) -> ok.
+await(Total, Histogram, Deadline) ->
+    case received(Histogram) of
+        Total ->
+            ok;
+        Fewer ->
+            erlang:monotonic_time(millisecond) < Deadline orelse
+            error({lost_or_late, Total - Fewer, Total}),
+            receive
+            after
+                5 ->
+                    await(Total, Histogram, Deadline)
+            end
+    end.
+
+
+%%% Generators
+
+
+-spec spawn_generator(bench_senders:way(),
+                      non_neg_integer(),
+                      pos_integer(),
+                      integer(),
+                      pos_integer(),
+                      float(),
+                      [{binary(), pid()}]) -> {pid(), reference()}.
+spawn_generator(Way, Sender, Number, Start, Ticks, PerTick, Connections) ->
+    {Last, First} = lists:split(Sender * length(Connections) div Number, Connections),
+    All = First ++ Last,
+    Transport = bench_population:id(-Sender),
+    Tick = erlang:convert_time_unit(?TICK_US, microsecond, native),
+    spawn_opt(fun() -> generate(1, Ticks, 0, All, {Way, Transport, Start, Tick, PerTick, All}) end,
+              [monitor, {priority, high}]).
+
+
+-spec generate(pos_integer(),
+               pos_integer(),
+               non_neg_integer(),
+               [{binary(), pid()}],
+               load()) -> ok.
+generate(Tick, Ticks, _Sent, _Next, _Load) when Tick > Ticks ->
+    ok;
+generate(Tick, Ticks, Sent, Next, {Way, Transport, Start, Length, PerTick, All} = Load) ->
+    Due = Start + Tick * Length,
+    ok = sleep_until(Due),
+    Owed = trunc(Tick * PerTick),
+    {Batch, Rest} = take(Owed - Sent, Next, All, []),
+    ok = bench_senders:send(Way, Batch, Transport, Due),
+    generate(Tick + 1, Ticks, Owed, Rest, Load).
+
+
+%% Milliseconds are rounded up: not before it is due.
+-spec sleep_until(integer()) -> ok.
+sleep_until(Due) ->
+    case erlang:convert_time_unit(Due - erlang:monotonic_time(), native, microsecond) of
+        Left when Left > 0 ->
+            receive
+            after
+                (Left + 999) div 1000 ->
+                    ok
+            end;
+        _ ->
+            ok
+    end.
+
+
+%% The next ones of an endless repetition of `All'.
+-spec take(non_neg_integer(), [Element], [Element], [Element]) -> {[Element], [Element]}.
+take(0, Next, _All, Batch) -> {Batch, Next};
+take(Number, [], All, Batch) -> take(Number, All, All, Batch);
+take(Number, [One | Next], All, Batch) -> take(Number - 1, Next, All, [One | Batch]).
+
+
+%%% Receivers and their histogram
+
+
+-spec receiver(histogram(), pos_integer()) -> no_return().
+receiver(Histogram, Microsecond) ->
+    receive
+        {mcp_message, _Transport, Due} ->
+            Late = (erlang:monotonic_time() - Due) div Microsecond,
+            ok = counters:add(Histogram, bucket(Late), 1),
+            receiver(Histogram, Microsecond)
+    end.
+
+
+-spec bucket(integer()) -> 1..?BUCKETS.
+bucket(Us) when Us < 10_000 -> max(0, Us) div 10 + 1;
+bucket(Us) when Us < 1_000_000 -> ?FINE + Us div 1_000 + 1;
+bucket(Us) -> min(?BUCKETS, 2 * ?FINE + Us div 100_000 + 1).
+
+
+%% The upper end of a bucket, in milliseconds.
+-spec upper_end(1..?BUCKETS) -> float().
+upper_end(Bucket) when Bucket =< ?FINE -> Bucket / 100;
+upper_end(Bucket) when Bucket =< 2 * ?FINE -> float(Bucket - ?FINE);
+upper_end(Bucket) -> (Bucket - 2 * ?FINE) * 100.0.
+
+
+-spec received(histogram()) -> non_neg_integer().
+received(Histogram) ->
+    lists:sum([ counters:get(Histogram, Bucket) || Bucket <- lists:seq(1, ?BUCKETS) ]).
+
+
+-spec percentiles([float()], histogram()) -> [float()].
+percentiles(Quantiles, Histogram) ->
+    Total = received(Histogram),
+    [ percentile(Quantile * Total, 1, 0, Histogram) || Quantile <- Quantiles ].
+
+
+-spec percentile(float(), pos_integer(), non_neg_integer(), histogram()) -> float().
+percentile(Rank, Bucket, Below, Histogram) ->
+    case Below + counters:get(Histogram, Bucket) of
+        Enough when Enough >= Rank; Bucket =:= ?BUCKETS -> upper_end(Bucket);
+        Fewer -> percentile(Rank, Bucket + 1, Fewer, Histogram)
+    end.

@@ -1,0 +1,204 @@
+%%% The benchmark of the registry: options, the order of things, and the end.
+%%%
+%%% Started by `bench/run', which says what the options mean. Progress goes to standard error, the
+%%% table to standard output.
+-module(registry_bench).
+
+-export([main/0]).
+%% In the peers
+-export([start_registries/0]).
+
+-export_type([options/0]).
+
+-type options() :: #{
+                     sections := [section()],
+                     % Rounds of what is compared by rounds.
+                     rounds := pos_integer(),
+                     connections := pos_integer(),
+                     % Look-ups a round.
+                     lookups := pos_integer(),
+                     % The greatest rate offered, messages a second, and for how long.
+                     rate := pos_integer(),
+                     seconds := float(),
+                     % Entries of the large registry.
+                     entries := pos_integer(),
+                     deaths := pos_integer(),
+                     json := file:filename() | default,
+                     strict := boolean(),
+                     progress := fun(() -> ok)
+                    }.
+-type section() :: lookup | routing | registration | latency | capacity | deaths | losses.
+
+-define(SECTIONS, [{lookup, lookup_bench},
+                   {routing, routing_bench},
+                   {registration, registration_bench},
+                   {latency, latency_bench},
+                   {capacity, capacity_bench},
+                   {deaths, death_bench},
+                   {losses, losses_bench}]).
+
+
+%% The first argument is the folder of the project.
+-spec main() -> no_return().
+main() ->
+    [Root | Arguments] = init:get_plain_arguments(),
+    try
+        halt(run(Root, parse(Arguments, defaults())))
+    catch
+        throw:{usage, Message} ->
+            io:format(standard_error, "bench/run: ~ts; see bench/run --help~n", [Message]),
+            halt(2);
+        Class:Reason:Stacktrace ->
+            io:format(standard_error,
+                      "~nbench/run: ~ts~n",
+                      [erl_error:format_exception(Class, Reason, Stacktrace)]),
+            halt(3)
+    end.
+
+
+-spec run(file:filename(), options()) -> 0 | 1.
+run(Root, #{sections := Sections, strict := Strict} = Options) ->
+    ok = start_registries(),
+    Machine = bench_machine:describe(Root),
+    Started = erlang:monotonic_time(),
+    Rows = lists:append([ section(Section, Module, Options)
+                          || {Section, Module} <- ?SECTIONS, lists:member(Section, Sections) ]),
+    Took = bench_report:seconds(erlang:monotonic_time() - Started),
+    bench_report:print(Machine, Rows),
+    File = write(Root, Options, Machine, Rows, Took),
+    io:format("~.1f s; ~ts~n", [Took, File]),
+    case Strict andalso bench_report:missed(Rows) =/= [] of
+        true -> 1;
+        false -> 0
+    end.
+
+
+-spec section(section(), module(), options()) -> [bench_report:row()].
+section(Section, Module, Options) ->
+    io:format(standard_error, "~-13ts", [Section]),
+    Started = erlang:monotonic_time(),
+    Rows = Module:run(Options),
+    io:format(standard_error,
+              " ~.1f s~n",
+              [bench_report:seconds(erlang:monotonic_time() - Started)]),
+    Rows.
+
+
+%% The application, and both registries under their names. In a process that stays.
+-spec start_registries() -> ok.
+start_registries() ->
+    {ok, _} = application:ensure_all_started(erlmcp_native),
+    Asking = self(),
+    _ = spawn(fun() ->
+                      {ok, _} = erlmcp_registry:start_link(),
+                      {ok, _} = erlmcp_registry_classic:start_link(),
+                      Asking ! registries_started,
+                      receive stop -> ok end
+              end),
+    receive registries_started -> ok end.
+
+
+-spec write(file:filename(),
+            options(),
+            [{atom(), io_lib:chars()}],
+            [bench_report:row()],
+            float()) -> file:filename().
+write(Root, #{json := Json} = Options, Machine, Rows, Took) ->
+    {date, Date} = lists:keyfind(date, 1, Machine),
+    File = case Json of
+               default ->
+                   Name = re:replace(Date, "[-:]", "", [global, {return, list}]) ++ ".json",
+                   filename:join([Root, "bench", "results", Name]);
+               _ ->
+                   Json
+           end,
+    ok = filelib:ensure_dir(File),
+    ok = file:write_file(File,
+                         [bench_report:json(#{
+                                              machine => maps:from_list(Machine),
+                                              options => maps:without([progress, json, sections],
+                                                                      Options),
+                                              seconds => Took,
+                                              rows => Rows
+                                             }),
+                          $\n]),
+    File.
+
+
+%%% Options
+
+
+-spec defaults() -> options().
+defaults() ->
+    #{
+      sections => [ Section || {Section, _} <- ?SECTIONS ],
+      rounds => 7,
+      connections => 15_000,
+      lookups => 300_000,
+      rate => 500_000,
+      seconds => 1.0,
+      entries => 1_000_000,
+      deaths => 1_000_000,
+      json => default,
+      strict => false,
+      progress => fun() -> io:put_chars(standard_error, ".") end
+     }.
+
+
+-spec parse([string()], options()) -> options().
+parse([], Options) ->
+    Options;
+parse(["--strict" | Rest], Options) ->
+    parse(Rest, Options#{strict => true});
+parse(["--quick" | Rest], Options) ->
+    parse(Rest,
+          Options#{
+            rounds => 3,
+            lookups => 100_000,
+            seconds => 0.3,
+            entries => 100_000,
+            deaths => 100_000
+           });
+parse(["--only", Names | Rest], Options) ->
+    Sections = [ section_named(Name) || Name <- string:lexemes(Names, ",") ],
+    parse(Rest, Options#{sections => Sections});
+parse(["--json", File | Rest], Options) ->
+    parse(Rest, Options#{json => File});
+parse(["--seconds", Value | Rest], Options) ->
+    parse(Rest, Options#{seconds => number(Value, "--seconds") / 1});
+parse(["--" ++ Name = Option, Value | Rest], Options) ->
+    case lists:keyfind(Name, 1, numeric()) of
+        {Name, Key} -> parse(Rest, Options#{Key => trunc(number(Value, Option))});
+        false -> throw({usage, "unknown option " ++ Option})
+    end;
+parse([Argument | _], _Options) ->
+    throw({usage, "unknown option or no value: " ++ Argument}).
+
+
+-spec numeric() -> [{string(), atom()}].
+numeric() ->
+    [ {atom_to_list(Key), Key}
+      || Key <- [rounds, connections, lookups, rate, entries, deaths] ].
+
+
+-spec number(string(), string()) -> number().
+number(Value, Option) ->
+    Digits = lists:delete($_, Value),
+    Number = case string:to_float(Digits) of
+                 {Float, ""} -> Float;
+                 _ ->
+                     case string:to_integer(Digits) of
+                         {Integer, ""} -> Integer;
+                         _ -> 0
+                     end
+             end,
+    Number > 0 orelse throw({usage, Option ++ " takes a positive number, not " ++ Value}),
+    Number.
+
+
+-spec section_named(string()) -> section().
+section_named(Name) ->
+    case [ Section || {Section, _} <- ?SECTIONS, atom_to_list(Section) =:= Name ] of
+        [Section] -> Section;
+        [] -> throw({usage, "there is no part " ++ Name})
+    end.

@@ -1,0 +1,179 @@
+%%% Messages routed and delivered a second, from senders on all cores to all connections.
+%%%
+%%% As many senders as schedulers go through all connections, each in a rotation of its own, and
+%%% send the same number of messages whichever way is measured. Receivers count what arrives; the
+%%% clock stops when the last message has been received, so that what is still in a mailbox, that
+%%% of the gen_server included, is not counted as routed.
+%%%
+%%% *Bounded*: a sender that is more than `?WINDOW' messages a connection ahead of the receivers
+%%% sleeps a millisecond. That keeps the mailbox of the gen_server short, and never lets it run
+%%% dry: the window takes it some hundred milliseconds.
+%%%
+%%% Receivers report every fourth message, which costs all ways the same few nanoseconds.
+-module(routing_bench).
+
+-export([run/1]).
+
+%% Messages that a receiver counts before it reports them.
+-define(REPORT, 4).
+%% Messages a connection under way: more than receivers may leave unreported.
+-define(WINDOW, 8).
+%% Messages between two looks at the window.
+-define(CHUNK,     500).
+-define(MESSAGE,   <<"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"ping\"}">>).
+-define(TRANSPORT, <<"transport-00000000000001">>).
+
+
+-spec run(registry_bench:options()) -> [bench_report:row()].
+run(#{connections := Count, rounds := Rounds, progress := Progress}) ->
+    Delivered = counters:new(1, [write_concurrency]),
+    {_, Connections} = Population = bench_population:start(Count, fun() -> receiver(Delivered) end),
+    lists:foreach(fun({Id, Pid}) ->
+                          ok = erlmcp_registry:register_server(Id, Pid, #{}),
+                          ok = erlmcp_registry_classic:register_server(Id, Pid, #{})
+                  end,
+                  Connections),
+    Senders = start_senders(Connections, Delivered),
+    Figures = bench_rounds:interleave(
+                Rounds,
+                [ {Way, fun() -> throughput(Way, Senders, Count, Delivered) end}
+                  || Way <- bench_senders:ways() ],
+                Progress),
+    lists:foreach(fun(Sender) -> Sender ! stop end, Senders),
+    ok = bench_population:stop(Population),
+    rows(Figures, integer_to_list(length(Senders))).
+
+
+-spec rows(#{bench_senders:way() => bench_rounds:figures()}, string()) -> [bench_report:row()].
+rows(#{native := Native, classic := Classic, bare := Bare}, Senders) ->
+    Name = "route_to_server/3, " ++ Senders ++ " senders",
+    [bench_report:floor(ratio,
+                        3.0,
+                        bench_report:rate_row("routing",
+                                              Name,
+                                              Native,
+                                              bench_senders:name(classic),
+                                              Classic)),
+     bench_report:floor(ratio,
+                        0.8,
+                        bench_report:rate_row("routing",
+                                              Name,
+                                              Native,
+                                              bench_senders:name(bare),
+                                              Bare))].
+
+
+%% Messages a second.
+-spec throughput(bench_senders:way(), [pid()], pos_integer(), counters:counters_ref()) -> float().
+throughput(Way, Senders, Count, Delivered) ->
+    ok = counters:put(Delivered, 1, 0),
+    Passes = passes(length(Senders)),
+    Total = Passes * length(Senders) * Count,
+    Start = erlang:monotonic_time(),
+    lists:foreach(fun(Sender) -> Sender ! {send, Way, Passes} end, Senders),
+    ok = await(Delivered, Total),
+    Total / bench_report:seconds(erlang:monotonic_time() - Start).
+
+
+%% Some 32 messages for every connection in all, of each sender a multiple of `?REPORT'.
+-spec passes(pos_integer()) -> pos_integer().
+passes(Senders) ->
+    ?REPORT * max(1, 32 div ?REPORT div Senders).
+
+
+-spec await(counters:counters_ref(), pos_integer()) -> ok.
+await(Delivered, Total) ->
+    case counters:get(Delivered, 1) of
+        Total ->
+            ok;
+        Fewer when Fewer < Total ->
+            receive
+            after
+                1 ->
+                    await(Delivered, Total)
+            end
+    end.
+
+
+%%% Receivers
+
+
+-spec receiver(counters:counters_ref()) -> no_return().
+receiver(Delivered) ->
+    receiver(Delivered, ?REPORT).
+
+
+-spec receiver(counters:counters_ref(), 0..?REPORT) -> no_return().
+receiver(Delivered, 0) ->
+    ok = counters:add(Delivered, 1, ?REPORT),
+    receiver(Delivered, ?REPORT);
+receiver(Delivered, Left) ->
+    receive
+        {mcp_message, _Transport, _Message} -> receiver(Delivered, Left - 1)
+    end.
+
+
+%%% Senders
+
+
+-spec start_senders([{binary(), pid()}], counters:counters_ref()) -> [pid()].
+start_senders(Connections, Delivered) ->
+    Number = erlang:system_info(schedulers_online),
+    Count = length(Connections),
+    [ begin
+          {Last, First} = lists:split(Sender * Count div Number, Connections),
+          Chunks = chunks(First ++ Last),
+          spawn_link(fun() -> sender(Chunks, Number, ?WINDOW * Count, Delivered) end)
+      end
+      || Sender <- lists:seq(0, Number - 1) ].
+
+
+-spec chunks([Element]) -> [[Element]].
+chunks(List) when length(List) =< ?CHUNK ->
+    [List];
+chunks(List) ->
+    {Chunk, Others} = lists:split(?CHUNK, List),
+    [Chunk | chunks(Others)].
+
+
+-spec sender([[{binary(), pid()}]], pos_integer(), pos_integer(), counters:counters_ref()) -> ok.
+sender(Chunks, Number, Window, Delivered) ->
+    receive
+        {send, Way, Passes} ->
+            Pass = fun(_, Sent) -> pass(Chunks, Way, Number, Window, Delivered, Sent) end,
+            _ = lists:foldl(Pass, 0, lists:seq(1, Passes)),
+            sender(Chunks, Number, Window, Delivered);
+        stop ->
+            ok
+    end.
+
+
+-spec pass([[{binary(), pid()}]],
+           bench_senders:way(),
+           pos_integer(),
+           pos_integer(),
+           counters:counters_ref(),
+           non_neg_integer()) -> non_neg_integer().
+pass([], _Way, _Number, _Window, _Delivered, Sent) ->
+    Sent;
+pass([Chunk | Chunks], Way, Number, Window, Delivered, Sent) ->
+    ok = bench_senders:send(Way, Chunk, ?TRANSPORT, ?MESSAGE),
+    Now = Sent + length(Chunk),
+    ok = keep_to_window(Now * Number, Window, Delivered),
+    pass(Chunks, Way, Number, Window, Delivered, Now).
+
+
+%% All senders are taken to be as far as this one. The last of them is held up by none but the
+%% receivers, so this ends.
+-spec keep_to_window(pos_integer(), pos_integer(), counters:counters_ref()) -> ok.
+keep_to_window(Sent, Window, Delivered) ->
+    case Sent - counters:get(Delivered, 1) > Window of
+        true ->
+            receive
+            after
+                1 ->
+                    keep_to_window(Sent, Window, Delivered)
+            end;
+        false ->
+            ok
+    end.
