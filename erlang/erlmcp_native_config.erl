@@ -3,7 +3,7 @@
 %%% <table border="1">
 %%% <tr><th>key</th><th>default</th><th>values</th></tr>
 %%% <tr><td>`shards'</td><td>64</td><td>a power of two from 1 to 1024</td></tr>
-%%% <tr><td>`max_entries'</td><td>2,000,000</td><td>1 to 2^30</td></tr>
+%%% <tr><td>`max_entries'</td><td>2,000,000</td><td>1 to 2^28</td></tr>
 %%% <tr><td>`max_id_bytes'</td><td>65,535</td><td>1 to 2^24</td></tr>
 %%% <tr><td>`same_pid'</td><td>`already_registered'</td><td>`already_registered' or `ok': what
 %%% registering a server or transport answers if the id has the same process already</td></tr>
@@ -73,8 +73,8 @@ first_error([{Key, Value} | Rest], Keys) ->
 -spec validate(atom(), term()) -> ok | {expected, string()}.
 validate(shards, N) when is_integer(N), N >= 1, N =< 1024, N band (N - 1) =:= 0 -> ok;
 validate(shards, _) -> {expected, "a power of two from 1 to 1024"};
-validate(max_entries, N) when is_integer(N), N >= 1, N =< 1 bsl 30 -> ok;
-validate(max_entries, _) -> {expected, "an integer from 1 to 1073741824"};
+validate(max_entries, N) when is_integer(N), N >= 1, N =< 1 bsl 28 -> ok;
+validate(max_entries, _) -> {expected, "an integer from 1 to 268435456"};
 validate(max_id_bytes, N) when is_integer(N), N >= 1, N =< 1 bsl 24 -> ok;
 validate(max_id_bytes, _) -> {expected, "an integer from 1 to 16777216"};
 validate(same_pid, ok) -> ok;

@@ -109,7 +109,7 @@
 %%
 %% Returns `{error, {already_started, Pid}}' if there is one. If the last one of the name was killed,
 %% its living registrations and their bindings are adopted.
--spec start_link() -> {ok, pid()} | {error, {already_started, pid()}}.
+-spec start_link() -> gen_server:start_ret().
 start_link() ->
     gen_server:start_link({local, ?MODULE}, ?MODULE, [], []).
 
@@ -422,7 +422,7 @@ init([]) ->
     % against 2.3 us a route, two senders and 15,000 transports on two cores.
     process_flag(message_queue_data, off_heap),
     case process_info(self(), registered_name) of
-        {registered_name, ?MODULE} -> {ok, adopt(claim_mirror())};
+        {registered_name, ?MODULE} -> {ok, adopt(open_mirror())};
         _ -> {ok, #state{}}
     end.
 
@@ -595,9 +595,9 @@ register(Kind, Id, Pid, Config, State0) ->
         #{Id := _} ->
             {reply, {error, already_registered}, State};
         _ ->
-            Binding = configured_binding(Kind, Config),
-            mirror_insert(State, {{Kind, Id}, Pid, Config, Binding}),
-            {reply, ok, add({{Kind, Id}, Pid, Config, Binding}, State)}
+            Row = {{Kind, Id}, Pid, Config, configured_binding(Kind, Config)},
+            mirror_insert(State, Row),
+            {reply, ok, add(Row, reap_target(Row, State))}
     end.
 
 
@@ -644,6 +644,12 @@ reap(Kind, Id, State) ->
         _ ->
             State
     end.
+
+
+%% A binding made ahead of a server must not fall to the 'DOWN' of an earlier one of that id.
+-spec reap_target(row(), #state{}) -> #state{}.
+reap_target({_Key, _Pid, _Config, {bound, ServerId}}, State) -> reap(server, ServerId, State);
+reap_target({_Key, _Pid, _Config, unbound}, State) -> State.
 
 
 -spec reap_bound(transport_id(), #state{}) -> #state{}.
@@ -757,7 +763,7 @@ restore(Bindings, State0) ->
     Unbound = lists:foldl(fun unbind/2, State0, maps:keys(State0#state.bindings)),
     maps:fold(
       fun(TransportId, ServerId, State1) ->
-              case reap(transport, TransportId, State1) of
+              case reap(transport, TransportId, reap(server, ServerId, State1)) of
                   #state{transports = #{TransportId := _}} = State ->
                       mirror_update(State,
                                     {transport, TransportId},
@@ -774,7 +780,7 @@ restore(Bindings, State0) ->
 %% Warnings
 
 
--spec warn(io:format(), term(), #state{}) -> #state{}.
+-spec warn(string(), term(), #state{}) -> #state{}.
 warn(Format, Id, #state{warned = Warned, suppressed = Suppressed} = State) ->
     Now = erlang:monotonic_time(millisecond),
     case Warned =:= never orelse Now - Warned >= ?WARN_INTERVAL_MS of
@@ -800,9 +806,12 @@ mirror_insert(#state{mirror = Mirror}, Row) -> ets:insert(Mirror, Row).
 
 
 %% Changes nothing if there is no such row.
--spec mirror_update(#state{}, {kind(), term()}, {pos_integer(), term()}) -> boolean().
-mirror_update(#state{mirror = none}, _Key, _Change) -> true;
-mirror_update(#state{mirror = Mirror}, Key, Change) -> ets:update_element(Mirror, Key, Change).
+-spec mirror_update(#state{}, {kind(), term()}, {pos_integer(), term()}) -> ok.
+mirror_update(#state{mirror = none}, _Key, _Change) ->
+    ok;
+mirror_update(#state{mirror = Mirror}, Key, Change) ->
+    _ = ets:update_element(Mirror, Key, Change),
+    ok.
 
 
 -spec mirror_delete(#state{}, {kind(), term()}) -> true.
@@ -818,36 +827,36 @@ delete_mirror(Mirror) ->
 
 %% The registrations of the table, as they would be if this process had seen all that happened since
 %% its predecessor died.
--spec adopt(ets:table()) -> #state{}.
-adopt(Mirror) ->
-    State0 = #state{mirror = Mirror, keeper = start_keeper(Mirror)},
-    Rows = ets:tab2list(Mirror),
-    Adopted = lists:foldl(fun add/2, State0, Rows),
+-spec adopt(#state{}) -> #state{}.
+adopt(State0) ->
+    Rows = ets:tab2list(State0#state.mirror),
+    State1 = lists:foldl(fun add/2, State0, Rows),
     % The dead last: they take the bindings to them along, and leave those made ahead of a server.
-    lists:foldl(fun({{Kind, Id}, _, _, _}, State) -> reap(Kind, Id, State) end, Adopted, Rows).
+    lists:foldl(fun({{Kind, Id}, _, _, _}, State) -> reap(Kind, Id, State) end, State1, Rows).
 
 
--spec claim_mirror() -> ets:table().
-claim_mirror() ->
+%% The state of a registry with no entries yet, and the mirror of its predecessor or an empty one.
+-spec open_mirror() -> #state{}.
+open_mirror() ->
     case whereis(?KEEPER) of
         undefined ->
             new_mirror();
         Keeper ->
             Monitor = monitor(process, Keeper),
             Keeper ! {claim, self()},
-            receive {'DOWN', Monitor, process, Keeper, _} -> ok end,
             receive
-                {'ETS-TRANSFER', Mirror, Keeper, claimed} -> Mirror
-            after
-                0 ->
+                {'ETS-TRANSFER', Mirror, Keeper, claimed} ->
+                    #state{mirror = Mirror, keeper = Monitor};
+                {'DOWN', Monitor, process, Keeper, _} ->
                     new_mirror()
             end
     end.
 
 
--spec new_mirror() -> ets:table().
+-spec new_mirror() -> #state{}.
 new_mirror() ->
-    ets:new(?MODULE, [set, protected]).
+    Mirror = ets:new(?MODULE, [set, protected]),
+    #state{mirror = Mirror, keeper = start_keeper(Mirror)}.
 
 
 -spec start_keeper(ets:table()) -> reference().
@@ -874,12 +883,13 @@ keeper(Registry) ->
     end.
 
 
+%% The keeper stays the heir of the table, so that no moment is without one.
 -spec hand_over(ets:table()) -> ok.
 hand_over(Mirror) ->
     receive
         {claim, Registry} ->
             try ets:give_away(Mirror, Registry, claimed) of
-                true -> ok
+                true -> keeper(Registry)
             catch
                 % The claimant is dead too.
                 error:badarg -> hand_over(Mirror)

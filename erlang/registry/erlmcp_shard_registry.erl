@@ -88,7 +88,7 @@ new() ->
 %% @doc An empty registry of its own. It is freed when the last reference to it is gone.
 %%
 %% Options and defaults: `shards' (64; a power of two from 1 to 1024), `max_entries' (2,000,000; up to
-%% 2^30) and `max_id_bytes' (65,535; up to 2^24). Raises `{bad_option, Key, Value, Expected}'.
+%% 2^28) and `max_id_bytes' (65,535; up to 2^24). Raises `{bad_option, Key, Value, Expected}'.
 -spec new(options()) -> registry().
 new(Options) when is_map(Options) ->
     case erlmcp_native_config:registry_limits(Options) of

@@ -30,7 +30,7 @@ pub enum BindError {
 pub enum LimitsError {
     /// `shards` is not a power of two from 1 to 1024.
     Shards(u64),
-    /// `max_entries` is not within 1 to 2^30.
+    /// `max_entries` is not within 1 to 2^28.
     MaxEntries(u64),
     /// `max_id_bytes` is not within 1 to 16 MiB.
     MaxIdBytes(u64),
@@ -59,7 +59,7 @@ impl fmt::Display for LimitsError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Shards(n) => write!(f, "shards: {n} is not a power of two from 1 to 1024"),
-            Self::MaxEntries(n) => write!(f, "max_entries: {n} is not within 1 to 2^30"),
+            Self::MaxEntries(n) => write!(f, "max_entries: {n} is not within 1 to 2^28"),
             Self::MaxIdBytes(n) => write!(f, "max_id_bytes: {n} is not within 1 to 2^24"),
         }
     }

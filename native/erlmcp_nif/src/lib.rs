@@ -12,12 +12,13 @@ mod lookup;
 mod registry;
 mod resource;
 mod tuple;
+mod watch;
 
 use rustler::{Env, Term};
 
 fn load(env: Env<'_>, _info: Term<'_>) -> bool {
     env.register::<resource::RegistryResource>().is_ok()
-        && env.register::<resource::LeaseResource>().is_ok()
+        && env.register::<watch::WatchResource>().is_ok()
 }
 
 rustler::init!("erlmcp_nif", load = load);

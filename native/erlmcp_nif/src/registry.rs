@@ -2,8 +2,6 @@
 //! `dirty` instead of working for long, and the one named `*_dirty` then does it on a dirty
 //! scheduler.
 
-use std::sync::Arc;
-
 use erlmcp_core::error::{BindError, RegisterError};
 use erlmcp_core::registry::{Entry, Id, Limits, Namespace};
 use rustler::{Atom, Encoder, Env, Error, LocalPid, NifResult, ResourceArc, Term};
@@ -13,7 +11,8 @@ use crate::config::{self, Config, MAX_WEIGHT_ON_NORMAL_SCHEDULER, Scheduler, Too
 use crate::id::{self, EncodedId};
 use crate::immediate;
 use crate::lookup::{self, REMOTE};
-use crate::resource::{Lease, Registry, RegistryResource, make_default_registry, registry};
+use crate::resource::{Registry, RegistryResource, make_default_registry, registry};
+use crate::watch::{Lease, Watch};
 
 /// Entries that are listed on a normal scheduler: about 300 microseconds.
 const MAX_LISTED_ON_NORMAL_SCHEDULER: u64 = 500;
@@ -47,9 +46,10 @@ fn as_id<'a>(registry: &Registry, encoded: &'a EncodedId<'_>) -> Id<'a> {
 }
 
 fn shard_number(registry: &Registry, term: Term<'_>) -> NifResult<u16> {
-    let shard: u16 = term.decode()?;
-    if shard < registry.limits().shards() {
-        Ok(shard)
+    // rustler decodes narrower integers by cutting them off.
+    let shard: u64 = term.decode()?;
+    if shard < u64::from(registry.limits().shards()) {
+        Ok(shard as u16)
     } else {
         Err(Error::BadArg)
     }
@@ -92,16 +92,15 @@ fn live_entry(
         if is_alive(env, &entry) {
             return Some(entry);
         }
-        registry.remove_leased(&entry.lease.location, |held| *held == entry.lease);
+        registry.remove_exact(namespace, id, |held| *held == entry.lease);
     }
 }
 
-/// What the one who removed an entry must end: the sentinel of a remote process.
-fn removed_term<'a>(env: Env<'a>, removed: Option<Entry<Lease>>) -> Term<'a> {
-    match removed.and_then(|entry| entry.lease.config.remote().map(|r| r.sentinel)) {
-        Some(sentinel) => (atoms::ok(), sentinel).encode(env),
-        None => atoms::ok().encode(env),
-    }
+/// Ends what belonged to an entry that was taken out; returns the sentinel, which the caller must
+/// end, of a remote process.
+fn removed(entry: &Entry<Lease>) -> Option<LocalPid> {
+    entry.lease.recycle(entry.address);
+    entry.lease.config.remote().map(|remote| remote.sentinel)
 }
 
 fn not_found(env: Env<'_>) -> Term<'_> {
@@ -120,8 +119,8 @@ fn new(
     max_entries: u64,
     max_id_bytes: u64,
 ) -> NifResult<ResourceArc<RegistryResource>> {
-    let registry = Registry::new(limits(shards, max_entries, max_id_bytes)?);
-    Ok(ResourceArc::new(RegistryResource(Some(Arc::new(registry)))))
+    let registry = Registry::create(limits(shards, max_entries, max_id_bytes)?);
+    Ok(ResourceArc::new(RegistryResource(Some(registry))))
 }
 
 #[rustler::nif]
@@ -213,6 +212,10 @@ fn register_on<'a>(
     if let Some(taken) = live_entry(env, registry, namespace, &id) {
         return Ok((atoms::already_registered(), pid_term(env, &taken)).encode(env));
     }
+    if let Some(server) = &bind_to {
+        // A binding made ahead of a server must not go with an earlier one that has ended.
+        live_entry(env, registry, Namespace::Server, server);
+    }
     let Ok(config) = Config::keep(config_term, scheduler) else {
         return Ok(atoms::dirty().encode(env));
     };
@@ -221,6 +224,11 @@ fn register_on<'a>(
     } else {
         config.of_remote(pid, monitored)
     };
+    let Some(watch) = Watch::of(env, &monitored) else {
+        // It has ended: registered, and gone at once.
+        return Ok(atoms::ok().encode(env));
+    };
+    let lease = Lease { watch, config };
     loop {
         let registered = registry.register(
             namespace,
@@ -228,25 +236,30 @@ fn register_on<'a>(
             shard_of(registry, id_term),
             address,
             bind_to,
-            |location| Lease::new(registry, location, config.clone()),
+            |location| {
+                lease.watch.place(registry, location);
+                lease.clone()
+            },
         );
-        return Ok(match registered {
-            Ok(lease) => {
-                if !lease.monitor(env, &monitored) {
-                    // It had ended before it was registered, and is registered no more.
-                    registry.remove_leased(&lease.location, |held| *held == lease);
+        let refused = match registered {
+            Ok(_) => {
+                if lease.watch.has_ended() {
+                    registry.remove_exact(namespace, &id, |held| *held == lease);
                 }
-                atoms::ok().encode(env)
+                return Ok(atoms::ok().encode(env));
             }
             Err(RegisterError::AlreadyRegistered { .. }) => {
-                match live_entry(env, registry, namespace, &id) {
-                    Some(taken) => (atoms::already_registered(), pid_term(env, &taken)).encode(env),
-                    None => continue,
-                }
+                let Some(taken) = live_entry(env, registry, namespace, &id) else {
+                    lease.watch.displace();
+                    continue;
+                };
+                (atoms::already_registered(), pid_term(env, &taken)).encode(env)
             }
             Err(RegisterError::RegistryFull) => atoms::registry_full().encode(env),
             Err(RegisterError::Closed) => atoms::registry_closed().encode(env),
-        });
+        };
+        lease.recycle(address);
+        return Ok(refused);
     }
 }
 
@@ -281,8 +294,11 @@ fn unregister<'a>(env: Env<'a>, of: Term<'a>, ns: Term<'a>, id: Term<'a>) -> Nif
     let registry = registry(of)?;
     let namespace = namespace(ns)?;
     let encoded = encode_id(registry, id)?;
-    let removed = registry.remove(namespace, &as_id(registry, &encoded));
-    Ok(removed_term(env, removed))
+    let entry = registry.remove(namespace, &as_id(registry, &encoded));
+    Ok(match entry.as_ref().and_then(removed) {
+        Some(sentinel) => (atoms::ok(), sentinel).encode(env),
+        None => atoms::ok().encode(env),
+    })
 }
 
 fn update_server_on<'a>(
@@ -301,24 +317,20 @@ fn update_server_on<'a>(
             return Ok(not_found(env));
         };
         let former = &entry.lease;
-        let pid = pid_term(env, &entry);
-        let (monitored, config) = match former.config.remote() {
-            Some(remote) => (
-                remote.sentinel,
-                config.clone().of_remote(pid, remote.sentinel),
-            ),
-            None => (pid.decode()?, config.clone()),
+        let config = match former.config.remote() {
+            Some(remote) => config
+                .clone()
+                .of_remote(pid_term(env, &entry), remote.sentinel),
+            None => config.clone(),
         };
-        let new = Lease::new(registry, former.location, config);
-        if !registry.exchange_server_lease(&id, former, new.clone()) {
-            // Lost to another change of this server.
-            continue;
+        let new = Lease {
+            watch: former.watch.clone(),
+            config,
+        };
+        if registry.exchange_server_lease(&id, former, new) {
+            return Ok(atoms::ok().encode(env));
         }
-        if !new.monitor(env, &monitored) {
-            registry.remove_leased(&new.location, |held| *held == new);
-            return Ok(not_found(env));
-        }
-        return Ok(atoms::ok().encode(env));
+        // Lost to another change of this server.
     }
 }
 
@@ -346,7 +358,7 @@ fn update_server_dirty<'a>(
 fn close(of: Term<'_>) -> NifResult<Vec<LocalPid>> {
     let mut sentinels = Vec::new();
     registry(of)?.close(|entry| {
-        sentinels.extend(entry.lease.config.remote().map(|r| r.sentinel));
+        sentinels.extend(removed(&entry));
     });
     Ok(sentinels)
 }

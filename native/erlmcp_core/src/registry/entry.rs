@@ -54,10 +54,22 @@ impl Location {
         self.namespace
     }
 
-    /// The shard that the entry was registered in.
-    pub fn shard(&self) -> u16 {
-        self.shard
+    /// The location in [`Self::BITS`] bits.
+    pub fn to_bits(self) -> u64 {
+        u64::from(self.slot) << 12 | u64::from(self.shard) << 2 | self.namespace as u64
     }
+
+    /// The location of what [`Self::to_bits`] gave.
+    pub fn from_bits(bits: u64) -> Self {
+        Self {
+            slot: (bits >> 12) as u32,
+            shard: (bits >> 2 & 0x3ff) as u16,
+            namespace: Namespace::ALL[(bits & 3) as usize % Namespace::COUNT],
+        }
+    }
+
+    /// Namespaces take 2 bits, shards 10, and slots 29: twice as many as there are entries at most.
+    pub const BITS: u32 = 41;
 }
 
 /// Ids of up to this many bytes need no allocation of their own and no further cache line.

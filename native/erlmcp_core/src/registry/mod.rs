@@ -81,12 +81,12 @@ pub struct Limits {
 
 impl Limits {
     /// `shards`: a power of two up to 1024. `max_entries`: registrations in all namespaces
-    /// together, up to 2^30. `max_id_bytes`: bytes of an encoded id, up to 2^24.
+    /// together, up to 2^28. `max_id_bytes`: bytes of an encoded id, up to 2^24.
     pub fn new(shards: u64, max_entries: u64, max_id_bytes: u64) -> Result<Self, LimitsError> {
         if !shards.is_power_of_two() || shards > 1024 {
             return Err(LimitsError::Shards(shards));
         }
-        if !(1..=1 << 30).contains(&max_entries) {
+        if !(1..=1 << 28).contains(&max_entries) {
             return Err(LimitsError::MaxEntries(max_entries));
         }
         if !(1..=1 << 24).contains(&max_id_bytes) {

@@ -67,7 +67,7 @@ where
             return Err(RegisterError::AlreadyRegistered { address });
         }
         if namespace != Namespace::Connection && self.gate.is_closed_behind() {
-            self.remove_leased(&location, |held| *held == lease);
+            self.remove_if(namespace, &id, |held| *held == lease);
             return Err(RegisterError::Closed);
         }
         Ok(lease)
@@ -172,6 +172,16 @@ where
     /// Removes whatever is registered under `id`, with its bindings, and returns it.
     pub fn remove(&self, namespace: Namespace, id: &Id<'_>) -> Option<Entry<L>> {
         self.remove_if(namespace, id, |_| true)
+    }
+
+    /// Removes what is registered under `id` if `is_meant` says that its lease is the one meant.
+    pub fn remove_exact(
+        &self,
+        namespace: Namespace,
+        id: &Id<'_>,
+        is_meant: impl Fn(&L) -> bool,
+    ) -> Option<Entry<L>> {
+        self.remove_if(namespace, id, is_meant)
     }
 
     /// Removes the entry at `location` if `is_meant` says that its lease is the one meant. For
