@@ -1,9 +1,9 @@
 //! Config terms kept for entries, each distinct one once.
 //!
-//! A term is kept in one of three forms: an immediate one as its word; a small plain one in the
-//! external term format, which is compact; any other one in an environment of its own, which costs
-//! about 2.5 KB more, but from which it is copied out quickly and in which references, funs and
-//! large binaries keep what they refer to alive.
+//! A term is kept in one of three forms: an immediate one as its word; a small plain one encoded
+//! (see [`crate::encoding`]), which is compact; any other one in an environment of its own, which
+//! costs about 2.5 KB more, but from which it is copied out quickly and in which references, funs
+//! and large binaries keep what they refer to alive.
 //!
 //! Terms that are equal (`=:=`) are kept once, in a table by content. A kept term counts its users;
 //! the last one to leave takes it out of the table. Zero users is final: whoever finds the term
@@ -13,6 +13,7 @@ use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
+use crate::encoding::{self, Zeros};
 use crate::kept_hash::KeptHash;
 use crate::tuple::tuple_elements;
 use ahash::RandomState;
@@ -156,11 +157,7 @@ impl Config {
         Ok(match &self.0.content {
             // SAFETY: the word is that of an immediate term.
             Content::Immediate(word) => unsafe { Term::new(env, *word) },
-            Content::Compact(bytes) => {
-                // SAFETY: the bytes were written by the VM itself.
-                let decoded = unsafe { env.binary_to_term_trusted(bytes) };
-                decoded.expect("the external format of a term").0
-            }
+            Content::Compact(bytes) => encoding::decode(env, bytes).expect("an encoded term"),
             Content::Shared(shared) => shared.copy(env),
             Content::Remote(remote) => remote.config.load(env, scheduler)?,
         })
@@ -250,15 +247,16 @@ impl Table {
     }
 
     fn keep_compact(&self, term: Term<'_>, weight: usize) -> Config {
-        let encoded = term.to_binary();
-        let bytes = encoded.as_slice();
+        let Ok(bytes) = encoding::encode(term, usize::MAX, Zeros::Exact) else {
+            return self.keep_shared(term, weight);
+        };
         self.keep(
             Query {
-                hash: self.hasher.hash_one(bytes),
-                wanted: Wanted::Compact(bytes),
+                hash: self.hasher.hash_one(bytes.as_slice()),
+                wanted: Wanted::Compact(&bytes),
             },
             weight,
-            || Content::Compact(bytes.into()),
+            || Content::Compact(bytes.as_slice().into()),
         )
     }
 
@@ -392,8 +390,8 @@ impl Hash for Exactly<'_> {
 
 struct Weighed {
     weight: usize,
-    /// Made of atoms, numbers, binaries, local pids, lists, tuples and maps only: the external
-    /// format loses nothing of these.
+    /// Made of atoms, numbers, binaries, local pids, lists, tuples and maps only: the encoding
+    /// loses nothing of these.
     is_plain: bool,
 }
 

@@ -5,6 +5,7 @@
 
 mod atoms;
 mod config;
+mod encoding;
 mod id;
 mod immediate;
 mod kept_hash;
