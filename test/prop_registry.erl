@@ -817,12 +817,10 @@ deliver_to_server(World, Server, From) -> deliver(World, route_to_server, Server
 deliver_to_transport(World, Transport, From) -> deliver(World, route_to_transport, Transport, From).
 
 
-deliver(#{registry := Registry, processes := Processes} = World, Route, To, From) ->
+deliver(#{processes := Processes} = World, Route, To, From) ->
     Message = make_ref(),
-    %% An answer to the second shows that the registry has done with the first.
-    case {route(World, Route, [To, From, Message]),
-          attempt(World, fun() -> gen_server:call(Registry, list_servers) end)} of
-        {ok, Servers} when is_list(Servers) ->
+    case {route(World, Route, [To, From, Message]), catch_up(World)} of
+        {ok, ok} ->
             [ {Name, Tag, Sender}
               || Name <- maps:keys(Processes),
                  {Tag, Sender, Received} <- inbox(process(Name, World)),
@@ -832,8 +830,17 @@ deliver(#{registry := Registry, processes := Processes} = World, Route, To, From
     end.
 
 
-end_process(#{owner := Owner, processes := Processes} = World, Name, Reason) ->
+%% A route by request is handled in its own time, and finds what is bound then. For the model to
+%% know who that is, it is done with before a process ends.
+end_process(World, Name, Reason) ->
     ok = meet(World),
+    case catch_up(World) of
+        ok -> end_now(World, Name, Reason);
+        Failure -> Failure
+    end.
+
+
+end_now(#{owner := Owner, processes := Processes}, Name, Reason) ->
     #{Name := {Process, OldMonitor}} = Processes,
     Monitor = case self() of
                   Owner -> OldMonitor;
@@ -870,6 +877,15 @@ route(#{face := functions} = World, Name, Arguments) ->
     request(World, Name, Arguments);
 route(#{face := requests, registry := Registry} = World, Name, Arguments) ->
     attempt(World, fun() -> gen_server:cast(Registry, list_to_tuple([Name | Arguments])) end).
+
+
+%% The answer to a request shows that the registry has handled all that this process sent before.
+catch_up(#{registry := Registry}) ->
+    try gen_server:call(Registry, list_servers) of
+        _Servers -> ok
+    catch
+        Class:Reason -> {raised, Class, Reason}
+    end.
 
 
 attempt(World, Operation) ->

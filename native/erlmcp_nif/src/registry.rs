@@ -198,7 +198,9 @@ fn register_on<'a>(
     if !pid.is_pid() {
         return Err(Error::BadArg);
     }
-    let monitored: LocalPid = monitored.decode()?;
+    if !monitored.is_pid() {
+        return Err(Error::BadArg);
+    }
     let is_local = pid.decode::<LocalPid>().is_ok();
     let address = if is_local {
         immediate::word(pid)
@@ -216,6 +218,10 @@ fn register_on<'a>(
         // A binding made ahead of a server must not go with an earlier one that has ended.
         live_entry(env, registry, Namespace::Server, server);
     }
+    let Ok(monitored) = monitored.decode::<LocalPid>() else {
+        // A process of an earlier life of this node: registered, and gone at once.
+        return Ok(atoms::ok().encode(env));
+    };
     let Ok(config) = Config::keep(config_term, scheduler) else {
         return Ok(atoms::dirty().encode(env));
     };
