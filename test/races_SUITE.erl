@@ -25,7 +25,8 @@ all() ->
      hundred_thousand_die_at_once,
      readers_during_table_growth,
      broadcast_during_binding_changes,
-     dangling_names_do_not_leak].
+     dangling_names_do_not_leak,
+     monitored_by_is_asked_while_entries_go].
 
 
 init_per_testcase(_Case, Config) ->
@@ -383,6 +384,41 @@ dangling_names_do_not_leak(_Config) ->
               ok = erlmcp_registry:route_to_transport(broadcast, {s, I}, lost)
           end || I <- lists:seq(0, 4) ],
     ?assertEqual([], flush()).
+
+
+%% OTP 25 crashes if it comes upon a resource that was freed after its monitor was taken back. In a
+%% node of its own, since the whole node would end.
+monitored_by_is_asked_while_entries_go(_Config) ->
+    {ok, Peer, _} = peer:start_link(#{connection => standard_io}),
+    ok = peer:call(Peer, code, add_pathsa, [[ filename:dirname(code:which(M)) || M <- [erlmcp_nif, ?MODULE] ]]),
+    ?assert(peer:call(Peer, ?MODULE, register_and_unregister, [2000], 30000) > 1000),
+    peer:stop(Peer).
+
+
+register_and_unregister(Ms) ->
+    Pid = spawn(fun() -> timer:sleep(infinity) end),
+    Observer = spawn(fun() -> observe(Pid) end),
+    Registry = erlmcp_shard_registry:new(),
+    Rounds = register_until(Registry, Pid, 0, erlang:monotonic_time(millisecond) + Ms),
+    exit(Observer, kill),
+    {monitored_by, Monitors} = process_info(Pid, monitored_by),
+    % One after the other, they need one monitor.
+    1 = length(Monitors),
+    Rounds.
+
+
+register_until(Registry, Pid, Round, End) ->
+    ok = erlmcp_shard_registry:register_connection(Registry, Round, Pid, #{}),
+    ok = erlmcp_shard_registry:unregister_connection(Registry, Round),
+    case erlang:monotonic_time(millisecond) > End of
+        true -> Round;
+        false -> register_until(Registry, Pid, Round + 1, End)
+    end.
+
+
+observe(Pid) ->
+    _ = process_info(Pid, monitored_by),
+    observe(Pid).
 
 
 %%% Instruments
