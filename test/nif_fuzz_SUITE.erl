@@ -1,0 +1,1041 @@
+%%% Every function of the native library with arguments that nobody should give it.
+%%%
+%%% The contract: whatever the arguments, a function returns what its -spec in erlmcp_nif says, or
+%%% raises badarg and nothing else; the node lives; when everything is unregistered, nothing is
+%%% left: no entry, no config, no memory. No call on a normal scheduler takes longer than a
+%%% millisecond, whatever the arguments and however large the registry.
+%%%
+%%% The functions are those that the loaded library has, and the kinds of their arguments those of
+%%% their specs, so a new function is tested without a change here. All runs in peer nodes: the end
+%%% of such a node is a failed case and not the end of the run.
+%%%
+%%% FUZZ_CALLS: calls of each function (100,000). FUZZ_SEED: repeats a run, up to the interleaving
+%%% of its two processes.
+-module(nif_fuzz_SUITE).
+
+-include_lib("stdlib/include/assert.hrl").
+
+-export([all/0, suite/0, init_per_suite/1, end_per_suite/1]).
+-export([init_per_testcase/2, end_per_testcase/2]).
+
+-export([every_function_survives_any_arguments/1,
+         calls_are_short_among_a_million_entries/1,
+         growth_to_a_million_entries_is_gradual/1,
+         calls_with_the_longest_ids_are_short/1,
+         calls_with_large_configs_are_short/1,
+         ids_beyond_the_bound_are_refused_at_once/1,
+         listing_entries_with_long_ids_is_short/1,
+         listing_after_a_million_entries_is_short/1,
+         listing_servers_among_dangling_names_is_short/1,
+         freeing_a_registry_that_was_large_is_short/1,
+         freeing_a_large_registry_is_short/1]).
+
+%% Called in peer nodes
+-export([in_fuzz/2,
+         in_million/0,
+         in_growth/0,
+         in_longest_ids/0,
+         in_large_configs/0,
+         in_beyond_bound/0,
+         in_long_id_lists/0,
+         in_shrunk_lists/0,
+         in_dangling_lists/0,
+         in_free_shrunk/0,
+         in_free_large/0]).
+
+-define(NIF,        erlmcp_nif).
+-define(NAMESPACES, [server, transport, connection]).
+%% A call on a normal scheduler takes 1 ms at most; half as long again on a machine that has more to
+%% do than this.
+-define(LIMIT_US, 1500).
+%% Times that a slow call is repeated: what the machine was busy with does not come back so often.
+-define(REPEATS, 10).
+
+
+suite() ->
+    [{timetrap, {minutes, 10}}].
+
+
+%% The cases about the length of calls take minutes and want a quiet machine; they are run by name:
+%% rebar3 ct --suite test/nif_fuzz_SUITE --case calls_are_short_among_a_million_entries
+all() ->
+    [every_function_survives_any_arguments].
+
+
+init_per_suite(Config) ->
+    none = ?NIF:load_error(),
+    Config.
+
+
+end_per_suite(_Config) ->
+    ok.
+
+
+init_per_testcase(_Case, Config) ->
+    Config.
+
+
+end_per_testcase(_Case, _Config) ->
+    ok.
+
+
+%%% Any arguments
+
+
+every_function_survives_any_arguments(_Config) ->
+    Seed = from_environment("FUZZ_SEED", erlang:system_time(microsecond) band 16#ffffffff),
+    Calls = from_environment("FUZZ_CALLS", 100_000),
+    ct:pal("FUZZ_SEED=~b FUZZ_CALLS=~b", [Seed, Calls]),
+    {Seconds, Report} = timed_seconds(fun() -> in_peer(in_fuzz, [Seed, Calls]) end),
+    #{results := Results, unexpected := Unexpected, left := Left, grown := Grown} = Report,
+    ct:pal("~b functions in ~.1f s, ~p~n~ts",
+           [map_size(Results),
+            Seconds,
+            Grown,
+            [ io_lib:format("  ~-28w ~8b returned, ~8b badarg~n",
+                            [Function, Returned, Badarg])
+              || {Function, {Returned, Badarg}} <- lists:sort(maps:to_list(Results)) ]]),
+    ?assertEqual([], Unexpected),
+    %% Each as often as asked for, neither always refused nor always accepted.
+    ?assertEqual(functions(), lists:sort(maps:keys(Results))),
+    ?assertEqual([],
+                 [ Of || {_, {Returned, Badarg}} = Of <- maps:to_list(Results),
+                         Returned + Badarg < Calls ]),
+    ?assertEqual([],
+                 [ Of || {{_, Arity}, {Returned, Badarg}} = Of <- maps:to_list(Results),
+                         Returned =:= 0 orelse (Arity > 0 andalso Badarg =:= 0) ]),
+    %% The last one is the number of configs, of which a few of the last removals may be there.
+    %% All that were made are some hundreds.
+    {Entries, Bindings, Configs} = Left,
+    ?assertEqual([], Entries),
+    ?assertEqual([], Bindings),
+    ?assert(Configs =< 200, Configs),
+    #{resident := Resident, total := Total} = Grown,
+    ?assert(Resident < 100_000_000, Resident),
+    ?assert(Total < 50_000_000, Total).
+
+
+functions() ->
+    lists:sort(?NIF:module_info(nifs)).
+
+
+in_fuzz(Seed, Calls) ->
+    created = ?NIF:make_default(64, 2_000_000, 65_535),
+    Own = [?NIF:new(16, 100_000, 65_535), ?NIF:new(1, 20, 100), ?NIF:new(1024, 1 bsl 28, 1 bsl 24)],
+    Closing = ?NIF:new(4, 1000, 1000),
+    Plan = #{seed => Seed, own => Own, closing => Closing, specs => specs(), heavy => heavy()},
+    %% What is allocated once is allocated now.
+    {_, []} = fuzz_in_two(Plan, max(1, Calls div 20)),
+    ok = clear([default, Closing | Own]),
+    Before = memory(),
+    {Results, Unexpected} = fuzz_in_two(Plan#{seed := Seed + 1}, Calls),
+    ok = clear([default, Closing | Own]),
+    Entries = [ {Registry, NS, Count}
+                || Registry <- [default, Closing | Own],
+                   NS <- ?NAMESPACES,
+                   Count <- [?NIF:count(Registry, NS),
+                             length(?NIF:list_dirty(Registry, NS)),
+                             counted_by_shard(Registry, NS)],
+                   Count =/= 0 ],
+    Bindings = [ Binding || Registry <- [default, Closing | Own],
+                            Binding <- ?NIF:bindings(Registry) ],
+    Configs = ?NIF:distinct_configs(),
+    After = memory(),
+    Grown = maps:map(fun(Key, Bytes) -> Bytes - maps:get(Key, Before) end, After),
+    #{
+      results => Results,
+      unexpected => lists:sublist(Unexpected, 5),
+      left => {Entries, Bindings, Configs},
+      grown => Grown
+     }.
+
+
+counted_by_shard(Registry, NS) ->
+    {Shards, _, _} = ?NIF:limits(Registry),
+    Position = maps:get(NS, #{server => 1, transport => 2, connection => 3}),
+    lists:sum([ element(Position, ?NIF:count_shard(Registry, Shard))
+                || Shard <- lists:seq(0, Shards - 1) ]).
+
+
+%% Unregisters everything, and then enough more for what was removed to be freed: that happens some
+%% removals later, of the same thread.
+clear(Registries) ->
+    [ begin
+          ok = ?NIF:open(Registry),
+          [ ?NIF:unregister(Registry, NS, Id)
+            || NS <- ?NAMESPACES, {Id, _} <- ?NIF:list_dirty(Registry, NS) ],
+          on_every_scheduler(fun(Scheduler) ->
+                                     [ nudge(Registry, NS, <<Scheduler, N:16>>)
+                                       || _ <- [1, 2], NS <- ?NAMESPACES, N <- lists:seq(1, 300) ],
+                                     [ nudge_dirty(Registry, Scheduler) || _ <- [1, 2, 3, 4] ]
+                             end)
+      end || Registry <- Registries ],
+    [ garbage_collect(Pid) || Pid <- processes() ],
+    ok.
+
+
+nudge(Registry, NS, Id) ->
+    _ = ?NIF:register(Registry, NS, Id, self(), self(), nudge),
+    _ = ?NIF:unregister(Registry, NS, Id).
+
+
+nudge_dirty(Registry, Scheduler) ->
+    [ ?NIF:register(Registry, NS, <<Scheduler, N:16>>, self(), self(), nudge)
+      || NS <- [server, transport], N <- lists:seq(1, 150) ],
+    [] = ?NIF:close(Registry),
+    ok = ?NIF:open(Registry).
+
+
+fuzz_in_two(Plan, Calls) ->
+    Parent = self(),
+    Half = (Calls + 1) div 2,
+    Workers = [ spawn_monitor(fun() -> Parent ! {self(), fuzz(Plan, Worker, Half)} end)
+                || Worker <- [1, 2] ],
+    Outcomes = [ receive
+                     {Pid, Outcome} -> Outcome;
+                     {'DOWN', Monitor, process, Pid, Reason} when Reason =/= normal ->
+                         {#{}, [{worker_ended, Reason}]}
+                 end || {Pid, Monitor} <- Workers ],
+    {Results, Unexpected} = lists:unzip(Outcomes),
+    {lists:foldl(fun(Map, All) ->
+                         maps:fold(fun(Function, {R, B}, Sum) ->
+                                           {R0, B0} = maps:get(Function, Sum, {0, 0}),
+                                           Sum#{Function => {R0 + R, B0 + B}}
+                                   end,
+                                   All,
+                                   Map)
+                 end,
+                 #{},
+                 Results),
+     lists:append(Unexpected)}.
+
+
+%% Rounds, each with terms of its own, which are the same for both workers.
+fuzz(#{seed := Seed} = Plan, Worker, Calls) ->
+    Rounds = max(1, min(10, Calls div 1000)),
+    Pids = list_to_tuple([ sleeper() || _ <- lists:seq(1, 8) ]),
+    _ = rand:seed(exsss, {Seed, Worker, 0}),
+    fuzz_rounds(Plan, Worker, Rounds, (Calls + Rounds - 1) div Rounds, Pids, #{}, []).
+
+
+fuzz_rounds(_Plan, _Worker, 0, _Calls, Pids, Results, Unexpected) ->
+    [ exit(Pid, kill) || Pid <- tuple_to_list(Pids) ],
+    {Results, Unexpected};
+fuzz_rounds(Plan, Worker, Round, Calls, Pids, Results, Unexpected) ->
+    #{seed := Seed, specs := Specs} = Plan,
+    Own = rand:export_seed(),
+    _ = rand:seed(exsss, {Seed, 0, Round}),
+    Pools = pools(Plan),
+    _ = rand:seed(Own),
+    {Left, Counted, Unexpected1} =
+        fuzz_calls(Calls, Specs, Pools, Pids, Results, Unexpected),
+    Worker =:= 1 andalso
+    [ ?NIF:unregister(Registry, NS, Id)
+      || Registry <- tuple_to_list(maps:get(registry, Pools)),
+         NS <- ?NAMESPACES,
+         {Id, _} <- ?NIF:list_dirty(Registry, NS) ],
+    fuzz_rounds(Plan, Worker, Round - 1, Calls, Left, Counted, Unexpected1).
+
+
+fuzz_calls(0, _Specs, _Pools, Pids, Results, Unexpected) ->
+    {Pids, Results, Unexpected};
+fuzz_calls(N, Specs, Pools, Pids, Results, Unexpected) ->
+    {Results1, Unexpected1} =
+        lists:foldl(fun({Function, Types}, {Counts, Wrong}) ->
+                            Arguments = [ argument(Function, Kind, Pools, Pids)
+                                          || Kind <- maps:get(kinds, Types) ],
+                            {R, B} = maps:get(Function, Counts, {0, 0}),
+                            case call(Function, Arguments, maps:get(result, Types)) of
+                                returned -> {Counts#{Function => {R + 1, B}}, Wrong};
+                                badarg -> {Counts#{Function => {R, B + 1}}, Wrong};
+                                Other -> {Counts#{Function => {R + 1, B}}, [Other | Wrong]}
+                            end
+                    end,
+                    {Results, Unexpected},
+                    Specs),
+    N rem 500 =:= 0 andalso garbage_collect(),
+    Pids1 =
+        case N rem 100 of
+            0 -> replace_one(Pids);
+            _ -> Pids
+        end,
+    fuzz_calls(N - 1, Specs, Pools, Pids1, Results1, Unexpected1).
+
+
+call({Name, _} = Function, Arguments, Result) ->
+    try apply(?NIF, Name, Arguments) of
+        Returned ->
+            case is_of(Returned, Result) of
+                true -> returned;
+                false -> {not_as_documented, Function, shown(Arguments), shown(Returned)}
+            end
+    catch
+        error:badarg -> badarg;
+        Class:Reason -> {Class, Function, shown(Arguments), shown(Reason)}
+    end.
+
+
+shown(Term) ->
+    lists:flatten(io_lib:format("~0tP", [Term, 60])).
+
+
+sleeper() ->
+    Parent = self(),
+    spawn(fun() -> _ = monitor(process, Parent), receive {'DOWN', _, _, _, _} -> ok end end).
+
+
+%% The one that ends may be registered anywhere, and being registered just now.
+replace_one(Pids) ->
+    N = rand:uniform(tuple_size(Pids)),
+    exit(element(N, Pids), kill),
+    setelement(N, Pids, sleeper()).
+
+
+%%% Arguments
+
+
+%% What the spec asks for most of the time, else something near it or something else.
+argument(Function, Kind, Pools, Pids) ->
+    case rand:uniform(16) of
+        N when N =< 11 -> right(Function, Kind, Pools, Pids);
+        N when N =< 13 -> right(Function, pick(maps:get(all_kinds, Pools)), Pools, Pids);
+        14 -> junk(Pools);
+        15 -> junk(Pools);
+        16 -> mutated(right(Function, Kind, Pools, Pids), Pools)
+    end.
+
+
+%% Closing the others would leave too little to do for the rest.
+right({close, _}, registry, #{closing := Closing}, _Pids) ->
+    case rand:uniform(50) of
+        1 -> default;
+        _ -> Closing
+    end;
+right(_, pid, Pools, Pids) ->
+    case rand:uniform(4) of
+        1 -> pick(maps:get(pid, Pools));
+        _ -> pick(Pids)
+    end;
+right(_, Kind, Pools, _Pids) ->
+    pick(maps:get(Kind, Pools)).
+
+
+junk(#{junk := Junk, heavy := Heavy}) ->
+    case rand:uniform(2000) of
+        1 -> pick(Heavy);
+        _ -> pick(Junk)
+    end.
+
+
+mutated(Term, Pools) ->
+    case rand:uniform(8) of
+        1 -> {Term};
+        2 -> [Term | Term];
+        3 -> [Term];
+        4 -> {Term, junk(Pools)};
+        5 -> #{Term => junk(Pools)};
+        6 when is_integer(Term) -> Term + pick({1, -1, 256, 65536, 1 bsl 32, 1 bsl 64});
+        6 when is_binary(Term) -> <<Term/binary, 0:1>>;
+        6 when is_atom(Term) -> atom_to_list(Term);
+        6 -> term_to_binary(Term);
+        7 when is_integer(Term) -> float(Term band 16#ffff);
+        7 when is_tuple(Term), tuple_size(Term) > 0 -> erlang:delete_element(1, Term);
+        7 when is_tuple(Term) -> erlang:append_element(Term, Term);
+        7 when is_list(Term) -> list_to_tuple_or(Term);
+        7 -> fun() -> Term end;
+        8 when is_integer(Term) -> -Term;
+        8 -> [junk(Pools) | Term]
+    end.
+
+
+list_to_tuple_or(List) ->
+    try
+        list_to_tuple(List)
+    catch
+        error:badarg -> {List}
+    end.
+
+
+pick(Pool) ->
+    element(rand:uniform(tuple_size(Pool)), Pool).
+
+
+%% Of each kind of argument the right ones, and a few hundred terms that are right for none.
+pools(#{own := Own, closing := Closing, heavy := Heavy}) ->
+    Ids = [ small_term(3) || _ <- lists:seq(1, 20) ] ++
+        [ binary:copy(<<"x">>, N) || N <- [0, 30, 31, 100, 101] ] ++
+        [undefined, server, default, broadcast, 1, 257, 65537, 0.0, self()],
+    Servers = [ Id || {_, Id} <- lists:zip(lists:seq(1, 10), lists:sublist(Ids, 10)) ],
+    Configs = [ #{server_id => Id} || Id <- Servers ] ++
+        [ #{server_id => Id, tools => [a, <<"b">>]} || Id <- Servers ] ++
+        [ small_term(4) || _ <- lists:seq(1, 10) ] ++
+        [ lists:seq(1, N) || N <- [60, 70, 300] ] ++
+        [#{server_id => binary:copy(<<"x">>, 70_000)},
+         binary:copy(<<"c">>, 5000),
+         #{server_id => undefined},
+         atomics:new(1, []),
+         fun() -> Ids end],
+    References = [make_ref(),
+                  erlang:alias(),
+                  atomics:new(1, []),
+                  counters:new(1, []),
+                  ets:whereis(code),
+                  collected_registry(),
+                  collected_registry(),
+                  external_reference(<<"other@host">>),
+                  external_reference(atom_to_binary(node()))],
+    Remote = [ external_pid(Node, N)
+               || Node <- [<<"other@host">>, <<"another@host">>, atom_to_binary(node())],
+                  N <- [1, 100] ],
+    Right = #{
+              registry => list_to_tuple([default, Closing | Own]),
+              namespace => list_to_tuple(?NAMESPACES),
+              term => list_to_tuple(Ids ++ Configs),
+              id => list_to_tuple(Ids),
+              pid => list_to_tuple([self(), ended(), ended(), ended() | Remote]),
+              number => {0,
+                         1,
+                         2,
+                         3,
+                         4,
+                         15,
+                         16,
+                         63,
+                         64,
+                         1000,
+                         1024,
+                         1025,
+                         65_535,
+                         1 bsl 24,
+                         1 bsl 28,
+                         1 bsl 31},
+              boolean => {true, false},
+              other => list_to_tuple(References)
+             },
+    Kinds = list_to_tuple(maps:keys(Right)),
+    Junk = References ++ Remote ++
+        [ small_term(5) || _ <- lists:seq(1, 150) ] ++
+        [ wrong_arity(Id) || Id <- Ids ] ++
+        [ [Id | Id] || Id <- Servers ] ++
+        [-1,
+         1 bsl 63,
+         1 bsl 64,
+         -(1 bsl 63),
+         -(1 bsl 64),
+         1 bsl 1000,
+         65536,
+         1.0,
+         -0.0,
+         1.0e308,
+         'Default',
+         'SERVER',
+         connections,
+         true,
+         "default",
+         <<"default">>,
+         [default],
+         {default},
+         external_port(<<"other@host">>),
+         hd(erlang:ports()),
+         fun lists:map/2,
+         <<1:1>>,
+         <<0:700_001>>],
+    Right#{
+      closing => Closing,
+      junk => list_to_tuple(Junk),
+      heavy => Heavy,
+      all_kinds => Kinds
+     }.
+
+
+heavy() ->
+    {binary:copy(<<"h">>, 1_000_000),
+     lists:duplicate(70_000, []),
+     lists:seq(1, 100_000),
+     list_to_tuple(lists:seq(1, 70_000)),
+     maps:from_list([ {N, N} || N <- lists:seq(1, 30_000) ]),
+     lists:foldl(fun(_, T) -> [T] end, [], lists:seq(1, 100_000)),
+     lists:foldl(fun(_, T) -> {T} end, {}, lists:seq(1, 100_000)),
+     lists:foldl(fun(_, T) -> {T, T} end, {}, lists:seq(1, 15)),
+     lists:foldl(fun(_, T) -> [T | T] end, a, lists:seq(1, 15)),
+     1 bsl 1_000_000,
+     <<0:8_000_001>>}.
+
+
+%% The reference of a registry that is no more: an ordinary one, with the same number.
+collected_registry() ->
+    Parent = self(),
+    Make = fun() -> Parent ! {self(), term_to_binary(?NIF:new(1, 1, 1))} end,
+    {Pid, Monitor} = spawn_monitor(Make),
+    receive
+        {Pid, Encoded} ->
+            receive {'DOWN', Monitor, process, Pid, normal} -> binary_to_term(Encoded) end
+    end.
+
+
+ended() ->
+    {Pid, Monitor} = spawn_monitor(fun() -> ok end),
+    receive {'DOWN', Monitor, process, Pid, _} -> Pid end.
+
+
+external_pid(Node, N) ->
+    binary_to_term(<<131, 88, 119, (byte_size(Node)), Node/binary, N:32, 0:32, 99:32>>).
+
+
+external_reference(Node) ->
+    binary_to_term(<<131, 90, 3:16, 119, (byte_size(Node)), Node/binary, 99:32, 1:32, 2:32, 3:32>>).
+
+
+external_port(Node) ->
+    binary_to_term(<<131, 89, 119, (byte_size(Node)), Node/binary, 5:32, 99:32>>).
+
+
+wrong_arity(Term) when is_tuple(Term) -> erlang:append_element(Term, extra);
+wrong_arity(Term) -> {Term, Term, Term}.
+
+
+small_term(Depth) ->
+    case rand:uniform(if Depth > 0 -> 13; true -> 8 end) of
+        1 -> pick({a, b, c, true, false, undefined, ok, ''});
+        2 -> rand:uniform(600) - 100;
+        3 -> pick({1, -1}) * (1 bsl rand:uniform(80)) + rand:uniform(3) - 2;
+        4 -> rand:uniform() * 1000;
+        5 -> rand:bytes(rand:uniform(70) - 1);
+        6 -> <<(rand:uniform(1000)):(rand:uniform(30))>>;
+        7 -> pick({[], {}, #{}, <<>>, 0.0, -0.0});
+        8 -> pick({self(), fun lists:map/2, make_ref(), external_pid(<<"o@h">>, 7)});
+        9 -> [ small_term(Depth - 1) || _ <- lists:seq(1, rand:uniform(4)) ];
+        10 -> [small_term(Depth - 1) | small_term(Depth - 1)];
+        11 -> list_to_tuple([ small_term(Depth - 1) || _ <- lists:seq(1, rand:uniform(4)) ]);
+        12 ->
+            maps:from_list([ {small_term(Depth - 1), small_term(0)}
+                             || _ <- lists:seq(1, rand:uniform(36)) ]);
+        13 ->
+            Inner = small_term(Depth - 1),
+            fun() -> Inner end
+    end.
+
+
+%%% What the functions document: their specs, from the module's own debug information
+
+
+%% [{{Name, Arity}, #{kinds, result}}] of all functions of the library.
+specs() ->
+    {ok, {_, [{abstract_code, {_, Forms}}]}} =
+        beam_lib:chunks(code:which(?NIF), [abstract_code]),
+    Types = maps:from_list([ {Name, Type} || {attribute, _, type, {Name, Type, []}} <- Forms ]),
+    Specs = maps:from_list([ {Function, clause(Clause)}
+                             || {attribute, _, spec, {Function, [Clause]}} <- Forms ]),
+    [ begin
+          #{Function := {Arguments, Result}} = Specs,
+          {Function,
+           #{
+             kinds => [ kind(Argument) || Argument <- Arguments ],
+             result => {Result, Types}
+            }}
+      end || Function <- functions() ].
+
+
+clause({type, _, bounded_fun, [Fun, _]}) -> clause(Fun);
+clause({type, _, 'fun', [{type, _, product, Arguments}, Result]}) -> {Arguments, Result}.
+
+
+kind({ann_type, _, [_, Type]}) -> kind(Type);
+kind({user_type, _, registry, []}) -> registry;
+kind({user_type, _, namespace, []}) -> namespace;
+kind({type, _, pid, []}) -> pid;
+kind({type, _, boolean, []}) -> boolean;
+kind({type, _, Number, []}) when Number =:= pos_integer;
+                                 Number =:= non_neg_integer;
+                                 Number =:= integer -> number;
+kind({type, _, range, _}) -> number;
+kind(_) -> term.
+
+
+is_of(Term, {Type, Types}) -> is_of(Term, Type, Types).
+
+
+is_of(Term, {type, _, union, Any}, Types) -> lists:any(fun(T) -> is_of(Term, T, Types) end, Any);
+is_of(Term, {ann_type, _, [_, Type]}, Types) -> is_of(Term, Type, Types);
+is_of(Term, {user_type, _, Name, []}, Types) -> is_of(Term, maps:get(Name, Types), Types);
+is_of(_Term, {remote_type, _, _}, _Types) -> true;
+is_of(_Term, {var, _, _}, _Types) -> true;
+is_of(Term, {atom, _, Atom}, _Types) -> Term =:= Atom;
+is_of(Term, {integer, _, Integer}, _Types) -> Term =:= Integer;
+is_of(Term, {type, _, tuple, any}, _Types) -> is_tuple(Term);
+is_of(Term, {type, _, tuple, Elements}, Types) ->
+    is_tuple(Term) andalso
+    tuple_size(Term) =:= length(Elements) andalso
+    lists:all(fun({T, Type}) -> is_of(T, Type, Types) end,
+              lists:zip(tuple_to_list(Term), Elements));
+is_of(Term, {type, _, list, []}, _Types) -> is_list(Term);
+is_of(Term, {type, _, list, [Type]}, Types) ->
+    is_list(Term) andalso
+    length(Term) >= 0 andalso
+    lists:all(fun(T) -> is_of(T, Type, Types) end, lists:sublist(Term, 3));
+is_of(Term, {type, _, nil, []}, _Types) -> Term =:= [];
+is_of(Term, {type, _, range, [{integer, _, Low}, {integer, _, High}]}, _Types) ->
+    is_integer(Term) andalso Term >= Low andalso Term =< High;
+is_of(Term, {type, _, pos_integer, []}, _Types) -> is_integer(Term) andalso Term > 0;
+is_of(Term, {type, _, non_neg_integer, []}, _Types) -> is_integer(Term) andalso Term >= 0;
+is_of(Term, {type, _, integer, []}, _Types) -> is_integer(Term);
+is_of(Term, {type, _, number, []}, _Types) -> is_number(Term);
+is_of(Term, {type, _, float, []}, _Types) -> is_float(Term);
+is_of(Term, {type, _, boolean, []}, _Types) -> is_boolean(Term);
+is_of(Term, {type, _, atom, []}, _Types) -> is_atom(Term);
+is_of(Term, {type, _, binary, []}, _Types) -> is_binary(Term);
+is_of(Term, {type, _, pid, []}, _Types) -> is_pid(Term);
+is_of(Term, {type, _, reference, []}, _Types) -> is_reference(Term);
+is_of(Term, {type, _, map, _}, _Types) -> is_map(Term);
+is_of(_Term, {type, _, Any, []}, _Types) when Any =:= term; Any =:= any -> true;
+is_of(_Term, {type, _, None, []}, _Types) when None =:= none; None =:= no_return -> false.
+
+
+%%% No call above a millisecond
+
+
+%% Right arguments of every function that is not for a dirty scheduler.
+calls_are_short_among_a_million_entries(_Config) -> short(in_million).
+
+
+in_million() ->
+    Registry = ?NIF:new(64, 2_000_000, 65_535),
+    Pid = sleeper(),
+    ok = fill(Registry, connection, Pid, 1_000_000),
+    ok = fill(Registry, server, Pid, 100),
+    %% One server with as many transports as are listed on a normal scheduler, and one with more.
+    [ ok = ?NIF:register(Registry,
+                         transport,
+                         <<N:32>>,
+                         Pid,
+                         Pid,
+                         #{server_id => if N =< 400 -> <<1:32>>; true -> <<2:32>> end})
+      || N <- lists:seq(1, 50_000) ],
+    _ = rand:seed(exsss, {1, 2, 3}),
+    Ids = list_to_tuple([ <<(rand:uniform(1_000_000)):32>> || _ <- lists:seq(1, 500) ] ++
+                        [ <<N:32>> || N <- lists:seq(1, 100) ] ++
+                        [ {new, N} || N <- lists:seq(1, 400) ]),
+    Pools = #{
+              registry => {Registry},
+              namespace => list_to_tuple(?NAMESPACES),
+              term => Ids,
+              pid => {Pid},
+              number => {0, 1, 17, 63},
+              boolean => {true, false}
+             },
+    Slow = [ Found
+             || {{Name, _} = Function, #{kinds := Kinds}} <- specs(),
+                not is_dirty(Name),
+                %% A new default registry can be made only once, and one registry is enough.
+                not lists:member(Name, [make_default]),
+                _ <- lists:seq(1, 2000),
+                Found <- slow_call(Function, [ pick(maps:get(Kind, Pools)) || Kind <- Kinds ]) ],
+    exit(Pid, kill),
+    {lists:sublist(Slow, 10), length(Slow)}.
+
+
+is_dirty(Name) ->
+    lists:suffix("_dirty", atom_to_list(Name)) orelse lists:member(Name, [close, bindings]).
+
+
+%% [] if the call is quick, or slow for once.
+slow_call({Name, _} = Function, Arguments) ->
+    Call = fun() -> result(fun() -> apply(?NIF, Name, Arguments) end) end,
+    case time_us(Call) of
+        Us when Us =< ?LIMIT_US ->
+            [];
+        _ ->
+            case fastest(Call) of
+                Us when Us =< ?LIMIT_US -> [];
+                Us -> [{Function, shown(Arguments), Us}]
+            end
+    end.
+
+
+%% The tables grow a little with each registration and never all at once. On a machine that is busy
+%% with other things a call may well take long, but not of the processor's time.
+growth_to_a_million_entries_is_gradual(_Config) ->
+    Attempts = [ in_peer(in_growth, [], ["+S", "1:1"]) || _ <- [1, 2, 3] ],
+    ct:pal("calls of 2 ms of processor time and more ({nth, us, ms of processor time}): ~p",
+           [Attempts]),
+    ?assert(lists:member([], Attempts), Attempts).
+
+
+in_growth() ->
+    Registry = ?NIF:new(64, 2_000_000, 65_535),
+    grow(Registry, self(), 1, 1_000_000, runtime_ms(), []).
+
+
+grow(_Registry, _Pid, N, Last, _Runtime, Slow) when N > Last ->
+    Slow;
+grow(Registry, Pid, N, Last, Runtime, Slow) ->
+    Us = time_us(fun() -> ok = ?NIF:register(Registry, connection, <<N:32>>, Pid, Pid, none) end),
+    Now = runtime_ms(),
+    %% Two milliseconds on the clock of whole milliseconds are more than one.
+    case Now - Runtime of
+        Ms when Ms >= 3, Us > ?LIMIT_US -> grow(Registry, Pid, N + 1, Last, Now, [{N, Us, Ms} | Slow]);
+        _ -> grow(Registry, Pid, N + 1, Last, Now, Slow)
+    end.
+
+
+%% Of all threads of this node.
+runtime_ms() ->
+    {Total, _SinceLastCall} = erlang:statistics(runtime),
+    Total.
+
+
+%% Ids of the most bytes that the default bounds allow, in each form.
+calls_with_the_longest_ids_are_short(_Config) -> short(in_longest_ids).
+
+
+in_longest_ids() ->
+    R = ?NIF:new(64, 2_000_000, 65_535),
+    Ids = [ Id || Id <- longest_ids(), is_accepted(R, Id) ],
+    true = length(Ids) >= 4,
+    ok = ?NIF:register(R, transport, t, self(), self(), none),
+    Slow = [ {Name, shown(Id), Us}
+             || Id <- Ids,
+                {Name, Calls, Call} <- calls_with_id(R, Id),
+                Us <- [fastest(Call) div Calls],
+                Us > ?LIMIT_US ],
+    {Slow, length(Slow)}.
+
+
+calls_with_id(R, Id) ->
+    [{whereis, 1, fun() -> ?NIF:whereis(R, connection, Id) end},
+     {whereis_connection, 1, fun() -> ?NIF:whereis_connection(Id) end},
+     {find, 1, fun() -> ?NIF:find(R, server, Id) end},
+     {shard, 1, fun() -> ?NIF:shard(R, Id) end},
+     {bind, 1, fun() -> ?NIF:bind(R, Id, Id, true) end},
+     {register_unregister, 2, fun() -> register_and_unregister(R, connection, Id) end},
+     {bind_bound_server_unbind, 3, fun() -> bind_and_unbind(R, Id) end}].
+
+
+register_and_unregister(R, NS, Id) ->
+    ok = ?NIF:register(R, NS, Id, self(), self(), none),
+    ok = ?NIF:unregister(R, NS, Id).
+
+
+bind_and_unbind(R, Id) ->
+    ok = ?NIF:bind(R, t, Id, false),
+    {ok, _} = ?NIF:bound_server(R, t),
+    ok = ?NIF:unbind(R, t).
+
+
+longest_ids() ->
+    [binary:copy(<<"x">>, 65_535),
+     lists:duplicate(60_000, []),
+     lists:duplicate(30_000, 7),
+     list_to_tuple(lists:duplicate(60_000, [])),
+     lists:foldl(fun(_, T) -> [T] end, [], lists:seq(1, 10_000)),
+     maps:from_list([ {<<N:16>>, []} || N <- lists:seq(1, 7000) ]),
+     [ [a | b] || _ <- lists:seq(1, 2500) ],
+     1 bsl 400_000,
+     <<0:400_001>>,
+     lists:duplicate(2000, make_ref()),
+     lists:duplicate(5000, self())].
+
+
+is_accepted(Registry, Id) ->
+    try ?NIF:shard(Registry, Id) of
+        _ -> true
+    catch
+        error:badarg -> false
+    end.
+
+
+%% Configs around the size from which on they are left to a dirty scheduler.
+calls_with_large_configs_are_short(_Config) -> short(in_large_configs).
+
+
+in_large_configs() ->
+    R = ?NIF:new(64, 2_000_000, 65_535),
+    Sizes = [60, 64, 70, 1000, 9000, 19_000, 19_990, 20_010, 1_000_000],
+    Slow = [ {Name, Shape, Size, Us}
+             || Size <- Sizes,
+                Shape <- [list, tuple, map, binaries, binary, server_id, references, nested],
+                Config <- [large(Shape, Size)],
+                {Name, Call} <- calls_with_config(R, Config),
+                Us <- [fastest_of([ fun() -> result(fun() -> Call(<<N>>) end) end
+                                    || N <- lists:seq(1, ?REPEATS) ])],
+                Us > ?LIMIT_US ],
+    {Slow, length(Slow)}.
+
+
+%% What one registers the next one finds, changes and removes.
+calls_with_config(R, Config) ->
+    [{register, fun(Id) -> ?NIF:register(R, server, Id, self(), self(), Config) end},
+     {register_transport, fun(Id) -> ?NIF:register(R, transport, Id, self(), self(), Config) end},
+     {find, fun(Id) -> ?NIF:find(R, server, Id) end},
+     {update_server, fun(Id) -> ?NIF:update_server(R, Id, Config) end},
+     {list, fun(_) -> ?NIF:list(R, server) end},
+     {unregister, fun(Id) -> ?NIF:unregister(R, server, Id) end},
+     {unregister_transport, fun(Id) -> ?NIF:unregister(R, transport, Id) end}].
+
+
+large(list, N) -> lists:seq(1, N);
+large(tuple, N) -> list_to_tuple(lists:seq(1, N));
+large(map, N) -> maps:from_list([ {I, I} || I <- lists:seq(1, N div 2) ]);
+large(binaries, N) -> [ <<I:64>> || I <- lists:seq(1, N) ];
+large(binary, N) -> binary:copy(<<"x">>, N * 16);
+large(server_id, N) -> #{server_id => lists:seq(1, N)};
+large(references, N) -> lists:duplicate(N, make_ref());
+large(nested, N) -> lists:foldl(fun(_, T) -> {T} end, {}, lists:seq(1, N)).
+
+
+%% An id that is too long is known to be so before it is looked at as a whole.
+ids_beyond_the_bound_are_refused_at_once(_Config) -> short(in_beyond_bound).
+
+
+in_beyond_bound() ->
+    Binary = binary:copy(<<0>>, 50_000_000),
+    <<_:1, Unaligned:40_000_000/binary, _/bitstring>> = Binary,
+    <<Bits:399_999_999/bitstring, _/bitstring>> = Binary,
+    List = lists:seq(1, 1_000_000),
+    Map = maps:from_list([ {N, N} || N <- lists:seq(1, 300_000) ]),
+    Ids = [Binary,
+           Unaligned,
+           Bits,
+           List,
+           list_to_tuple(List),
+           Map,
+           fun() -> List end,
+           {Binary},
+           {Unaligned},
+           {Bits},
+           [List],
+           {a, List},
+           [Map],
+           {fun() -> List end},
+           #{Bits => a},
+           1 bsl 28_000_000,
+           [1 bsl 28_000_000],
+           lists:foldl(fun(_, T) -> [T] end, [], List),
+           lists:foldl(fun(_, T) -> {T, T} end, {}, lists:seq(1, 60))],
+    Slow = [ {Name, Nth, Us}
+             || {Nth, Id} <- lists:enumerate(Ids),
+                {Name, Call} <- refused_calls(Id),
+                Us <- [fastest(fun() -> badarg = result(Call) end)],
+                Us > ?LIMIT_US ],
+    {Slow, length(Slow)}.
+
+
+refused_calls(Id) ->
+    Me = self(),
+    [{whereis_connection, fun() -> ?NIF:whereis_connection(Id) end},
+     {find, fun() -> ?NIF:find(default, server, Id) end},
+     {shard, fun() -> ?NIF:shard(default, Id) end},
+     {register, fun() -> ?NIF:register(default, server, Id, Me, Me, none) end},
+     {register_automatic,
+      fun() -> ?NIF:register(default, transport, t, Me, Me, #{server_id => Id}) end},
+     {unregister, fun() -> ?NIF:unregister(default, transport, Id) end},
+     {bind, fun() -> ?NIF:bind(default, a, Id, true) end}].
+
+
+%% What is listed without config may be heavy by its id.
+listing_entries_with_long_ids_is_short(_Config) -> short(in_long_id_lists).
+
+
+in_long_id_lists() ->
+    Slow = [ {Name, Kind, Us}
+             || Kind <- [binary, list, tuple],
+                {Name, Us} <- list_times(Kind),
+                Us > ?LIMIT_US ],
+    {Slow, length(Slow)}.
+
+
+list_times(Kind) ->
+    R = ?NIF:new(1, 2_000_000, 65_535),
+    [ ok = ?NIF:register(R, NS, long_id(Kind, N), self(), self(), none)
+      || N <- lists:seq(1, 400), NS <- [server, connection] ],
+    Times = [{list_servers, fastest(fun() -> ?NIF:list(R, server) end)},
+             {list_connections, fastest(fun() -> ?NIF:list(R, connection) end)},
+             {list_shard, fastest(fun() -> ?NIF:list_shard(R, 0) end)}],
+    [ ok = ?NIF:unregister(R, NS, long_id(Kind, N))
+      || N <- lists:seq(1, 400), NS <- [server, connection] ],
+    Times.
+
+
+long_id(binary, N) -> <<N:32, 0:(8 * 60_000)>>;
+long_id(list, N) -> [<<N:32>> | lists:duplicate(30_000, [])];
+long_id(tuple, N) -> list_to_tuple([N | lists:duplicate(999, a)]).
+
+
+listing_after_a_million_entries_is_short(_Config) -> short(in_shrunk_lists).
+
+
+in_shrunk_lists() ->
+    Slow = [ {Name, NS, Us}
+             || NS <- ?NAMESPACES,
+                Registry <- [?NIF:new(1, 2_000_000, 65_535)],
+                _ <- [begin
+                          ok = fill(Registry, NS, self(), 400_000),
+                          [ ok = ?NIF:unregister(Registry, NS, <<N:32>>)
+                            || N <- lists:seq(11, 400_000) ],
+                          10 = ?NIF:count(Registry, NS)
+                      end],
+                {Name, Call} <- [{list, fun() -> ?NIF:list(Registry, NS) end},
+                                 {list_shard, fun() -> ?NIF:list_shard(Registry, 0) end}],
+                Us <- [fastest(Call)],
+                Us > ?LIMIT_US ],
+    {Slow, length(Slow)}.
+
+
+%% Names of servers that only automatic bindings know are no servers.
+listing_servers_among_dangling_names_is_short(_Config) -> short(in_dangling_lists).
+
+
+in_dangling_lists() ->
+    Registry = ?NIF:new(64, 2_000_000, 65_535),
+    [ ok = ?NIF:register(Registry, transport, <<N:32>>, self(), self(), #{server_id => <<N:32>>})
+      || N <- lists:seq(1, 200_000) ],
+    0 = ?NIF:count(Registry, server),
+    Us = fastest(fun() -> ?NIF:list(Registry, server) end),
+    [] = case ?NIF:list(Registry, server) of
+             dirty -> ?NIF:list_dirty(Registry, server);
+             List -> List
+         end,
+    {[ {list, server, Us} || Us > ?LIMIT_US ], 0}.
+
+
+%% The last reference goes in a garbage collection, on the scheduler of whoever had it.
+freeing_a_registry_that_was_large_is_short(_Config) -> short(in_free_shrunk).
+
+
+in_free_shrunk() ->
+    free(fun(Registry) ->
+                 [ ok = ?NIF:unregister(Registry, connection, <<N:32>>)
+                   || N <- lists:seq(401, 300_000) ],
+                 400 = ?NIF:count(Registry, connection)
+         end).
+
+
+freeing_a_large_registry_is_short(_Config) -> short(in_free_large).
+
+
+in_free_large() ->
+    free(fun(_Registry) -> ok end).
+
+
+free(Prepare) ->
+    Pid = sleeper(),
+    Times = [ begin
+                  Parent = self(),
+                  Owner = spawn_link(fun() ->
+                                             fill_and(Prepare, Pid),
+                                             Us = time_us(fun() -> garbage_collect() end),
+                                             Parent ! {self(), Us}
+                                     end),
+                  receive {Owner, Us} -> Us end
+              end || _ <- [1, 2, 3] ],
+    Deadline = erlang:monotonic_time(millisecond) + 10_000,
+    ok = await_no_monitors(Pid, Deadline),
+    exit(Pid, kill),
+    {[ {garbage_collect, Times} || lists:min(Times) > ?LIMIT_US ], 0}.
+
+
+fill_and(Prepare, Pid) ->
+    Registry = ?NIF:new(64, 2_000_000, 65_535),
+    ok = fill(Registry, connection, Pid, 300_000),
+    _ = Prepare(Registry),
+    _ = garbage_collect(),
+    ok.
+
+
+%% The entries of a registry that is no more are gone too.
+await_no_monitors(Pid, Deadline) ->
+    case process_info(Pid, monitored_by) of
+        {monitored_by, []} -> ok;
+        {monitored_by, Left} ->
+            case erlang:monotonic_time(millisecond) > Deadline of
+                true -> {monitors_left, length(Left)};
+                false -> timer:sleep(100), await_no_monitors(Pid, Deadline)
+            end
+    end.
+
+
+fill(Registry, NS, Pid, Entries) ->
+    [ ok = ?NIF:register(Registry, NS, <<N:32>>, Pid, Pid, none) || N <- lists:seq(1, Entries) ],
+    ok.
+
+
+short(Function) ->
+    {Slow, Count} = in_peer(Function, []),
+    ct:pal("~b calls above ~b us~n~p", [max(Count, length(Slow)), ?LIMIT_US, Slow]),
+    ?assertEqual([], Slow).
+
+
+fastest(Call) ->
+    fastest_of(lists:duplicate(?REPEATS, Call)).
+
+
+fastest_of(Calls) ->
+    lists:min([ time_us(Call) || Call <- Calls ]).
+
+
+time_us(Call) ->
+    Start = erlang:monotonic_time(),
+    _ = Call(),
+    erlang:convert_time_unit(erlang:monotonic_time() - Start, native, microsecond).
+
+
+timed_seconds(Fun) ->
+    {Us, Result} = timer:tc(Fun),
+    {Us / 1_000_000, Result}.
+
+
+result(Fun) ->
+    try
+        Fun()
+    catch
+        error:Reason -> Reason
+    end.
+
+
+on_every_scheduler(Fun) ->
+    Monitors = [ Monitor
+                 || N <- lists:seq(1, erlang:system_info(schedulers_online)),
+                    {_, Monitor} <- [spawn_opt(fun() -> Fun(N) end, [monitor, {scheduler, N}])] ],
+    [ receive {'DOWN', Monitor, process, _, Reason} -> normal = Reason end || Monitor <- Monitors ].
+
+
+memory() ->
+    [ garbage_collect(Pid) || Pid <- processes() ],
+    Resident =
+        case file:read_file("/proc/self/statm") of
+            {ok, Statm} ->
+                [_, Pages | _] = binary:split(Statm, <<" ">>, [global]),
+                binary_to_integer(Pages) * 4096;
+            {error, _} ->
+                0
+        end,
+    #{resident => Resident, total => erlang:memory(total)}.
+
+
+from_environment(Variable, Default) ->
+    case os:getenv(Variable) of
+        false -> Default;
+        Given -> list_to_integer(Given)
+    end.
+
+
+%% A function of this module in a node of its own, whose end is the case's.
+in_peer(Function, Arguments) ->
+    in_peer(Function, Arguments, []).
+
+
+in_peer(Function, Arguments, Flags) ->
+    Root = code:root_dir(),
+    Paths = [ filename:absname(Path) || Path <- code:get_path(),
+                                        not lists:prefix(Root, Path),
+                                        Path =/= "." ],
+    %% Compiled for cover, a module has no file.
+    Own = [ filename:dirname(File) || File <- [code:which(?MODULE)], is_list(File) ],
+    {ok, Peer, _} = peer:start_link(#{
+                                      connection => standard_io,
+                                      wait_boot => 60_000,
+                                      args => ["-pa" | Paths ++ Own]
+                                     }),
+    Result = peer:call(Peer, ?MODULE, Function, Arguments, 600_000),
+    peer:stop(Peer),
+    Result.
