@@ -1024,7 +1024,7 @@ in_peer(Function, Arguments) ->
     in_peer(Function, Arguments, []).
 
 
-in_peer(Function, Arguments, Flags) ->
+in_peer(Function, Arguments, _Flags) ->
     Root = code:root_dir(),
     Paths = [ filename:absname(Path) || Path <- code:get_path(),
                                         not lists:prefix(Root, Path),
