@@ -58,7 +58,6 @@
          literal_as_config/1]).
 
 %% The node
--export([info_tells_what_is_there/1,
          i_prints_it/1,
          config_errors_name_key_value_expectation/1,
          application_starts_with_defaults/1,
@@ -140,8 +139,7 @@ groups() ->
                    reference_in_a_message_keeps_it,
                    literal_as_config]},
      {node, [],
-            [info_tells_what_is_there,
-             i_prints_it,
+            [i_prints_it,
              config_errors_name_key_value_expectation,
              application_starts_with_defaults,
              application_bounds_the_default_registry,
@@ -1391,48 +1389,6 @@ monitors_of(Pid) ->
 
 
 %%% The node
-
-
-info_tells_what_is_there(_Config) ->
-    Info = erlmcp_native:info(),
-    ?assertMatch(#{
-                   version := [_ | _],
-                   otp_release := [_ | _],
-                   nif_version := [_ | _],
-                   system_architecture := [_ | _],
-                   nif := loaded,
-                   application := _,
-                   registry_process := _,
-                   registry := #{connections := _},
-                   bindings := _,
-                   distinct_configs := _
-                  },
-                 Info),
-    ?assertEqual(whereis(erlmcp_registry), maps:get(registry_process, Info)),
-    ?assertEqual(?M:stats(), maps:get(registry, Info)),
-    #{
-      registry := #{connections := C, servers := S, transports := T},
-      bindings := B,
-      distinct_configs := D
-     } = Info,
-    ok = ?M:register_connection(<<"info">>, self(), {never, before}),
-    ok = erlmcp_nif:register(default, server, <<"info">>, self(), self(), {never, before}),
-    ok = erlmcp_nif:register(default,
-                             transport,
-                             <<"info">>,
-                             self(),
-                             self(),
-                             #{server_id => <<"info">>}),
-    Now = erlmcp_native:info(),
-    ok = ?M:unregister_connection(<<"info">>),
-    ok = erlmcp_nif:unregister(default, server, <<"info">>),
-    ok = erlmcp_nif:unregister(default, transport, <<"info">>),
-    #{
-      registry := #{connections := C1, servers := S1, transports := T1},
-      bindings := B1,
-      distinct_configs := D1
-     } = Now,
-    ?assertEqual({C + 1, S + 1, T + 1, B + 1, D + 2}, {C1, S1, T1, B1, D1}).
 
 
 i_prints_it(_Config) ->
