@@ -58,7 +58,7 @@
          literal_as_config/1]).
 
 %% The node
-         i_prints_it/1,
+-export([i_prints_it/1,
          config_errors_name_key_value_expectation/1,
          application_starts_with_defaults/1,
          application_bounds_the_default_registry/1,
