@@ -418,20 +418,26 @@ fn bound_server<'a>(env: Env<'a>, of: Term<'a>, transport: Term<'a>) -> NifResul
     if live_entry(env, registry, Namespace::Transport, &transport).is_none() {
         return Ok(not_found(env));
     }
+    let mut was_without_server = false;
     loop {
-        let Some((server, is_stale)) = registry.bound_server(&transport, |server| {
-            let is_stale = registry
+        let Some((server, state)) = registry.bound_server(&transport, |server| {
+            let state = registry
                 .entry(Namespace::Server, &server)
-                .is_some_and(|entry| !is_alive(env, &entry));
-            if is_stale {
+                .map(|entry| is_alive(env, &entry));
+            if state == Some(false) {
                 live_entry(env, registry, Namespace::Server, &server);
             }
-            (id::decode(env, server.kind(), server.bytes()), is_stale)
+            (id::decode(env, server.kind(), server.bytes()), state)
         }) else {
             return Ok(not_found(env));
         };
-        if !is_stale {
-            return Ok((atoms::ok(), server?).encode(env));
+        match state {
+            Some(true) => return Ok((atoms::ok(), server?).encode(env)),
+            Some(false) => {}
+            // There is no such server (yet), or it went just now and took the binding along: then
+            // the binding is not found the second time.
+            None if was_without_server => return Ok((atoms::ok(), server?).encode(env)),
+            None => was_without_server = true,
         }
     }
 }
