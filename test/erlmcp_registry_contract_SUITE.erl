@@ -59,6 +59,10 @@ cases(request) ->
      registered_again_after_the_end,
      dead_pid_is_registered,
      find_never_returns_the_dead,
+     requests_that_overtake_the_end,
+     new_owner_outlives_the_end_of_the_old,
+     new_binding_outlives_the_end_of_the_old_server,
+     registering_over_and_over_collects_no_monitors,
      pid_under_many_ids_ends,
      one_of_two_ids_unregistered_then_the_pid_ends,
      unregister_does_not_purge_a_later_binding,
@@ -75,6 +79,7 @@ cases(request) ->
      transport_named_broadcast_cannot_be_reached,
      order_of_one_sender,
      all_state_and_restore,
+     restore_leaves_out_unknown_transports,
      restore_invalid_state,
      remote_pid_ends_with_its_node];
 cases(module) ->
@@ -88,21 +93,30 @@ cases(module) ->
      stop_clears,
      shutdown_by_the_parent_clears,
      killed_and_restarted_adopts,
+     killed_and_restarted_adopts_the_latest,
+     killed_again_and_again,
      killed_server_process_while_down,
      anonymous_instances_are_isolated,
      anonymous_instance_stops,
      works_without_the_application,
      route_message_to_a_server,
      route_message_to_a_transport,
+     route_message_to_a_transport_named_broadcast,
+     order_of_all_routes,
      pid_and_queue_depth,
      servers,
      graceful_shutdown_asks_everybody,
      format_status_shows_no_configs,
      unknown_route_is_logged_rarely,
+     unlogged_routes_are_counted,
      local_scope,
      other_scopes_are_a_function_clause,
      global_scope,
+     global_scope_of_one_node,
+     global_end_race,
      names,
+     normalized_names,
+     modules_and_tables_of_the_host,
      same_pid_can_be_ok].
 
 
@@ -443,6 +457,58 @@ find_never_returns_the_dead(Config) ->
                   lists:seq(1, 500)).
 
 
+%% The requests are in the mailbox before the process ends, and are handled after it has.
+requests_that_overtake_the_end(Config) ->
+    [S, T] = bound(Config),
+    ?assertEqual([{error, not_found}, {error, not_found}],
+                 overtaken(Config, S, [{find_server, s}, {get_server_for_transport, t}])),
+    [S2, S3] = processes(2),
+    ok = request(Config, {register_server, s2, S2, #{}}),
+    ok = request(Config, {register_server, s3, S3, #{}}),
+    ?assertEqual([{error, server_not_found}],
+                 overtaken(Config, S2, [{bind_transport_to_server, t, s2}])),
+    ?assertEqual([{error, not_found}], overtaken(Config, S3, [{update_server, s3, #{}}])),
+    ?assertEqual([{error, not_found}, {error, not_found}],
+                 overtaken(Config, T, [{find_transport, t}, {get_server_for_transport, t}])).
+
+
+new_owner_outlives_the_end_of_the_old(Config) ->
+    [S, T] = bound(Config),
+    [S2, T2] = processes(2),
+    ?assertEqual([ok], overtaken(Config, S, [{register_server, s, S2, new}])),
+    ?assertEqual({ok, {S2, new}}, request(Config, {find_server, s})),
+    ?assertEqual({error, not_found}, request(Config, {get_server_for_transport, t})),
+    ?assertEqual([ok], overtaken(Config, T, [{register_transport, t, T2, #{server_id => s}}])),
+    ?assertEqual({ok, {T2, #{server_id => s}}}, request(Config, {find_transport, t})),
+    ?assertEqual({ok, s}, request(Config, {get_server_for_transport, t})),
+    kill(T2),
+    ?assertEqual({error, not_found}, request(Config, {find_transport, t})).
+
+
+%% A transport bound ahead of a server is not unbound by the end, known late, of an earlier one.
+new_binding_outlives_the_end_of_the_old_server(Config) ->
+    [S, S2] = processes(2),
+    ok = request(Config, {register_server, s, S, #{}}),
+    ?assertEqual([ok], overtaken(Config, S, [{register_transport, t, self(), #{server_id => s}}])),
+    ?assertEqual({ok, s}, request(Config, {get_server_for_transport, t})),
+    ok = request(Config, {register_server, s, S2, #{}}),
+    ?assertEqual({ok, s}, request(Config, {get_server_for_transport, t})).
+
+
+%% A registry may keep a monitor of its own, but not one for each registration there ever was.
+registering_over_and_over_collects_no_monitors(Config) ->
+    [P] = processes(1),
+    Monitors = fun() -> length(element(2, process_info(P, monitored_by))) end,
+    Before = Monitors(),
+    _ = [ begin
+              ok = request(Config, {register_server, s, P, #{}}),
+              ok = request(Config, {register_transport, t, P, #{server_id => s}}),
+              ok = request(Config, {unregister_server, s}),
+              ok = request(Config, {unregister_transport, t})
+          end || _ <- lists:seq(1, 100) ],
+    eventually(fun() -> Monitors() - Before =< 2 end).
+
+
 pid_under_many_ids_ends(Config) ->
     [P, T] = processes(2),
     _ = [ ok = request(Config, {register_server, N, P, #{}}) || N <- lists:seq(1, 20) ],
@@ -587,6 +653,17 @@ all_state_and_restore(Config) ->
     ?assertEqual(ok, request(Config, {restore_state, Saved})),
     ?assertEqual({ok, Saved}, request(Config, get_all_state)),
     ?assertEqual({error, not_found}, request(Config, {get_server_for_transport, v})).
+
+
+restore_leaves_out_unknown_transports(Config) ->
+    [_, T] = bound(Config),
+    Saved = {registry_state, #{t => s, unknown => s}},
+    ?assertEqual(ok, request(Config, {restore_state, Saved})),
+    ?assertEqual({ok, {registry_state, #{t => s}}}, request(Config, get_all_state)),
+    ok = request(Config, {register_transport, unknown, T, #{}}),
+    ?assertEqual({error, not_found}, request(Config, {get_server_for_transport, unknown})),
+    ?assertEqual(ok, request(Config, {restore_state, {registry_state, #{}}})),
+    ?assertEqual({ok, {registry_state, #{}}}, request(Config, get_all_state)).
 
 
 restore_invalid_state(Config) ->
@@ -814,6 +891,44 @@ killed_and_restarted_adopts(Config) ->
     ?assertEqual({error, not_found}, Module:find_transport(t)).
 
 
+killed_and_restarted_adopts_the_latest(Config) ->
+    Module = module(Config),
+    [S, S2, T, U, V] = processes(5),
+    ok = Module:register_server(s, S, #{version => 1}),
+    ok = Module:update_server(s, #{version => 2}),
+    ok = Module:register_server(s2, S2, #{}),
+    _ = [ ok = Module:register_transport(Id, Pid, #{server_id => s2})
+          || {Id, Pid} <- [{t, T}, {u, U}, {v, V}, {w, V}, {x, V}] ],
+    ok = Module:bind_transport_to_server(t, s),
+    ok = Module:register_transport(z, T, #{server_id => s}),
+    ok = Module:unbind_transport(z),
+    ok = Module:unregister_transport(v),
+    ok = Module:register_transport(y, V, #{server_id => to_come}),
+    kill(U),
+    ok = Module:unregister_server(s2),
+    ok = Module:bind_transport_to_server(w, s),
+    kill(instance(Config)),
+    {ok, Next} = Module:start_link(),
+    unlink(Next),
+    ?assertEqual([{s, {S, #{version => 2}}}], Module:list_servers()),
+    ?assertEqual([t, w, x, y, z], lists:sort([ Id || {Id, _} <- Module:list_transports() ])),
+    ?assertEqual({ok, {registry_state, #{t => s, w => s, y => to_come}}}, Module:get_all_state()).
+
+
+killed_again_and_again(Config) ->
+    Module = module(Config),
+    bound(Config),
+    lists:foreach(fun(N) ->
+                          kill(whereis(Module)),
+                          {ok, Next} = Module:start_link(),
+                          unlink(Next),
+                          ok = Module:register_server(N, self(), #{}),
+                          ?assertEqual(N + 1, length(Module:list_servers())),
+                          ?assertEqual({ok, s}, Module:get_server_for_transport(t))
+                  end,
+                  lists:seq(1, 50)).
+
+
 killed_server_process_while_down(Config) ->
     Module = module(Config),
     [S] = processes(1),
@@ -872,10 +987,37 @@ route_message_to_a_transport(Config) ->
     ok = Module:register_transport(t, self(), #{}),
     ok = Module:bind_transport_to_server(t, s),
     ?assertEqual({error, no_bound_server}, Module:route_message({transport, t}, hello)),
+    ok = Module:register_transport(v, self(), #{server_id => undefined}),
+    ok = Module:register_transport(w, self(), no_map),
+    ?assertEqual({error, no_bound_server}, Module:route_message({transport, v}, hello)),
+    ?assertEqual({error, no_bound_server}, Module:route_message({transport, w}, hello)),
     ok = Module:register_transport(u, self(), #{server_id => named_by_the_config}),
     ok = Module:bind_transport_to_server(u, s),
     ?assertEqual(ok, Module:route_message({transport, u}, hello)),
     ?assertEqual([{mcp_response, named_by_the_config, hello}], received(1)).
+
+
+route_message_to_a_transport_named_broadcast(Config) ->
+    Module = module(Config),
+    Other = spawn_forwarder(other),
+    ok = Module:register_transport(other, Other, #{server_id => s}),
+    ok = Module:register_transport(broadcast, self(), #{server_id => s}),
+    ?assertEqual(ok, Module:route_message({transport, broadcast}, hello)),
+    ?assertEqual([{mcp_response, s, hello}], received(1)).
+
+
+order_of_all_routes(Config) ->
+    Module = module(Config),
+    ok = Module:register_server(s, self(), #{}),
+    ok = Module:register_transport(t, self(), #{server_id => s}),
+    Routes = [fun(N) -> Module:route_to_server(s, t, N) end,
+              fun(N) -> Module:route_to_transport(t, s, N) end,
+              fun(N) -> Module:route_to_transport(broadcast, s, N) end,
+              fun(N) -> Module:route_message({transport, t}, N) end,
+              fun(N) -> Module:route_message({server, s}, N) end],
+    Order = [ (N * 7) rem 5 + 1 || N <- lists:seq(1, 2000) ],
+    _ = [ ok = (lists:nth(Route, Routes))(N) || {N, Route} <- lists:enumerate(Order) ],
+    ?assertEqual(lists:seq(1, 2000), [ element(3, Message) || Message <- received(2000) ]).
 
 
 pid_and_queue_depth(Config) ->
@@ -917,7 +1059,17 @@ format_status_shows_no_configs(Config) ->
     ok = Module:register_transport(t, self(), #{server_id => s, password => "a secret"}),
     Shown = lists:flatten(io_lib:format("~p", [sys:get_status(instance(Config))])),
     ?assertEqual(nomatch, string:find(Shown, "secret")),
-    ?assertNotEqual(nomatch, string:find(Shown, "bindings")).
+    ?assertNotEqual(nomatch, string:find(Shown, "bindings")),
+    % What a crash report shows beside the state.
+    Request = {'$gen_call', {self(), make_ref()}, {register_server, s, self(), #{p => "a secret"}}},
+    Report = Module:format_status(#{
+                                    state => sys:get_state(instance(Config)),
+                                    message => Request,
+                                    log => [{in, Request}],
+                                    reason => normal
+                                   }),
+    ?assertEqual(nomatch, string:find(lists:flatten(io_lib:format("~p", [Report])), "secret")),
+    ?assertMatch(#{reason := normal}, Report).
 
 
 unknown_route_is_logged_rarely(Config) ->
@@ -937,7 +1089,30 @@ unknown_route_is_logged_rarely(Config) ->
     end.
 
 
-%% The handler of the case before.
+unlogged_routes_are_counted(Config) ->
+    Module = module(Config),
+    ok = logger:add_handler(?MODULE, ?MODULE, #{config => #{tester => self()}}),
+    try
+        _ = next_warning(Module, 50),
+        _ = [ ok = Module:route_to_server(nobody, t, N) || N <- lists:seq(1, 17) ],
+        ?assertEqual([], logged()),
+        timer:sleep(1100),
+        ?assertMatch({match, _}, re:run(next_warning(Module, 1), "\\b17\\b"))
+    after
+        logger:remove_handler(?MODULE)
+    end.
+
+
+%% Routes to nobody until that is logged, at most so many times; the text of what is logged.
+next_warning(Module, Times) when Times > 0 ->
+    ok = Module:route_to_transport(nobody, s, hello),
+    case logged() of
+        [#{msg := {Format, Arguments}} | _] -> lists:flatten(io_lib:format(Format, Arguments));
+        [] -> next_warning(Module, Times - 1)
+    end.
+
+
+%% The handler of the cases before.
 log(#{meta := #{domain := [erlmcp_native]}} = Event, #{config := #{tester := Tester}}) ->
     Tester ! {logged, Event};
 log(_Event, _Config) ->
@@ -994,6 +1169,54 @@ global_scope(Config) ->
       end).
 
 
+global_scope_of_one_node(Config) ->
+    Module = module(Config),
+    Before = processes(),
+    [A, B] = processes(2),
+    Watchers = processes() -- Before,
+    ?assertEqual([], Module:list_servers(global)),
+    ok = Module:register_server(global, 1, A, no_map),
+    ok = Module:register_server(global, 1.0, B, #{b => 1}),
+    ok = Module:register_transport(global, 1, B, #{}),
+    ?assertEqual({ok, {node(), A, no_map}}, Module:find_server(global, 1)),
+    ?assertEqual({ok, {node(), B, #{b => 1}}}, Module:find_server(global, 1.0)),
+    ?assertEqual({ok, {node(), B, #{}}}, Module:find_transport(global, 1)),
+    ?assertEqual(2, length(Module:list_servers(global))),
+    ?assertEqual({error, already_registered}, Module:register_server(global, 1, B, #{})),
+    ?assertEqual({error, already_registered}, Module:register_server(global, 1, A, #{})),
+    application:set_env(erlmcp_native, same_pid, ok),
+    ?assertEqual(ok, Module:register_server(global, 1, A, #{})),
+    ?assertEqual({ok, {node(), A, no_map}}, Module:find_server(global, 1)),
+    kill(B),
+    ?assertEqual({error, not_found}, Module:find_server(global, 1.0)),
+    ?assertEqual([{1, {node(), A, no_map}}], Module:list_servers(global)),
+    ?assertEqual(ok, Module:register_server(global, dead, B, #{})),
+    ?assertEqual({error, not_found}, Module:find_server(global, dead)),
+    ok = Module:unregister_server(global, 1),
+    ?assertEqual({error, not_found}, Module:find_server(global, 1)),
+    ?assertEqual([], Module:list_servers(global)),
+    ?assertEqual([], Module:list_transports(global)),
+    % Nothing is left behind, whichever way the entries ended, also if nobody looks for them.
+    ok = Module:register_server(global, dead, B, #{}),
+    ok = Module:register_server(global, ends, A, #{}),
+    kill(A),
+    eventually(fun() -> (processes() -- Before) -- Watchers =:= [] end).
+
+
+global_end_race(Config) ->
+    Module = module(Config),
+    lists:foreach(fun(N) ->
+                          [P] = processes(1),
+                          ?assertEqual(ok, Module:register_transport(global, t, P, N)),
+                          ?assertEqual({ok, {node(), P, N}}, Module:find_transport(global, t)),
+                          kill(P),
+                          N rem 2 =:= 0 andalso
+                          ?assertEqual({error, not_found}, Module:find_transport(global, t))
+                  end,
+                  lists:seq(1, 100)),
+    ?assertEqual([], Module:list_transports(global)).
+
+
 names(Config) ->
     Module = module(Config),
     lists:foreach(
@@ -1003,6 +1226,8 @@ names(Config) ->
                                 <<"名前"/utf8>>,
                                 <<"हिन्दी"/utf8>>,
                                 <<"👍🏽"/utf8>>,
+                                <<"👨‍👩‍👧_🇫🇷-❤️"/utf8>>,
+                                <<"أداة_٣"/utf8>>,
                                 binary:copy(<<"é"/utf8>>, 255)] ],
               _ = [ ?assertEqual({error, Error}, Module:Validate(Name))
                     || {Error, Name} <- [{empty, <<>>},
@@ -1010,17 +1235,47 @@ names(Config) ->
                                          {invalid_characters, <<"a b">>},
                                          {invalid_characters, <<"a\n">>},
                                          {invalid_characters, <<0>>},
+                                         {invalid_characters, <<"a", 255>>},
+                                         {invalid_characters, <<16#C3>>},
+                                         {too_long, binary:copy(<<"e", 769/utf8>>, 256)},
                                          {invalid_binary, name},
                                          {invalid_binary, "name"},
                                          {invalid_binary, 17}] ]
       end,
-      [validate_tool_name, validate_transport_name]),
+      [validate_tool_name, validate_transport_name]).
+
+
+normalized_names(Config) ->
+    Module = module(Config),
     ?assertEqual(?MODULE, Module:normalize_name(atom_to_binary(?MODULE))),
+    ?assertEqual(?MODULE, Module:normalize_name(?MODULE)),
     Unknown = <<"never an atom ", (integer_to_binary(erlang:unique_integer([positive])))/binary>>,
     ?assertEqual(Unknown, Module:normalize_name(Unknown)),
-    ?assertError(badarg, binary_to_existing_atom(Unknown)),
     Composed = unicode:characters_to_nfc_binary(<<"é"/utf8, Unknown/binary>>),
-    ?assertEqual(Composed, Module:normalize_name(unicode:characters_to_nfd_binary(Composed))).
+    ?assertEqual(Composed, Module:normalize_name(unicode:characters_to_nfd_binary(Composed))),
+    Long = binary:copy(<<"x">>, 1000),
+    ?assertEqual(Long, Module:normalize_name(Long)),
+    ?assertError(badarg, Module:normalize_name(<<255>>)),
+    _ = [ ?assertError(badarg, binary_to_existing_atom(Name)) || Name <- [Unknown, Composed] ].
+
+
+%% A release refuses two modules of one name, and later erlmcp has these.
+modules_and_tables_of_the_host(_Config) ->
+    ?assertEqual([],
+                 [ Module
+                   || Module <- [erlmcp_recovery_manager,
+                                 erlmcp_health_monitor,
+                                 erlmcp_metrics,
+                                 erlmcp_metrics_aggregator,
+                                 erlmcp_capability_cache,
+                                 erlmcp_rate_limiter],
+                      code:which(Module) =/= non_existing ]),
+    ?assertEqual([],
+                 [ Table
+                   || Table <- ets:all(),
+                      is_atom(Table),
+                      Table =:= erlmcp_circuit_breaker_registry orelse
+                      lists:prefix("erlmcp_shard_", atom_to_list(Table)) ]).
 
 
 same_pid_can_be_ok(Config) ->
@@ -1067,6 +1322,19 @@ cast(Config, Cast) ->
         raw -> gen_server:cast(instance(Config), Cast);
         _ -> apply(module(Config), element(1, Cast), tl(tuple_to_list(Cast)))
     end.
+
+
+%% The answers to requests that the registry receives while Pid lives, and handles after its end.
+overtaken(Config, Pid, Requests) ->
+    Instance = instance(Config),
+    ok = sys:suspend(Instance),
+    Ids = [ gen_server:send_request(Instance, Request) || Request <- Requests ],
+    kill(Pid),
+    ok = sys:resume(Instance),
+    [ begin
+          {reply, Answer} = gen_server:receive_response(Id, ?DEADLINE_MS),
+          Answer
+      end || Id <- Ids ].
 
 
 %% The server s, and the transport t that is bound to it.
