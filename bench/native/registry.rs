@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use ahash::RandomState;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use dashmap::DashMap;
+use erlmcp_core::clock::FakeClock;
 use erlmcp_core::registry::{Limits, Namespace, Registry};
 
 const SIZES: [u64; 3] = [1_000, 15_000, 1_000_000];
@@ -42,7 +43,7 @@ fn shuffled(size: u64, first: u64) -> Vec<Key> {
 }
 
 fn registry() -> Registry<u64> {
-    Registry::new(Limits::default())
+    Registry::new(Limits::default(), &FakeClock::at_ns(0))
 }
 
 fn shard(n: usize) -> u16 {

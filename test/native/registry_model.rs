@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 
+use erlmcp_core::clock::FakeClock;
 use erlmcp_core::error::{BindError, LimitsError, RegisterError};
 use erlmcp_core::registry::{Limits, Namespace, Registry};
 use proptest::prelude::*;
@@ -135,7 +136,10 @@ fn compare(registry: &Registry<Lease>, model: &Model) {
 }
 
 fn run(steps: Vec<Step>) {
-    let registry: Registry<Lease> = Registry::new(Limits::new(4, MAX_ENTRIES, 1000).unwrap());
+    let registry: Registry<Lease> = Registry::new(
+        Limits::new(4, MAX_ENTRIES, 1000).unwrap(),
+        &FakeClock::at_ns(0),
+    );
     let mut model = Model::default();
     let mut locations = BTreeMap::new();
     for (n, step) in steps.into_iter().enumerate() {

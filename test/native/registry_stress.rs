@@ -7,6 +7,7 @@ use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use erlmcp_core::clock::FakeClock;
 use erlmcp_core::error::{BindError, RegisterError};
 use erlmcp_core::registry::{Limits, Namespace, Registry};
 use erlmcp_core::slots::{OCCUPIED, Slots};
@@ -15,7 +16,10 @@ const THREADS: u64 = 4;
 const ROUNDS: u64 = if cfg!(miri) { 20 } else { 20_000 };
 
 fn registry() -> Arc<Registry<u64>> {
-    Arc::new(Registry::new(Limits::new(4, 1 << 20, 1000).unwrap()))
+    Arc::new(Registry::new(
+        Limits::new(4, 1 << 20, 1000).unwrap(),
+        &FakeClock::at_ns(0),
+    ))
 }
 
 /// Runs `f` on several threads at once and returns what they returned.
@@ -300,7 +304,10 @@ fn nothing_is_left_behind_a_close() {
 
 #[test]
 fn max_entries_is_never_passed() {
-    let registry: Arc<Registry<u64>> = Arc::new(Registry::new(Limits::new(1, 10, 100).unwrap()));
+    let registry: Arc<Registry<u64>> = Arc::new(Registry::new(
+        Limits::new(1, 10, 100).unwrap(),
+        &FakeClock::at_ns(0),
+    ));
     let full: u64 = on_threads({
         let registry = Arc::clone(&registry);
         move |n| {

@@ -10,10 +10,13 @@
 //!   are weakly consistent: an element that is present throughout is seen exactly once.
 //! * No operation takes a lock. Look-ups make progress whatever other threads do; an update is
 //!   repeated only when another thread's update of the same id came between.
-//! * No `unsafe` code.
+//! * `unsafe` code in one small module alone.
 
 #![deny(unsafe_code)]
 
+pub mod admission;
+pub mod circuit_breaker;
+pub mod clock;
 pub mod error;
 #[doc(hidden)]
 pub mod gate;
@@ -21,4 +24,6 @@ pub mod registry;
 mod shard;
 #[doc(hidden)]
 pub mod slots;
+mod snapshot;
 mod sync;
+pub mod token_bucket;

@@ -1,5 +1,6 @@
 //! What is kept for each shard beside the maps: which entries it has, and how many.
 
+use crate::admission::Admission;
 use crate::registry::Namespace;
 use crate::slots::Slots;
 use crate::sync::{AtomicU64, Ordering};
@@ -11,6 +12,7 @@ pub(crate) struct Shard {
     /// The hash of every entry of this shard, in all namespaces.
     pub(crate) slots: Slots,
     counts: [AtomicU64; Namespace::COUNT],
+    pub(crate) admission: Admission,
 }
 
 impl Shard {

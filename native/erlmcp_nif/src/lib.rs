@@ -3,7 +3,10 @@
 //!
 //! Panics do not cross into the VM: rustler catches them in functions and callbacks.
 
+mod admission;
 mod atoms;
+mod backpressure;
+mod circuit_breaker;
 mod config;
 mod encoding;
 mod id;
@@ -12,13 +15,18 @@ mod kept_hash;
 mod lookup;
 mod registry;
 mod resource;
+mod routing;
+mod token_bucket;
 mod tuple;
 mod watch;
 
 use rustler::{Env, Term};
 
 fn load(env: Env<'_>, _info: Term<'_>) -> bool {
+    // Calibrates the clock.
+    let _ = backpressure::circuit();
     env.register::<resource::RegistryResource>().is_ok()
+        && env.register::<token_bucket::BucketResource>().is_ok()
         && env.register::<watch::WatchResource>().is_ok()
 }
 

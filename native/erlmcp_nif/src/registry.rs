@@ -18,12 +18,12 @@ use crate::watch::{Lease, Watch};
 const MAX_LISTED_ON_NORMAL_SCHEDULER: u64 = 500;
 
 /// Places, most of them empty, that are walked on a normal scheduler: some 100 microseconds.
-const MAX_WALKED_ON_NORMAL_SCHEDULER: u64 = 20_000;
+pub(crate) const MAX_WALKED_ON_NORMAL_SCHEDULER: u64 = 20_000;
 
 // ---- Arguments and results ----
 
 #[inline]
-fn namespace(term: Term<'_>) -> NifResult<Namespace> {
+pub(crate) fn namespace(term: Term<'_>) -> NifResult<Namespace> {
     if atoms::connection() == term {
         Ok(Namespace::Connection)
     } else if atoms::server() == term {
@@ -45,7 +45,7 @@ fn as_id<'a>(registry: &Registry, encoded: &'a EncodedId<'_>) -> Id<'a> {
     registry.id(encoded.kind, encoded.bytes())
 }
 
-fn shard_number(registry: &Registry, term: Term<'_>) -> NifResult<u16> {
+pub(crate) fn shard_number(registry: &Registry, term: Term<'_>) -> NifResult<u16> {
     // rustler decodes narrower integers by cutting them off.
     let shard: u64 = term.decode()?;
     if shard < u64::from(registry.limits().shards()) {

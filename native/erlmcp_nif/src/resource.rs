@@ -11,6 +11,7 @@ use papaya::HashMap;
 use rustler::{NifResult, Resource, Term};
 
 use crate::atoms;
+use crate::backpressure::clock;
 use crate::watch::Lease;
 
 /// A registry, with the number by which its entries' watches know it.
@@ -40,7 +41,7 @@ impl Registry {
                 continue;
             }
             let registry = Arc::new(Self {
-                core: erlmcp_core::registry::Registry::new(limits),
+                core: erlmcp_core::registry::Registry::new(limits, clock()),
                 number,
             });
             numbers().insert(number, Arc::downgrade(&registry), &guard);

@@ -3,10 +3,25 @@
 use std::mem::MaybeUninit;
 
 use rustler::Term;
-use rustler::sys::enif_get_tuple;
+use rustler::sys::{ErlNifTerm, enif_get_tuple};
 
 /// The elements of a tuple, if `term` is one and has at most `max` of them.
 pub(crate) fn tuple_elements(term: Term<'_>, max: usize) -> Option<Vec<Term<'_>>> {
+    let elements = raw_elements(term).filter(|elements| elements.len() <= max)?;
+    // SAFETY: they are terms of the same environment.
+    let as_term = |element: &ErlNifTerm| unsafe { Term::new(term.get_env(), *element) };
+    Some(elements.iter().map(as_term).collect())
+}
+
+/// The first element of a pair, if `term` is one.
+#[inline]
+pub(crate) fn first_of_pair(term: Term<'_>) -> Option<Term<'_>> {
+    let elements = raw_elements(term).filter(|elements| elements.len() == 2)?;
+    // SAFETY: it is a term of the same environment.
+    Some(unsafe { Term::new(term.get_env(), elements[0]) })
+}
+
+fn raw_elements(term: Term<'_>) -> Option<&[ErlNifTerm]> {
     let env = term.get_env();
     let mut arity = 0;
     let mut elements = MaybeUninit::uninit();
@@ -24,14 +39,10 @@ pub(crate) fn tuple_elements(term: Term<'_>, max: usize) -> Option<Vec<Term<'_>>
         elements.assume_init()
     };
     let arity = usize::try_from(arity).ok()?;
-    if arity > max {
-        return None;
+    if arity == 0 {
+        // May come with any pointer.
+        return Some(&[]);
     }
-    // SAFETY: `elements` points at `arity` terms of the same environment. An empty tuple may come
-    // with any pointer and is not read.
-    Some(
-        (0..arity)
-            .map(|n| unsafe { Term::new(env, *elements.add(n)) })
-            .collect(),
-    )
+    // SAFETY: `elements` points at `arity` terms, which stay as long as the environment.
+    Some(unsafe { std::slice::from_raw_parts(elements, arity) })
 }

@@ -93,6 +93,7 @@ where
                         Operation::Insert(Transport {
                             entry: held.entry.clone(),
                             binding: Binding::Pending(Arc::clone(&attempt)),
+                            level: Arc::clone(&held.level),
                         })
                     }
                     _ => Operation::Abort(()),
@@ -143,6 +144,7 @@ where
                         Operation::Insert(Transport {
                             entry: held.entry.clone(),
                             binding: Binding::Unbound,
+                            level: Arc::clone(&held.level),
                         })
                     }
                     _ => Operation::Abort(()),
@@ -280,6 +282,7 @@ where
                     Operation::Insert(Transport {
                         entry: held.entry.clone(),
                         binding: Binding::settled(kept.clone()),
+                        level: Arc::clone(&held.level),
                     })
                 }
                 _ => Operation::Abort(()),

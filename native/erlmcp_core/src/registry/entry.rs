@@ -11,6 +11,7 @@ use papaya::Equivalent;
 use super::Namespace;
 use super::group::{Binding, Group};
 use crate::slots::OCCUPIED;
+use crate::token_bucket::Level;
 
 /// An identifier as a caller gives it: bytes, and what kind of thing they encode. Two ids are the
 /// same exactly if both are equal. Made by [`super::Registry::id`], for that registry alone.
@@ -144,6 +145,10 @@ impl Key {
 
     pub(super) fn bytes(&self) -> &[u8] {
         self.bytes.as_slice()
+    }
+
+    pub(super) fn shard(&self) -> u16 {
+        self.shard
     }
 
     pub(super) fn location(&self) -> Location {
@@ -306,10 +311,18 @@ impl<L> Server<L> {
     }
 }
 
+/// A connection with its token bucket.
+pub(super) struct Connection<L> {
+    pub(super) entry: Entry<L>,
+    pub(super) level: Level,
+}
+
 /// A registered transport with its binding: one value in one map, so that no binding can outlive
 /// its transport.
 #[derive(Clone)]
 pub(super) struct Transport<L> {
     pub(super) entry: Entry<L>,
     pub(super) binding: Binding,
+    /// Apart, since the value is written anew with every change of the binding.
+    pub(super) level: Arc<Level>,
 }

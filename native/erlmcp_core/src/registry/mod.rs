@@ -34,20 +34,27 @@
 //! are dropped late. Nothing relies on when a lease is dropped.
 
 mod bindings;
+mod buckets;
 mod entry;
 mod group;
 mod registration;
+mod routing;
 
 use std::fmt;
 
 use ahash::RandomState;
 use papaya::HashMap;
 
+use buckets::Buckets;
+pub use buckets::{BucketError, BucketState, EntryLimits};
+use entry::{Connection, IdHashing, Key, Located, Server, Transport};
 pub use entry::{Entry, Id, Location};
-use entry::{IdHashing, Key, Located, Server, Transport};
 #[doc(hidden)]
 pub use group::Decision;
+pub use routing::{Charged, Events, Refusal};
 
+use crate::admission::{Admission, Sampling};
+use crate::clock::Clock;
 use crate::error::LimitsError;
 use crate::gate::Gate;
 use crate::shard::Shard;
@@ -127,14 +134,18 @@ impl Default for Limits {
 
 type Map<V> = HashMap<Key, V, IdHashing>;
 
+const DEFAULT_SAMPLE_INTERVAL_MS: u64 = 100;
+
 /// See the [module's documentation](self).
 pub struct Registry<L> {
     limits: Limits,
     hashing: IdHashing,
     servers: Map<Server<L>>,
     transports: Map<Transport<L>>,
-    connections: Map<Entry<L>>,
+    connections: Map<Connection<L>>,
     shards: Box<[Shard]>,
+    buckets: Buckets,
+    sampling: Sampling,
     /// Registrations, those under way included.
     reserved: AtomicU64,
     /// Closed while the namespaces of servers and transports take no registrations.
@@ -146,7 +157,10 @@ where
     L: Clone + PartialEq + Send + Sync + 'static,
 {
     /// An empty registry. Its maps allocate when they are first used.
-    pub fn new(limits: Limits) -> Self {
+    ///
+    /// It has no limits but its own bounds: every message is routed until
+    /// [`Self::set_limits`] or the thresholds of [`Self::admission`] are set.
+    pub fn new(limits: Limits, clock: &impl Clock) -> Self {
         let hashing = IdHashing(RandomState::new());
         Self {
             limits,
@@ -155,6 +169,8 @@ where
             connections: HashMap::with_hasher(hashing.clone()),
             hashing,
             shards: (0..limits.shards).map(|_| Shard::default()).collect(),
+            buckets: Buckets::new(clock),
+            sampling: Sampling::new(DEFAULT_SAMPLE_INTERVAL_MS),
             reserved: AtomicU64::new(0),
             gate: Gate::new(),
         }
@@ -196,7 +212,7 @@ where
         match namespace {
             Namespace::Connection => {
                 let guard = self.connections.guard();
-                Some(self.connections.get(id, &guard)?.address)
+                Some(self.connections.get(id, &guard)?.entry.address)
             }
             Namespace::Server => {
                 let guard = self.servers.guard();
@@ -216,7 +232,7 @@ where
         match namespace {
             Namespace::Connection => {
                 let guard = self.connections.guard();
-                self.connections.get(id, &guard).cloned()
+                Some(self.connections.get(id, &guard)?.entry.clone())
             }
             Namespace::Server => {
                 let guard = self.servers.guard();
@@ -238,8 +254,8 @@ where
         match namespace {
             Namespace::Connection => {
                 let guard = self.connections.guard();
-                for (key, entry) in self.connections.iter(&guard) {
-                    each(self.id_of(key), entry);
+                for (key, connection) in self.connections.iter(&guard) {
+                    each(self.id_of(key), &connection.entry);
                 }
             }
             Namespace::Server => {
@@ -287,8 +303,46 @@ where
                 namespace: Namespace::Connection,
             };
             let place = Located { hash, location };
-            if let Some((key, entry)) = self.connections.get_key_value(&place, &guard) {
-                each(self.id_of(key), entry);
+            if let Some((key, connection)) = self.connections.get_key_value(&place, &guard) {
+                each(self.id_of(key), &connection.entry);
+            }
+        }
+    }
+
+    /// Gives `each` the address of every entry of one shard, in all namespaces. Weakly consistent;
+    /// costs in proportion to the most entries of that shard at one time.
+    pub fn for_each_address_of(&self, shard: u16, mut each: impl FnMut(u64)) {
+        for (slot, hash) in self.shards[usize::from(shard)].slots.iter() {
+            let at = |namespace| {
+                let location = Location {
+                    slot,
+                    shard,
+                    namespace,
+                };
+                self.address_at(&Located { hash, location })
+            };
+            // An id that comes last here is the one most often there.
+            if let Some(address) = Namespace::ALL.into_iter().rev().find_map(at) {
+                each(address);
+            }
+        }
+    }
+
+    fn address_at(&self, place: &Located) -> Option<u64> {
+        match place.location.namespace {
+            Namespace::Connection => {
+                let guard = self.connections.guard();
+                Some(self.connections.get(place, &guard)?.entry.address)
+            }
+            Namespace::Server => {
+                let guard = self.servers.guard();
+                Some(self.servers.get(place, &guard)?.entry()?.address)
+            }
+            Namespace::Transport => {
+                let guard = self.transports.guard();
+                let transport = self.transports.get(place, &guard)?;
+                self.is_registered(transport)
+                    .then_some(transport.entry.address)
             }
         }
     }
@@ -296,6 +350,16 @@ where
     /// Number of entries of one namespace in one shard. Constant time.
     pub fn count_of(&self, namespace: Namespace, shard: u16) -> u64 {
         self.shards[usize::from(shard)].count(namespace)
+    }
+
+    /// The admission control of a shard, which must be less than the number of shards.
+    pub fn admission(&self, shard: u16) -> &Admission {
+        &self.shards[usize::from(shard)].admission
+    }
+
+    /// How often the shards are sampled.
+    pub fn sampling(&self) -> &Sampling {
+        &self.sampling
     }
 
     /// Number of entries of one namespace. Costs one load a shard.

@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use papaya::{Compute, Operation};
 
-use super::entry::{Key, Server, Transport};
+use super::entry::{Connection, Key, Server, Transport};
 use super::group::{Attempt, Binding, Decision, From, Group};
 use super::{Entry, Id, Location, Namespace, Registry};
 use crate::error::RegisterError;
 use crate::sync::Ordering;
+use crate::token_bucket::Level;
 
 impl<L> Registry<L>
 where
@@ -56,10 +57,14 @@ where
             Namespace::Transport => self.insert_transport(id, location, entry, bind_to),
             Namespace::Connection => {
                 let guard = self.connections.guard();
+                let connection = Connection {
+                    entry,
+                    level: Level::full(),
+                };
                 self.connections
-                    .try_insert(Key::new(id, location), entry, &guard)
+                    .try_insert(Key::new(id, location), connection, &guard)
                     .map(|_| ())
-                    .map_err(|occupied| occupied.current.address)
+                    .map_err(|occupied| occupied.current.entry.address)
             }
         };
         if let Err(address) = inserted {
@@ -126,6 +131,7 @@ where
             let transport = Transport {
                 entry: entry.clone(),
                 binding: attempt.clone().map_or(Binding::Unbound, Binding::Pending),
+                level: Arc::new(Level::full()),
             };
             let key = Key::new(id, location);
             if let Err(occupied) = self.transports.try_insert(key, transport, &guard) {
@@ -206,11 +212,12 @@ where
         let (location, entry) = match namespace {
             Namespace::Connection => {
                 let guard = self.connections.guard();
-                let (key, entry) = self
+                let (key, connection) = self
                     .connections
-                    .remove_if(query, |_, entry| is_meant(&entry.lease), &guard)
+                    .remove_if(query, |_, held| is_meant(&held.entry.lease), &guard)
                     .ok()??;
-                (key.location(), entry.clone())
+                self.buckets.left(&connection.level);
+                (key.location(), connection.entry.clone())
             }
             Namespace::Server => {
                 let guard = self.servers.guard();
@@ -238,6 +245,7 @@ where
                 if let Some(membership) = self.holding(&transport.binding) {
                     self.leave(&membership);
                 }
+                self.buckets.left(&transport.level);
                 (key.location(), transport.entry.clone())
             }
         };

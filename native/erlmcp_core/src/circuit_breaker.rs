@@ -1,0 +1,420 @@
+//! A circuit breaker: refuses everything for a while after too many failures.
+//!
+//! # Algorithm
+//!
+//! The three states of M. Nygard, *Release It!* (2007):
+//!
+//! ```text
+//!            failure_threshold failures within window_ms
+//!   closed ────────────────────────────────────────────► open ◄─────────┐
+//!     ▲                                                   │ timeout_ms  │ a failure
+//!     │           success_threshold successes             ▼             │
+//!     └─────────────────────────────────────────────── half open ───────┘
+//! ```
+//!
+//! State, counters and the time of the last change are one word:
+//!
+//! ```text
+//! bits 63..62  state        0 closed, 1 open, 2 half open, 3 off
+//! bits 61..52  probes       let through while half open and not yet answered
+//! bits 51..42  successes    of probes while half open
+//! bits 41..0   since_ms     when this state began: enough for 139 years
+//! ```
+//!
+//! so that every change is one exchange. Failures while closed stand beside it, in a ring of
+//! `failure_threshold - 1` times: a failure that puts its time where another one within the window
+//! was is the last one of `failure_threshold`. That is the exact sliding window.
+//!
+//! # Guarantee
+//!
+//! While closed, [`CircuitBreaker::check`] is one load and no write. While half open at most
+//! `probe_limit` probes are under way, whatever the number of threads. Of `failure_threshold`
+//! failures within the window one opens the circuit; each change is reported to exactly one caller.
+//!
+//! # Trade-offs
+//!
+//! A probe that is never answered holds its place until `timeout_ms` after the circuit became half
+//! open; then all places are free again. Failures at the same moment may take their places in the
+//! ring in another order than they read the clock.
+
+use std::fmt;
+
+use crate::clock::Clock;
+use crate::snapshot::Snapshot;
+use crate::sync::{AtomicU64, Ordering};
+
+/// When the circuit opens and closes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Config {
+    /// Failures within the window that open it, 1 to 65,536.
+    pub failure_threshold: u32,
+    /// The window, at least 1.
+    pub window_ms: u64,
+    /// Successes that close it, 1 to 1,023.
+    pub success_threshold: u32,
+    /// How long it stays open.
+    pub timeout_ms: u64,
+    /// Probes under way at one time, 1 to 1,023.
+    pub probe_limit: u32,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            failure_threshold: 50,
+            window_ms: 10_000,
+            success_threshold: 10,
+            timeout_ms: 30_000,
+            probe_limit: 10,
+        }
+    }
+}
+
+/// A field of a [`Config`] that is out of bounds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ConfigError(pub &'static str);
+
+impl Config {
+    fn check(&self) -> Result<(), ConfigError> {
+        let counts = 1..=MAX_COUNT as u32;
+        if !(1..=1 << 16).contains(&self.failure_threshold) {
+            Err(ConfigError("failure_threshold"))
+        } else if self.window_ms == 0 || self.window_ms > MAX_MS {
+            Err(ConfigError("window_ms"))
+        } else if !counts.contains(&self.success_threshold) {
+            Err(ConfigError("success_threshold"))
+        } else if self.timeout_ms > MAX_MS {
+            Err(ConfigError("timeout_ms"))
+        } else if !counts.contains(&self.probe_limit) {
+            Err(ConfigError("probe_limit"))
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// What a circuit does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// Lets everything through and counts failures.
+    Closed = 0,
+    /// Refuses everything.
+    Open = 1,
+    /// Lets some probes through.
+    HalfOpen = 2,
+    /// Lets everything through and counts nothing.
+    Off = 3,
+}
+
+const MAX_COUNT: u64 = (1 << 10) - 1;
+const MAX_MS: u64 = (1 << 42) - 1;
+
+/// The word: see the module's documentation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Word(u64);
+
+impl Word {
+    fn new(state: State, probes: u64, successes: u64, since_ms: u64) -> Self {
+        Self((state as u64) << 62 | probes << 52 | successes << 42 | since_ms.min(MAX_MS))
+    }
+
+    fn state(self) -> State {
+        match self.0 >> 62 {
+            0 => State::Closed,
+            1 => State::Open,
+            2 => State::HalfOpen,
+            _ => State::Off,
+        }
+    }
+
+    fn probes(self) -> u64 {
+        self.0 >> 52 & MAX_COUNT
+    }
+
+    fn successes(self) -> u64 {
+        self.0 >> 42 & MAX_COUNT
+    }
+
+    fn since_ms(self) -> u64 {
+        self.0 & MAX_MS
+    }
+}
+
+/// A call that was let through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Permit {
+    /// Nothing needs to be reported.
+    Free,
+    /// The call is a probe; its outcome must be reported.
+    Probe {
+        /// This call has made the circuit half open.
+        is_first: bool,
+    },
+}
+
+/// A call that was refused: the circuit is open, or half open with all probes under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CircuitOpen;
+
+/// The config in force, and the times of the last failures.
+#[derive(Debug)]
+struct Settings {
+    config: Config,
+    next: AtomicU64,
+    /// `ms + 1`; 0 is none.
+    failures: Box<[AtomicU64]>,
+}
+
+impl Settings {
+    fn new(config: Config) -> Self {
+        Self {
+            config,
+            next: AtomicU64::new(0),
+            failures: (1..config.failure_threshold)
+                .map(|_| AtomicU64::new(0))
+                .collect(),
+        }
+    }
+
+    /// Whether this failure is the last one of too many.
+    fn failed(&self, now_ms: u64) -> bool {
+        let length = self.failures.len() as u64;
+        if length == 0 {
+            return true;
+        }
+        let index = self.next.fetch_add(1, Ordering::Relaxed) % length;
+        let former = self.failures[index as usize].swap(now_ms + 1, Ordering::AcqRel);
+        former != 0 && (now_ms + 1).saturating_sub(former) < self.config.window_ms
+    }
+
+    fn forget(&self) {
+        for failure in &self.failures {
+            failure.store(0, Ordering::Release);
+        }
+    }
+
+    fn failures(&self, now_ms: u64) -> usize {
+        let is_recent = |failure: &&AtomicU64| {
+            let failed = failure.load(Ordering::Relaxed);
+            failed != 0 && (now_ms + 1).saturating_sub(failed) < self.config.window_ms
+        };
+        self.failures.iter().filter(is_recent).count()
+    }
+}
+
+/// What a circuit looks like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stats {
+    /// What it does.
+    pub state: State,
+    /// Failures within the window, one less than the threshold at most.
+    pub failures: usize,
+    /// Successes of probes.
+    pub successes: u64,
+    /// Probes under way.
+    pub probes: u64,
+    /// How long it has been in this state.
+    pub since_ms: u64,
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct CircuitBreaker {
+    word: AtomicU64,
+    settings: Snapshot<Settings>,
+}
+
+impl CircuitBreaker {
+    /// A closed circuit; `None` for one that is off.
+    pub fn new(config: Option<Config>, clock: &impl Clock) -> Result<Self, ConfigError> {
+        config.unwrap_or_default().check()?;
+        let state = config.map_or(State::Off, |_| State::Closed);
+        Ok(Self {
+            word: AtomicU64::new(Word::new(state, 0, 0, clock.now_ms()).0),
+            settings: Snapshot::new(Settings::new(config.unwrap_or_default())),
+        })
+    }
+
+    #[inline]
+    fn word(&self) -> Word {
+        Word(self.word.load(Ordering::Acquire))
+    }
+
+    /// What the circuit does. An open one stays so until somebody asks after its time.
+    pub fn state(&self) -> State {
+        self.word().state()
+    }
+
+    /// Whether a call may go through. One load while the circuit is closed or off.
+    #[inline]
+    pub fn check(&self, clock: &impl Clock) -> Result<Permit, CircuitOpen> {
+        match self.word().state() {
+            State::Closed | State::Off => Ok(Permit::Free),
+            State::Open | State::HalfOpen => self.probe(clock),
+        }
+    }
+
+    #[cold]
+    fn probe(&self, clock: &impl Clock) -> Result<Permit, CircuitOpen> {
+        let config = self.settings.read(|settings| settings.config);
+        let mut held = self.word();
+        loop {
+            let now_ms = clock.now_ms();
+            let is_over = now_ms.saturating_sub(held.since_ms()) >= config.timeout_ms;
+            let first = Word::new(State::HalfOpen, 1, 0, now_ms);
+            let (next, permit) = match held.state() {
+                State::Closed | State::Off => return Ok(Permit::Free),
+                State::Open if is_over => (first, Permit::Probe { is_first: true }),
+                State::Open => return Err(CircuitOpen),
+                State::HalfOpen if held.probes() < u64::from(config.probe_limit) => (
+                    Word::new(
+                        State::HalfOpen,
+                        held.probes() + 1,
+                        held.successes(),
+                        held.since_ms(),
+                    ),
+                    Permit::Probe { is_first: false },
+                ),
+                // The probes have not been answered in all this time: they are lost. What was
+                // half open at this moment already cannot have lost any.
+                State::HalfOpen if is_over && now_ms > held.since_ms() => (
+                    Word::new(State::HalfOpen, 1, held.successes(), now_ms),
+                    Permit::Probe { is_first: false },
+                ),
+                State::HalfOpen => return Err(CircuitOpen),
+            };
+            match self.exchange(held, next) {
+                Ok(()) => return Ok(permit),
+                Err(changed) => held = changed,
+            }
+        }
+    }
+
+    fn exchange(&self, held: Word, next: Word) -> Result<(), Word> {
+        self.word
+            .compare_exchange(held.0, next.0, Ordering::AcqRel, Ordering::Acquire)
+            .map(|_| ())
+            .map_err(Word)
+    }
+
+    /// A probe has succeeded. Returns whether that has closed the circuit.
+    pub fn record_success(&self, clock: &impl Clock) -> bool {
+        let mut held = self.word();
+        while held.state() == State::HalfOpen {
+            let threshold = self
+                .settings
+                .read(|settings| u64::from(settings.config.success_threshold));
+            let successes = held.successes() + 1;
+            let next = if successes >= threshold {
+                // Before the circuit is closed, since failures are counted from then on.
+                self.settings.read(Settings::forget);
+                Word::new(State::Closed, 0, 0, clock.now_ms())
+            } else {
+                let probes = held.probes().saturating_sub(1);
+                Word::new(State::HalfOpen, probes, successes, held.since_ms())
+            };
+            match self.exchange(held, next) {
+                Ok(()) => return next.state() == State::Closed,
+                Err(changed) => held = changed,
+            }
+        }
+        false
+    }
+
+    /// Something has failed. Returns whether that has opened the circuit.
+    pub fn record_failure(&self, clock: &impl Clock) -> bool {
+        let mut held = self.word();
+        let now_ms = clock.now_ms();
+        match held.state() {
+            State::Open | State::Off => return false,
+            State::Closed if !self.settings.read(|settings| settings.failed(now_ms)) => {
+                return false;
+            }
+            State::Closed | State::HalfOpen => {}
+        }
+        while matches!(held.state(), State::Closed | State::HalfOpen) {
+            match self.exchange(held, Word::new(State::Open, 0, 0, now_ms)) {
+                Ok(()) => return true,
+                Err(changed) => held = changed,
+            }
+        }
+        false
+    }
+
+    /// A probe came to nothing, neither a success nor a failure: its place is free again.
+    pub fn release_probe(&self) {
+        let mut held = self.word();
+        while held.state() == State::HalfOpen && held.probes() > 0 {
+            let next = Word::new(
+                State::HalfOpen,
+                held.probes() - 1,
+                held.successes(),
+                held.since_ms(),
+            );
+            match self.exchange(held, next) {
+                Ok(()) => return,
+                Err(changed) => held = changed,
+            }
+        }
+    }
+
+    /// Opens or closes the circuit, unless it is off. Former failures are forgotten. Returns
+    /// whether that was a change.
+    pub fn force(&self, is_open: bool, clock: &impl Clock) -> bool {
+        let state = if is_open { State::Open } else { State::Closed };
+        let mut held = self.word();
+        while held.state() != State::Off {
+            self.settings.read(Settings::forget);
+            match self.exchange(held, Word::new(state, 0, 0, clock.now_ms())) {
+                Ok(()) => return held.state() != state,
+                Err(changed) => held = changed,
+            }
+        }
+        false
+    }
+
+    /// Changes the config; `None` switches the circuit off. The state stays where the circuit was
+    /// on before, and failures are counted anew.
+    pub fn configure(&self, config: Option<Config>, clock: &impl Clock) -> Result<(), ConfigError> {
+        if let Some(config) = config {
+            config.check()?;
+            self.settings
+                .update(|_| Ok::<_, ConfigError>(Settings::new(config)))?;
+        }
+        let mut held = self.word();
+        while (held.state() == State::Off) != config.is_none() {
+            let state = config.map_or(State::Off, |_| State::Closed);
+            match self.exchange(held, Word::new(state, 0, 0, clock.now_ms())) {
+                Ok(()) => break,
+                Err(changed) => held = changed,
+            }
+        }
+        Ok(())
+    }
+
+    /// The config; `None` if the circuit is off.
+    pub fn config(&self) -> Option<Config> {
+        (self.state() != State::Off).then(|| self.settings.read(|settings| settings.config))
+    }
+
+    /// State and counters.
+    pub fn stats(&self, clock: &impl Clock) -> Stats {
+        let now_ms = clock.now_ms();
+        let word = self.word();
+        Stats {
+            state: word.state(),
+            failures: self.settings.read(|settings| settings.failures(now_ms)),
+            successes: word.successes(),
+            probes: word.probes(),
+            since_ms: now_ms.saturating_sub(word.since_ms()),
+        }
+    }
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} is out of bounds", self.0)
+    }
+}
+
+impl std::error::Error for ConfigError {}

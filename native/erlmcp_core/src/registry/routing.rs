@@ -1,0 +1,171 @@
+//! The guarded look-up: where a message goes, if circuit, shard and bucket let it through.
+//!
+//! The layers are asked in the order of what they cost and guard: the circuit (a load), the shard's
+//! depth (two loads), the bucket (one exchange), and then the message is counted in its shard. A
+//! layer that is off costs one load. What a layer before has let through and a later one refuses is
+//! given back: it leaves no trace in the former.
+
+use super::{Id, Namespace, Registry};
+use crate::circuit_breaker::{CircuitBreaker, Permit, State};
+use crate::clock::Clock;
+use crate::token_bucket::Level;
+
+/// Whose bucket pays for a message.
+#[derive(Debug, Clone, Copy)]
+pub enum Charged<'a> {
+    /// Nobody's.
+    Nobody,
+    /// The target's own.
+    Target,
+    /// That of a transport, if it is registered.
+    Transport(Id<'a>),
+}
+
+/// Why a message may not be sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// The target is not registered.
+    NotFound,
+    /// The circuit is open.
+    CircuitOpen,
+    /// The target's shard has as many messages queued as it takes.
+    ShardOverloaded,
+    /// The bucket that pays is empty.
+    RateLimited,
+}
+
+/// What the caller should tell others. Rare: nothing of it for most messages.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Events {
+    /// This shard should be sampled now.
+    pub sample: Option<u16>,
+    /// This shard has entered overload.
+    pub overloaded: Option<u16>,
+    /// The circuit has changed to this state.
+    pub circuit: Option<State>,
+}
+
+impl Events {
+    /// Whether there is anything to tell.
+    #[inline]
+    pub fn is_some(&self) -> bool {
+        self.sample.is_some() || self.overloaded.is_some() || self.circuit.is_some()
+    }
+}
+
+struct Target<'a> {
+    address: u64,
+    shard: u16,
+    level: Option<&'a Level>,
+}
+
+impl<L> Registry<L>
+where
+    L: Clone + PartialEq + Send + Sync + 'static,
+{
+    /// The address of `id` if a message may be sent there, which is then counted. Lock-free.
+    #[inline(always)]
+    pub fn route(
+        &self,
+        namespace: Namespace,
+        id: &Id<'_>,
+        charged: Charged<'_>,
+        circuit: &CircuitBreaker,
+        clock: &impl Clock,
+        events: &mut Events,
+    ) -> Result<u64, Refusal> {
+        match namespace {
+            Namespace::Connection => {
+                let guard = self.connections.guard();
+                let (key, connection) = self
+                    .connections
+                    .get_key_value(id, &guard)
+                    .ok_or(Refusal::NotFound)?;
+                let target = Target {
+                    address: connection.entry.address,
+                    shard: key.shard(),
+                    level: Some(&connection.level),
+                };
+                self.pass(target, charged, circuit, clock, events)
+            }
+            Namespace::Server => {
+                let guard = self.servers.guard();
+                let (key, server) = self
+                    .servers
+                    .get_key_value(id, &guard)
+                    .ok_or(Refusal::NotFound)?;
+                let target = Target {
+                    address: server.entry().ok_or(Refusal::NotFound)?.address,
+                    shard: key.shard(),
+                    level: None,
+                };
+                self.pass(target, charged, circuit, clock, events)
+            }
+            Namespace::Transport => {
+                let guard = self.transports.guard();
+                let (key, transport) = self
+                    .transports
+                    .get_key_value(id, &guard)
+                    .filter(|(_, transport)| self.is_registered(transport))
+                    .ok_or(Refusal::NotFound)?;
+                let target = Target {
+                    address: transport.entry.address,
+                    shard: key.shard(),
+                    level: Some(&transport.level),
+                };
+                self.pass(target, charged, circuit, clock, events)
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn pass(
+        &self,
+        target: Target<'_>,
+        charged: Charged<'_>,
+        circuit: &CircuitBreaker,
+        clock: &impl Clock,
+        events: &mut Events,
+    ) -> Result<u64, Refusal> {
+        let permit = circuit.check(clock).map_err(|_| Refusal::CircuitOpen)?;
+        if let Permit::Probe { is_first: true } = permit {
+            events.circuit = Some(State::HalfOpen);
+        }
+        let admission = &self.shards[usize::from(target.shard)].admission;
+        if let Err(overloaded) = admission.check(&self.sampling, || clock.now_ms()) {
+            if overloaded.has_entered {
+                events.overloaded = Some(target.shard);
+            }
+            let is_failure = overloaded.is_failure || permit != Permit::Free;
+            if is_failure && circuit.record_failure(clock) {
+                events.circuit = Some(State::Open);
+            }
+            return Err(Refusal::ShardOverloaded);
+        }
+        if self.buckets.is_on() && !self.pay(target.level, charged, clock) {
+            if permit != Permit::Free {
+                circuit.release_probe();
+            }
+            return Err(Refusal::RateLimited);
+        }
+        if admission.admit().wants_sample {
+            events.sample = Some(target.shard);
+        }
+        if permit != Permit::Free && circuit.record_success(clock) {
+            events.circuit = Some(State::Closed);
+        }
+        Ok(target.address)
+    }
+
+    #[inline(always)]
+    fn pay(&self, target: Option<&Level>, charged: Charged<'_>, clock: &impl Clock) -> bool {
+        let take = |level: &Level| self.buckets.take(level, clock, 1).is_ok();
+        match charged {
+            Charged::Nobody => true,
+            Charged::Target => target.is_none_or(take),
+            Charged::Transport(id) => self
+                .with_level(Namespace::Transport, &id, take)
+                .unwrap_or(true),
+        }
+    }
+}

@@ -1,0 +1,23 @@
+//! What the layers of backpressure have in common: the node's clock and circuit.
+
+use erlmcp_core::circuit_breaker::CircuitBreaker;
+use erlmcp_core::clock::TscClock;
+use once_cell::race::OnceBox;
+
+static CLOCK: OnceBox<TscClock> = OnceBox::new();
+static CIRCUIT: OnceBox<CircuitBreaker> = OnceBox::new();
+
+/// The node's clock, calibrated when the library is loaded.
+#[inline]
+pub(crate) fn clock() -> &'static TscClock {
+    CLOCK.get_or_init(Box::default)
+}
+
+/// The node's circuit. Off until it is configured.
+#[inline]
+pub(crate) fn circuit() -> &'static CircuitBreaker {
+    CIRCUIT.get_or_init(|| {
+        let circuit = CircuitBreaker::new(None, clock());
+        Box::new(circuit.unwrap_or_else(|_| unreachable!("the default config is valid")))
+    })
+}

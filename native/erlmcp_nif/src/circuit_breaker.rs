@@ -1,0 +1,114 @@
+//! The node's circuit breaker.
+
+use erlmcp_core::circuit_breaker::{Config, Permit};
+use rustler::{Atom, Encoder, Env, Error, NifResult, Term};
+
+use crate::atoms;
+use crate::backpressure::{circuit, clock};
+use crate::routing::state_term;
+
+#[rustler::nif]
+fn breaker_state(env: Env<'_>) -> Term<'_> {
+    state_term(env, circuit().state())
+}
+
+/// A permit; what is a probe must be answered by a success or a failure.
+#[rustler::nif]
+fn breaker_allow(env: Env<'_>) -> Term<'_> {
+    match circuit().check(clock()) {
+        Ok(Permit::Free | Permit::Probe { is_first: false }) => atoms::allowed().encode(env),
+        Ok(Permit::Probe { is_first: true }) => (atoms::allowed(), atoms::half_open()).encode(env),
+        Err(_) => atoms::refused().encode(env),
+    }
+}
+
+#[rustler::nif]
+fn breaker_success() -> Atom {
+    if circuit().record_success(clock()) {
+        atoms::closed()
+    } else {
+        atoms::none()
+    }
+}
+
+#[rustler::nif]
+fn breaker_failure() -> Atom {
+    if circuit().record_failure(clock()) {
+        atoms::open()
+    } else {
+        atoms::none()
+    }
+}
+
+#[rustler::nif]
+fn breaker_set(state: Term<'_>) -> NifResult<Atom> {
+    let is_open = if atoms::open() == state {
+        true
+    } else if atoms::closed() == state {
+        false
+    } else {
+        return Err(Error::BadArg);
+    };
+    Ok(match circuit().force(is_open, clock()) {
+        false => atoms::none(),
+        true if is_open => atoms::open(),
+        true => atoms::closed(),
+    })
+}
+
+/// `off`, or failure threshold, window, success threshold, timeout and probe limit.
+#[rustler::nif]
+fn breaker_configure(config: Term<'_>) -> NifResult<Atom> {
+    let config = if atoms::off() == config {
+        None
+    } else {
+        let (failure_threshold, window_ms, success_threshold, timeout_ms, probe_limit) =
+            config.decode()?;
+        Some(Config {
+            failure_threshold,
+            window_ms,
+            success_threshold,
+            timeout_ms,
+            probe_limit,
+        })
+    };
+    circuit()
+        .configure(config, clock())
+        .map_err(|_| Error::BadArg)?;
+    Ok(atoms::ok())
+}
+
+#[rustler::nif]
+fn breaker_stats<'a>(env: Env<'a>) -> NifResult<Term<'a>> {
+    let stats = circuit().stats(clock());
+    let off = atoms::off().encode(env);
+    let config = circuit().config().map_or(off, |config| {
+        (
+            config.failure_threshold,
+            config.window_ms,
+            config.success_threshold,
+            config.timeout_ms,
+            config.probe_limit,
+        )
+            .encode(env)
+    });
+    Term::map_from_arrays(
+        env,
+        &[
+            atoms::state(),
+            atoms::failures(),
+            atoms::successes(),
+            atoms::probes(),
+            atoms::since_ms(),
+            atoms::config(),
+        ],
+        &[
+            state_term(env, stats.state),
+            stats.failures.encode(env),
+            stats.successes.encode(env),
+            stats.probes.encode(env),
+            stats.since_ms.encode(env),
+            config,
+        ],
+    )
+}

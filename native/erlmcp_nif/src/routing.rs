@@ -1,0 +1,163 @@
+//! Guarded look-ups in the default registry: the process that a message may be sent to, or why it may
+//! not be sent.
+//!
+//! A result is a pid, `undefined`, or the atom of the layer that refused. Where there is something to
+//! tell others too it is `{Result, Events}`.
+
+use std::panic::catch_unwind;
+
+use erlmcp_core::circuit_breaker::State;
+use erlmcp_core::registry::{Charged, Events, Namespace, Refusal};
+use rustler::codegen_runtime::{c_int, inventory};
+use rustler::sys::{ErlNifEnv, ErlNifTerm, enif_make_badarg};
+use rustler::{Encoder, Env, Error, NifResult, Term};
+
+use crate::atoms;
+use crate::backpressure::{circuit, clock};
+use crate::id;
+use crate::immediate;
+use crate::lookup::REMOTE;
+use crate::registry::pid_term;
+use crate::resource::{Registry, default_registry};
+use crate::tuple::first_of_pair;
+
+fn refusal_term(env: Env<'_>, refusal: Refusal) -> Term<'_> {
+    match refusal {
+        Refusal::NotFound => atoms::undefined(),
+        Refusal::CircuitOpen => atoms::circuit_open(),
+        Refusal::ShardOverloaded => atoms::shard_overloaded(),
+        Refusal::RateLimited => atoms::rate_limited(),
+    }
+    .encode(env)
+}
+
+pub(crate) fn state_term(env: Env<'_>, state: State) -> Term<'_> {
+    match state {
+        State::Closed => atoms::closed(),
+        State::Open => atoms::open(),
+        State::HalfOpen => atoms::half_open(),
+        State::Off => atoms::off(),
+    }
+    .encode(env)
+}
+
+#[cold]
+fn with_events<'a>(env: Env<'a>, result: Term<'a>, events: &Events) -> Term<'a> {
+    let mut list = Term::list_new_empty(env);
+    if let Some(shard) = events.sample {
+        list = list.list_prepend((atoms::sample(), shard).encode(env));
+    }
+    if let Some(shard) = events.overloaded {
+        list = list.list_prepend((atoms::overloaded(), shard).encode(env));
+    }
+    if let Some(state) = events.circuit {
+        list = list.list_prepend((atoms::circuit(), state_term(env, state)).encode(env));
+    }
+    (result, list).encode(env)
+}
+
+/// One message for `id`; `payer` is the transport that pays.
+#[inline(always)]
+fn route<'a>(
+    env: Env<'a>,
+    registry: &Registry,
+    namespace: Namespace,
+    id: Term<'a>,
+    payer: Option<Term<'a>>,
+) -> NifResult<Term<'a>> {
+    id::with(registry, id, |id| {
+        let mut events = Events::default();
+        let pass = |charged: Charged<'_>, events: &mut Events| {
+            registry.route(namespace, id, charged, circuit(), clock(), events)
+        };
+        let routed = match payer {
+            // Without limits nobody needs to know who pays.
+            Some(payer) if registry.has_token_buckets() => id::with(registry, payer, |payer| {
+                pass(Charged::Transport(*payer), &mut events)
+            })?,
+            None if namespace == Namespace::Connection => pass(Charged::Target, &mut events),
+            _ => pass(Charged::Nobody, &mut events),
+        };
+        let result = match routed {
+            Ok(REMOTE) => registry
+                .entry(namespace, id)
+                .map_or_else(|| atoms::undefined().encode(env), |e| pid_term(env, &e)),
+            // SAFETY: the address of an entry that is not for a remote process is a local pid.
+            Ok(address) => unsafe { immediate::term(env, address) },
+            Err(refusal) => refusal_term(env, refusal),
+        };
+        if events.is_some() {
+            return Ok(with_events(env, result, &events));
+        }
+        Ok(result)
+    })?
+}
+
+// ---- One message: by hand, see `crate::lookup` ----
+
+/// One argument, the target's id; or two, the second of which is the transport that pays.
+///
+/// # Safety
+///
+/// Called by the VM, with its environment and as many terms of it as the function has arguments.
+unsafe extern "C" fn route_raw<const NAMESPACE: usize, const ARITY: usize>(
+    env: *mut ErlNifEnv,
+    _argc: c_int,
+    argv: *const ErlNifTerm,
+) -> ErlNifTerm {
+    let lifetime = ();
+    // SAFETY: the VM's environment, valid for this call.
+    let caller = unsafe { Env::new(&lifetime, env) };
+    // SAFETY: the function has at least one argument.
+    let id = unsafe { Term::new(caller, *argv) };
+    // SAFETY: read only if the function has a second argument.
+    let payer = (ARITY == 2).then(|| unsafe { Term::new(caller, *argv.add(1)) });
+    let namespace = Namespace::ALL[NAMESPACE];
+    match catch_unwind(|| route(caller, default_registry(), namespace, id, payer)) {
+        Ok(Ok(result)) => result.as_c_arg(),
+        // SAFETY: the VM's environment. A panic ends as a badarg too.
+        _ => unsafe { enif_make_badarg(env) },
+    }
+}
+
+macro_rules! route {
+    ($name:literal, $namespace:expr, $arity:literal) => {
+        inventory::submit!(rustler::Nif {
+            name: $name.as_ptr(),
+            arity: $arity,
+            flags: rustler::SchedulerFlags::Normal as u32,
+            raw_func: route_raw::<{ $namespace as usize }, $arity>,
+        });
+    };
+}
+
+route!(c"route_connection", Namespace::Connection, 1);
+route!(c"route_server", Namespace::Server, 2);
+route!(c"route_transport", Namespace::Transport, 1);
+
+// ---- Many messages ----
+
+/// Messages of one call: some 100 microseconds.
+const SLICE: usize = 256;
+
+/// A slice is so many percent of what a process may do before it is scheduled out.
+const SLICE_PERCENT: i32 = 10;
+
+/// Results for the first messages of a list of `{Id, Message}`, in order, and the rest of the list.
+/// An id that is too long to be registered is one that is not.
+#[rustler::nif]
+fn route_batch<'a>(env: Env<'a>, messages: Term<'a>) -> NifResult<Term<'a>> {
+    let registry = default_registry();
+    let mut rest = messages;
+    let mut results = Vec::with_capacity(SLICE);
+    while results.len() < SLICE && !rest.is_empty_list() {
+        let (message, others) = rest.list_get_cell().map_err(|_| Error::BadArg)?;
+        let id = first_of_pair(message).ok_or(Error::BadArg)?;
+        let result = route(env, registry, Namespace::Connection, id, None)
+            .unwrap_or_else(|_| refusal_term(env, Refusal::NotFound));
+        results.push(result);
+        rest = others;
+    }
+    let _ = rustler::schedule::consume_timeslice(env, SLICE_PERCENT);
+    Ok((results, rest).encode(env))
+}

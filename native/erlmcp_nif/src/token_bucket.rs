@@ -1,0 +1,167 @@
+//! Token buckets: those of the default registry's entries, and buckets as resources.
+//!
+//! Limits are `infinity` or `{Capacity, RatePerSecond}` with a float.
+
+use erlmcp_core::registry::{BucketError, BucketState, EntryLimits};
+use erlmcp_core::token_bucket::{Limits, LimitsError, Refused, TokenBucket};
+use rustler::{Encoder, Env, Error, NifResult, Resource, ResourceArc, Term};
+
+use crate::atoms;
+use crate::backpressure::clock;
+use crate::id;
+use crate::registry::namespace;
+use crate::resource::default_registry;
+
+pub(crate) struct BucketResource(TokenBucket);
+
+impl Resource for BucketResource {}
+
+fn decode_limits(term: Term<'_>) -> NifResult<Option<Limits>> {
+    if atoms::infinity() == term {
+        return Ok(None);
+    }
+    let (capacity, rate_per_second) = term.decode()?;
+    Limits::new(capacity, rate_per_second)
+        .map(Some)
+        .map_err(|_| Error::BadArg)
+}
+
+fn limits_term(env: Env<'_>, limits: Option<Limits>) -> Term<'_> {
+    limits.map_or(atoms::infinity().encode(env), |limits| {
+        (limits.capacity(), limits.rate_per_second()).encode(env)
+    })
+}
+
+fn taken_term(env: Env<'_>, taken: Result<Option<u64>, Refused>) -> Term<'_> {
+    match taken {
+        Ok(Some(left)) => (atoms::ok(), left).encode(env),
+        Ok(None) => (atoms::ok(), atoms::infinity()).encode(env),
+        Err(Refused::RateLimited { wait_ns }) => (atoms::rate_limited(), wait_ns).encode(env),
+        Err(Refused::ExceedsCapacity) => atoms::exceeds_capacity().encode(env),
+    }
+}
+
+fn changed_term(env: Env<'_>, changed: Result<(), LimitsError>) -> NifResult<Term<'_>> {
+    match changed {
+        Ok(()) => Ok(atoms::ok().encode(env)),
+        Err(LimitsError::TooManyChanges) => Ok(atoms::too_many_changes().encode(env)),
+        Err(_) => Err(Error::BadArg),
+    }
+}
+
+fn state_term<'a>(env: Env<'a>, state: &BucketState) -> Term<'a> {
+    let tokens = state
+        .tokens
+        .map_or(atoms::infinity().encode(env), |n| n.encode(env));
+    (tokens, limits_term(env, state.limits)).encode(env)
+}
+
+// ---- Buckets as resources ----
+
+#[rustler::nif]
+fn bucket_new(limits: Term<'_>) -> NifResult<ResourceArc<BucketResource>> {
+    let bucket = TokenBucket::new(decode_limits(limits)?, clock());
+    Ok(ResourceArc::new(BucketResource(bucket)))
+}
+
+fn bucket<'a>(term: Term<'a>) -> NifResult<&'a TokenBucket> {
+    term.try_get_resource::<BucketResource>()
+        .map(|resource| &resource.0)
+        .ok_or(Error::BadArg)
+}
+
+#[rustler::nif]
+fn is_bucket(term: Term<'_>) -> bool {
+    term.try_get_resource::<BucketResource>().is_some()
+}
+
+#[rustler::nif]
+fn bucket_take<'a>(env: Env<'a>, of: Term<'a>, tokens: u64) -> NifResult<Term<'a>> {
+    Ok(taken_term(env, bucket(of)?.take(clock(), tokens)))
+}
+
+#[rustler::nif]
+fn bucket_state<'a>(env: Env<'a>, of: Term<'a>) -> NifResult<Term<'a>> {
+    let bucket = bucket(of)?;
+    let state = BucketState {
+        tokens: bucket.take(clock(), 0).ok().flatten(),
+        limits: bucket.limits(),
+    };
+    Ok(state_term(env, &state))
+}
+
+#[rustler::nif]
+fn bucket_set_limits<'a>(env: Env<'a>, of: Term<'a>, limits: Term<'a>) -> NifResult<Term<'a>> {
+    changed_term(env, bucket(of)?.set_limits(decode_limits(limits)?, clock()))
+}
+
+// ---- Buckets of entries ----
+
+#[rustler::nif]
+fn entry_take<'a>(env: Env<'a>, ns: Term<'a>, id: Term<'a>, tokens: u64) -> NifResult<Term<'a>> {
+    let registry = default_registry();
+    let namespace = namespace(ns)?;
+    id::with(registry, id, |id| {
+        match registry.take_tokens(namespace, id, tokens, clock()) {
+            Ok(left) => taken_term(env, Ok(left)),
+            Err(BucketError::Refused(refused)) => taken_term(env, Err(refused)),
+            Err(_) => atoms::not_found().encode(env),
+        }
+    })
+}
+
+#[rustler::nif]
+fn entry_bucket_state<'a>(env: Env<'a>, ns: Term<'a>, id: Term<'a>) -> NifResult<Term<'a>> {
+    let registry = default_registry();
+    let namespace = namespace(ns)?;
+    id::with(registry, id, |id| {
+        registry
+            .bucket_state(namespace, id, clock())
+            .map_or(atoms::not_found().encode(env), |state| {
+                state_term(env, &state)
+            })
+    })
+}
+
+/// Limits for one entry: `shared` for those of all.
+#[rustler::nif]
+fn entry_set_limits<'a>(
+    env: Env<'a>,
+    ns: Term<'a>,
+    id: Term<'a>,
+    limits: Term<'a>,
+) -> NifResult<Term<'a>> {
+    let registry = default_registry();
+    let namespace = namespace(ns)?;
+    let limits = if atoms::shared() == limits {
+        EntryLimits::Shared
+    } else {
+        EntryLimits::Own(decode_limits(limits)?)
+    };
+    id::with(registry, id, |id| {
+        match registry.set_entry_limits(namespace, id, limits, clock()) {
+            Ok(()) => changed_term(env, Ok(())),
+            Err(BucketError::Limits(error)) => changed_term(env, Err(error)),
+            Err(_) => Ok(atoms::not_found().encode(env)),
+        }
+    })?
+}
+
+#[rustler::nif]
+fn set_shared_limits<'a>(env: Env<'a>, limits: Term<'a>) -> NifResult<Term<'a>> {
+    changed_term(
+        env,
+        default_registry().set_limits(decode_limits(limits)?, clock()),
+    )
+}
+
+#[rustler::nif]
+fn shared_limits(env: Env<'_>) -> Term<'_> {
+    limits_term(env, default_registry().shared_limits())
+}
+
+/// Checks limits without using them.
+#[rustler::nif]
+fn are_limits(limits: Term<'_>) -> bool {
+    decode_limits(limits).is_ok()
+}
