@@ -1,5 +1,6 @@
 %%% @private
-%%% The application: checks the configuration and makes the default registry with it.
+%%% The application: checks the configuration, makes the default registry with it and sets the
+%%% layers of backpressure.
 -module(erlmcp_native_app).
 
 -behaviour(application).
@@ -22,6 +23,8 @@ configure() ->
     case erlmcp_native_config:check() of
         {ok, Limits} ->
             make_default_registry(Limits),
+            ok = erlmcp_backpressure:configure(),
+            show_logs(),
             erlmcp_native_sup:start_link();
         {error, _} = Error ->
             Error
@@ -51,6 +54,22 @@ warn_unless_equal(Existing, Wanted) ->
                  #{domain => [erlmcp_native]}).
 
 
+%% The default handler of OTP logs no domains but its own ones. A filter of ours adds ours; other
+%% handlers are the user's business.
+-define(LOG_FILTER, {fun logger_filters:domain/2, {log, sub, [erlmcp_native]}}).
+
+
+-spec show_logs() -> ok.
+show_logs() ->
+    case logger:add_handler_filter(default, erlmcp_native, ?LOG_FILTER) of
+        ok -> ok;
+        {error, {already_exist, erlmcp_native}} -> ok;
+        %% There is no default handler.
+        {error, {not_found, default}} -> ok
+    end.
+
+
 -spec stop(term()) -> ok.
 stop(_State) ->
+    _ = logger:remove_handler_filter(default, erlmcp_native),
     ok.

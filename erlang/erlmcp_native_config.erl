@@ -7,21 +7,57 @@
 %%% <tr><td>`max_id_bytes'</td><td>65,535</td><td>1 to 2^24</td></tr>
 %%% <tr><td>`same_pid'</td><td>`already_registered'</td><td>`already_registered' or `ok': what
 %%% registering a server or transport answers if the id has the same process already</td></tr>
+%%% <tr><td>`backpressure' *</td><td>`on'</td><td>`on' or `off': whether messages are refused at
+%%% all</td></tr>
+%%% <tr><td>`token_bucket' *</td><td>`#{capacity => 1000, rate_per_second => 10000}'</td><td>a map with
+%%% either key or both, or `infinity'; see {@link erlmcp_token_bucket}</td></tr>
+%%% <tr><td>`admission' *</td><td>`#{threshold => 10000, sample_interval_ms => 100}'</td><td>a map with
+%%% either key or both, or `infinity'; see {@link erlmcp_admission_control}</td></tr>
+%%% <tr><td>`circuit_breaker' *</td><td>`#{failure_threshold => 50, window_ms => 10000,
+%%% success_threshold => 10, timeout_ms => 30000, probe_limit => 10}'</td><td>a map with any of these keys,
+%%% or `off'; see {@link erlmcp_circuit_breaker}</td></tr>
 %%% </table>
 %%%
 %%% The first three are the bounds of the default registry and cannot be changed once it exists.
-%%% `same_pid' is read whenever it is needed.
+%%% `same_pid' is read whenever it is needed. What has a star is changed in a running system by {@link
+%%% erlmcp_backpressure:set/2}; `application:set_env/3' alone takes effect with the next start.
 -module(erlmcp_native_config).
 
--export([check/0, registry_limits/1, default/1]).
+-export([check/0, check_live/2, registry_limits/1, token_bucket/1, default/1, get/1]).
 
--export_type([limits/0, error/0]).
+-export_type([limits/0, error/0, key/0]).
 
 -type limits() :: {Shards :: pos_integer(), MaxEntries :: pos_integer(), MaxIdBytes :: pos_integer()}.
 -type error() :: {bad_option, Key :: term(), Value :: term(), Expected :: string()}.
+-type key() :: shards |
+               max_entries |
+               max_id_bytes |
+               same_pid |
+               backpressure |
+               token_bucket |
+               admission |
+               circuit_breaker.
 
--define(KEYS,          [shards, max_entries, max_id_bytes, same_pid]).
--define(REGISTRY_KEYS, [shards, max_entries, max_id_bytes]).
+%% 2^53 ns.
+-define(MAX_FILL_SECONDS, 9_007_199).
+-define(REGISTRY_KEYS,    [shards, max_entries, max_id_bytes]).
+-define(LIVE_KEYS,        [backpressure, token_bucket, admission, circuit_breaker]).
+-define(KEYS,             (?REGISTRY_KEYS ++ [same_pid | ?LIVE_KEYS])).
+
+
+%% @doc The value in force of a key: from the application environment, completed by defaults.
+-spec get(key()) -> term().
+get(Key) ->
+    complete(Key, application:get_env(erlmcp_native, Key, default(Key))).
+
+
+%% @doc Checks one setting that can be changed in a running system (those with a star).
+-spec check_live(term(), term()) -> ok | {error, error()}.
+check_live(Key, Value) ->
+    case first_error([{Key, Value}], ?LIVE_KEYS) of
+        none -> ok;
+        Error -> {error, Error}
+    end.
 
 
 %% @doc The bounds of the default registry from the application environment, all of which is checked.
@@ -47,12 +83,37 @@ registry_limits(Options) ->
     end.
 
 
+%% @doc Limits of a token bucket, checked and completed.
+-spec token_bucket(term()) -> {ok, infinity | map()} | {error, error()}.
+token_bucket(Limits) ->
+    case check_live(token_bucket, Limits) of
+        ok -> {ok, complete(token_bucket, Limits)};
+        Error -> Error
+    end.
+
+
 %% @doc The default of a key.
 -spec default(atom()) -> term().
 default(shards) -> 64;
 default(max_entries) -> 2_000_000;
 default(max_id_bytes) -> 65_535;
-default(same_pid) -> already_registered.
+default(same_pid) -> already_registered;
+default(backpressure) -> on;
+default(token_bucket) -> #{capacity => 1000, rate_per_second => 10000};
+default(admission) -> #{threshold => 10000, sample_interval_ms => 100};
+default(circuit_breaker) ->
+    #{
+      failure_threshold => 50,
+      window_ms => 10000,
+      success_threshold => 10,
+      timeout_ms => 30000,
+      probe_limit => 10
+     }.
+
+
+-spec complete(key(), term()) -> term().
+complete(Key, Value) when is_map(Value) -> maps:merge(default(Key), Value);
+complete(_Key, Value) -> Value.
 
 
 -spec first_error([{term(), term()}], [atom()]) -> none | error().
@@ -79,4 +140,60 @@ validate(max_id_bytes, N) when is_integer(N), N >= 1, N =< 1 bsl 24 -> ok;
 validate(max_id_bytes, _) -> {expected, "an integer from 1 to 16777216"};
 validate(same_pid, ok) -> ok;
 validate(same_pid, already_registered) -> ok;
-validate(same_pid, _) -> {expected, "already_registered or ok"}.
+validate(same_pid, _) -> {expected, "already_registered or ok"};
+validate(backpressure, on) -> ok;
+validate(backpressure, off) -> ok;
+validate(backpressure, _) -> {expected, "on or off"};
+validate(token_bucket, infinity) -> ok;
+validate(token_bucket, Map) -> validate_map(token_bucket, Map, "infinity");
+validate(admission, infinity) -> ok;
+validate(admission, Map) -> validate_map(admission, Map, "infinity");
+validate(circuit_breaker, off) -> ok;
+validate(circuit_breaker, Map) -> validate_map(circuit_breaker, Map, "off").
+
+
+-spec validate_map(key(), term(), string()) -> ok | {expected, string()}.
+validate_map(Key, Map, Instead) when is_map(Map) ->
+    Keys = maps:keys(default(Key)),
+    Bad = [ Field || {Field, Value} <- maps:to_list(Map), not lists:member(Field, Keys) orelse not is_valid(Field, Value) ],
+    case Bad of
+        [] when Key =:= token_bucket -> validate_fill_time(complete(Key, Map));
+        [] -> ok;
+        _ -> expected_map(Keys, Instead)
+    end;
+validate_map(Key, _NotAMap, Instead) ->
+    expected_map(maps:keys(default(Key)), Instead).
+
+
+-spec expected_map([atom()], string()) -> {expected, string()}.
+expected_map(Keys, Instead) ->
+    Fields = [ [atom_to_list(Key), " (", range(Key), ")"] || Key <- Keys ],
+    {expected, lists:flatten([Instead, ", or a map with any of ", lists:join(", ", Fields)])}.
+
+
+-spec validate_fill_time(map()) -> ok | {expected, string()}.
+validate_fill_time(#{capacity := Capacity, rate_per_second := Rate}) when Capacity / Rate =< ?MAX_FILL_SECONDS -> ok;
+validate_fill_time(_) -> {expected, "a bucket that is full after 104 days at most (capacity / rate_per_second)"}.
+
+
+-spec is_valid(atom(), term()) -> boolean().
+is_valid(capacity, N) -> is_integer(N) andalso N >= 1 andalso N < 1 bsl 32;
+is_valid(rate_per_second, N) -> is_number(N) andalso N >= 1 / 3600 andalso N =< 1.0e9;
+is_valid(threshold, N) -> is_integer(N) andalso N >= 1 andalso N =< 1 bsl 40;
+is_valid(sample_interval_ms, N) -> is_integer(N) andalso N >= 1 andalso N =< 86_400_000;
+is_valid(failure_threshold, N) -> is_integer(N) andalso N >= 1 andalso N =< 65_536;
+is_valid(window_ms, N) -> is_integer(N) andalso N >= 1 andalso N < 1 bsl 42;
+is_valid(success_threshold, N) -> is_integer(N) andalso N >= 1 andalso N =< 1_023;
+is_valid(timeout_ms, N) -> is_integer(N) andalso N >= 0 andalso N < 1 bsl 42;
+is_valid(probe_limit, N) -> is_integer(N) andalso N >= 1 andalso N =< 1_023.
+
+
+-spec range(atom()) -> string().
+range(capacity) -> "an integer from 1 to 2^32 - 1";
+range(rate_per_second) -> "a number from 1/3600 to 10^9";
+range(threshold) -> "an integer from 1 to 2^40";
+range(sample_interval_ms) -> "an integer from 1 to 86400000";
+range(failure_threshold) -> "an integer from 1 to 65536";
+range(window_ms) -> "an integer from 1 to 2^42 - 1";
+range(timeout_ms) -> "an integer from 0 to 2^42 - 1";
+range(Count) when Count =:= success_threshold; Count =:= probe_limit -> "an integer from 1 to 1023".

@@ -1,6 +1,6 @@
 %%% @private
-%%% The top supervisor. Registrations live in native memory and routing runs in the callers, so it
-%%% has no processes to look after as yet.
+%%% The top supervisor. Registrations live in native memory and routing runs in the callers, so what
+%%% it looks after can be restarted at any time.
 -module(erlmcp_native_sup).
 
 -behaviour(supervisor).
@@ -17,6 +17,7 @@ start_link() ->
     end.
 
 
--spec init([]) -> {ok, {supervisor:sup_flags(), []}}.
+-spec init([]) -> {ok, {supervisor:sup_flags(), [supervisor:child_spec()]}}.
 init([]) ->
-    {ok, {#{strategy => one_for_one}, []}}.
+    ShardSup = #{id => erlmcp_shard_sup, start => {erlmcp_shard_sup, start_link, []}, type => supervisor},
+    {ok, {#{strategy => one_for_one}, [ShardSup]}}.

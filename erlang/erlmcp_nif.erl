@@ -26,10 +26,26 @@
 %% Listing and counting
 -export([list/2, list_dirty/2, list_shard/2, list_shard_dirty/2]).
 -export([count/2, count_shard/2, shard/2, distinct_configs/0]).
+%% Routing
+-export([route_connection/1, route_server/2, route_transport/1, route_batch/1]).
+-export([route_bound/1, route_bound_dirty/1]).
+%% Token buckets
+-export([bucket_new/1, is_bucket/1, bucket_take/2, bucket_state/1, bucket_set_limits/2]).
+-export([entry_take/3, entry_bucket_state/2, entry_set_limits/3]).
+-export([set_shared_limits/1, shared_limits/0, are_limits/1, enforce_limits/1]).
+%% Admission control
+-export([admission_check/1, admission_adjust/2, admission_set_threshold/2, admission_stats/1]).
+-export([set_sample_interval/1, sample_begin/1, sample_end/4, sample_skip/1]).
+-export([shard_receivers/1, shard_receivers_dirty/1]).
+%% Circuit breaker
+-export([breaker_state/0, breaker_allow/0, breaker_success/0, breaker_failure/0]).
+-export([breaker_set/1, breaker_configure/1, breaker_stats/0]).
 %% Loading
 -export([load_error/0]).
 
 -export_type([registry/0, namespace/0, load_error/0]).
+-export_type([routed/0, route/0, refusal/0, event/0]).
+-export_type([bucket/0, limits/0, taken/0, circuit_state/0]).
 
 -on_load(load/0).
 
@@ -62,7 +78,42 @@
        count/2,
        count_shard/2,
        shard/2,
-       distinct_configs/0]).
+       distinct_configs/0,
+       route_connection/1,
+       route_server/2,
+       route_transport/1,
+       route_batch/1,
+       route_bound/1,
+       route_bound_dirty/1,
+       bucket_new/1,
+       is_bucket/1,
+       bucket_take/2,
+       bucket_state/1,
+       bucket_set_limits/2,
+       entry_take/3,
+       entry_bucket_state/2,
+       entry_set_limits/3,
+       set_shared_limits/1,
+       shared_limits/0,
+       are_limits/1,
+       enforce_limits/1,
+       admission_check/1,
+       admission_adjust/2,
+       admission_set_threshold/2,
+       admission_stats/1,
+       set_sample_interval/1,
+       sample_begin/1,
+       sample_end/4,
+       sample_skip/1,
+       shard_receivers/1,
+       shard_receivers_dirty/1,
+       breaker_state/0,
+       breaker_allow/0,
+       breaker_success/0,
+       breaker_failure/0,
+       breaker_set/1,
+       breaker_configure/1,
+       breaker_stats/0]).
 
 -type registry() :: default | reference().
 -type namespace() :: server | transport | connection.
@@ -73,6 +124,17 @@
                         reason := term(),
                         remedy := string()
                        }.
+
+-type refusal() :: undefined | circuit_open | shard_overloaded | rate_limited.
+-type event() :: {sample | overloaded, Shard :: non_neg_integer()} | {circuit, circuit_state()}.
+-type route() :: pid() | refusal().
+-type routed() :: route() | {route(), [event()]}.
+-type bucket() :: reference().
+-type limits() :: infinity | {Capacity :: pos_integer(), RatePerSecond :: float()}.
+-type taken() :: {ok, Left :: non_neg_integer() | infinity} |
+                 {rate_limited, WaitNs :: non_neg_integer()} |
+                 exceeds_capacity.
+-type circuit_state() :: closed | open | half_open | off.
 
 -define(LOAD_ERROR, {?MODULE, load_error}).
 
@@ -277,3 +339,185 @@ shard(_Registry, _Id) -> ?NOT_LOADED.
 %% Number of different config terms that are kept, over all registries.
 -spec distinct_configs() -> non_neg_integer().
 distinct_configs() -> ?NOT_LOADED.
+
+
+%%% Routing, in the default registry
+
+
+%% The process of a connection, if a message may be sent to it; the connection's bucket pays.
+-spec route_connection(term()) -> routed().
+route_connection(_Id) -> ?NOT_LOADED.
+
+
+%% The process of a server, if a message may be sent to it; the transport's bucket pays.
+-spec route_server(Server :: term(), Transport :: term()) -> routed().
+route_server(_Server, _Transport) -> ?NOT_LOADED.
+
+
+%% The process of a transport, if a message may be sent to it; no bucket pays.
+-spec route_transport(term()) -> routed().
+route_transport(_Id) -> ?NOT_LOADED.
+
+
+%% As {@link route_connection/1} for the first messages of the list, some hundreds, and the rest of
+%% it. An id that is too long is `undefined' here.
+-spec route_batch([{Id :: term(), Message :: term()}]) -> {[routed()], Rest :: [{term(), term()}]}.
+route_batch(_Messages) -> ?NOT_LOADED.
+
+
+%% The processes of the transports bound to a server that a message may be sent to, and why it was
+%% refused for others, if it was.
+-spec route_bound(Server :: term()) -> {[pid()], none | refusal(), [event()]} | dirty.
+route_bound(_Server) -> ?NOT_LOADED.
+
+
+-spec route_bound_dirty(Server :: term()) -> {[pid()], none | refusal(), [event()]}.
+route_bound_dirty(_Server) -> ?NOT_LOADED.
+
+
+%%% Token buckets
+
+
+-spec bucket_new(limits()) -> bucket().
+bucket_new(_Limits) -> ?NOT_LOADED.
+
+
+-spec is_bucket(term()) -> boolean().
+is_bucket(_Term) -> ?NOT_LOADED.
+
+
+-spec bucket_take(bucket(), non_neg_integer()) -> taken().
+bucket_take(_Bucket, _Tokens) -> ?NOT_LOADED.
+
+
+-spec bucket_state(bucket()) -> {Tokens :: non_neg_integer() | infinity, limits()}.
+bucket_state(_Bucket) -> ?NOT_LOADED.
+
+
+-spec bucket_set_limits(bucket(), limits()) -> ok | too_many_changes.
+bucket_set_limits(_Bucket, _Limits) -> ?NOT_LOADED.
+
+
+%% From the bucket of a connection or transport.
+-spec entry_take(namespace(), term(), non_neg_integer()) -> taken() | not_found.
+entry_take(_Namespace, _Id, _Tokens) -> ?NOT_LOADED.
+
+
+-spec entry_bucket_state(namespace(), term()) ->
+          {Tokens :: non_neg_integer() | infinity, limits()} | not_found.
+entry_bucket_state(_Namespace, _Id) -> ?NOT_LOADED.
+
+
+%% Limits for one connection or transport; `shared' for those of all.
+-spec entry_set_limits(namespace(), term(), limits() | shared) ->
+          ok | not_found | too_many_changes.
+entry_set_limits(_Namespace, _Id, _Limits) -> ?NOT_LOADED.
+
+
+%% The limits of all that have none of their own.
+-spec set_shared_limits(limits()) -> ok | too_many_changes.
+set_shared_limits(_Limits) -> ?NOT_LOADED.
+
+
+-spec shared_limits() -> limits().
+shared_limits() -> ?NOT_LOADED.
+
+
+%% Whether these are limits that a bucket can have.
+-spec are_limits(term()) -> boolean().
+are_limits(_Limits) -> ?NOT_LOADED.
+
+
+%% Whether routes take from buckets.
+-spec enforce_limits(boolean()) -> ok.
+enforce_limits(_IsOn) -> ?NOT_LOADED.
+
+
+%%% Admission control
+
+
+-spec admission_check(non_neg_integer()) -> boolean().
+admission_check(_Shard) -> ?NOT_LOADED.
+
+
+-spec admission_adjust(non_neg_integer(), integer()) -> ok.
+admission_adjust(_Shard, _Delta) -> ?NOT_LOADED.
+
+
+-spec admission_set_threshold(non_neg_integer(), pos_integer() | infinity) -> ok.
+admission_set_threshold(_Shard, _Threshold) -> ?NOT_LOADED.
+
+
+-spec admission_stats(non_neg_integer()) ->
+          {Depth :: non_neg_integer(),
+           Threshold :: pos_integer() | infinity,
+           Admitted :: non_neg_integer(),
+           IsOverloaded :: boolean(),
+           SampleAgeMs :: non_neg_integer() | infinity}.
+admission_stats(_Shard) -> ?NOT_LOADED.
+
+
+-spec set_sample_interval(Ms :: pos_integer()) -> ok.
+set_sample_interval(_IntervalMs) -> ?NOT_LOADED.
+
+
+-spec sample_begin(non_neg_integer()) -> Began :: non_neg_integer().
+sample_begin(_Shard) -> ?NOT_LOADED.
+
+
+%% `IsLast': no more samples are taken until an event asks for one.
+-spec sample_end(non_neg_integer(), Began :: non_neg_integer(), Queued :: non_neg_integer(), IsLast :: boolean()) ->
+          {HasRecovered :: boolean(), IsUsedUp :: boolean()}.
+sample_end(_Shard, _Began, _Queued, _IsLast) -> ?NOT_LOADED.
+
+
+%% Instead of a sample: what was admitted since the last one counts on.
+-spec sample_skip(non_neg_integer()) -> ok.
+sample_skip(_Shard) -> ?NOT_LOADED.
+
+
+%% The processes of this node behind a shard's entries, one for each entry.
+-spec shard_receivers(non_neg_integer()) -> [pid()] | dirty.
+shard_receivers(_Shard) -> ?NOT_LOADED.
+
+
+-spec shard_receivers_dirty(non_neg_integer()) -> [pid()].
+shard_receivers_dirty(_Shard) -> ?NOT_LOADED.
+
+
+%%% The node's circuit breaker
+
+
+-spec breaker_state() -> circuit_state().
+breaker_state() -> ?NOT_LOADED.
+
+
+%% A probe must be answered by a success or a failure.
+-spec breaker_allow() -> allowed | {allowed, half_open} | refused.
+breaker_allow() -> ?NOT_LOADED.
+
+
+%% Returns the change that it has led to, as do the next two.
+-spec breaker_success() -> none | closed.
+breaker_success() -> ?NOT_LOADED.
+
+
+-spec breaker_failure() -> none | open.
+breaker_failure() -> ?NOT_LOADED.
+
+
+-spec breaker_set(open | closed) -> none | open | closed.
+breaker_set(_State) -> ?NOT_LOADED.
+
+
+-spec breaker_configure(off |
+                        {FailureThreshold :: pos_integer(),
+                         WindowMs :: pos_integer(),
+                         SuccessThreshold :: pos_integer(),
+                         TimeoutMs :: non_neg_integer(),
+                         ProbeLimit :: pos_integer()}) -> ok.
+breaker_configure(_Config) -> ?NOT_LOADED.
+
+
+-spec breaker_stats() -> #{atom() => term()}.
+breaker_stats() -> ?NOT_LOADED.

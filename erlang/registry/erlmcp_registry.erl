@@ -249,47 +249,71 @@ get_server_for_transport(TransportId) ->
 
 %% @doc Sends `{mcp_message, TransportId, Message}' to a server. Neither the transport nor a binding
 %% is checked. An unknown server is logged, at most once a second, and `ok' all the same.
--spec route_to_server(server_id(), transport_id(), term()) -> ok.
+%%
+%% The transport's token bucket pays, if it is registered, and the server's shard admits. A message
+%% that is refused is not sent; see {@link erlmcp_backpressure}.
+-spec route_to_server(server_id(), transport_id(), term()) ->
+          ok | {error, circuit_open | shard_overloaded | rate_limited}.
 route_to_server(ServerId, TransportId, Message) ->
-    case erlmcp_nif:whereis_server(ServerId) of
-        undefined ->
-            unknown_target(server, ServerId);
-        Pid ->
+    case erlmcp_nif:route_server(ServerId, TransportId) of
+        Pid when is_pid(Pid) ->
             Pid ! {mcp_message, TransportId, Message},
-            ok
+            ok;
+        Other ->
+            case erlmcp_backpressure:deliver(Other, {mcp_message, TransportId, Message}) of
+                {error, not_found} -> unknown_target(server, ServerId);
+                Result -> Result
+            end
     end.
 
 
 %% @doc Sends `{mcp_response, ServerId, Message}' to a transport, or with `broadcast' for its id to
 %% every transport bound to the server. The server is not checked. No target at all is logged, at
 %% most once a second, and `ok' all the same.
--spec route_to_transport(transport_id() | broadcast, server_id(), term()) -> ok.
+%%
+%% The transport's shard admits, and no bucket pays. A broadcast admits each transport by itself: an
+%% error says that it was refused for some of them, and the others have got it.
+-spec route_to_transport(transport_id() | broadcast, server_id(), term()) ->
+          ok | {error, circuit_open | shard_overloaded}.
 route_to_transport(broadcast, ServerId, Message) ->
-    broadcast(default, ServerId, Message);
+    broadcast(ServerId, Message);
 route_to_transport(TransportId, ServerId, Message) ->
-    case erlmcp_nif:whereis_transport(TransportId) of
-        undefined ->
-            unknown_target(transport, TransportId);
-        Pid ->
+    case route_to_transport_id(TransportId, ServerId, Message) of
+        {error, not_found} -> unknown_target(transport, TransportId);
+        Result -> Result
+    end.
+
+
+-spec route_to_transport_id(transport_id(), server_id(), term()) ->
+          ok | {error, erlmcp_backpressure:reason()}.
+route_to_transport_id(TransportId, ServerId, Message) ->
+    case erlmcp_nif:route_transport(TransportId) of
+        Pid when is_pid(Pid) ->
             Pid ! {mcp_response, ServerId, Message},
-            ok
+            ok;
+        Other ->
+            erlmcp_backpressure:deliver(Other, {mcp_response, ServerId, Message})
     end.
 
 
 %% @doc Sends `{mcp_response, ServerId, Message}' to every transport bound to a server, or to one
 %% transport in the name of the server that its config names (not the one that it is bound to).
 -spec route_message({server, server_id()} | {transport, transport_id()}, term()) ->
-          ok | {error, server_not_found | transport_not_found | no_bound_server}.
+          ok |
+          {error,
+           server_not_found | transport_not_found | no_bound_server | circuit_open | shard_overloaded}.
 route_message({server, ServerId}, Message) ->
     case find_server(ServerId) of
-        {ok, _} -> broadcast(default, ServerId, Message);
+        {ok, _} -> broadcast(ServerId, Message);
         {error, not_found} -> {error, server_not_found}
     end;
 route_message({transport, TransportId}, Message) ->
     case find_transport(TransportId) of
-        {ok, {Pid, #{server_id := ServerId}}} when ServerId =/= undefined ->
-            Pid ! {mcp_response, ServerId, Message},
-            ok;
+        {ok, {_Pid, #{server_id := ServerId}}} when ServerId =/= undefined ->
+            case route_to_transport_id(TransportId, ServerId, Message) of
+                {error, not_found} -> {error, transport_not_found};
+                Result -> Result
+            end;
         {ok, _} ->
             {error, no_bound_server};
         {error, not_found} ->
@@ -575,11 +599,33 @@ send(Registry, Namespace, Id, Message) ->
     end.
 
 
+%% Each transport is admitted by itself.
+-spec broadcast(server_id(), term()) -> ok | {error, erlmcp_backpressure:reason()}.
+broadcast(ServerId, Message) ->
+    {Pids, Refused, Events} =
+        case erlmcp_nif:route_bound(ServerId) of
+            dirty -> erlmcp_nif:route_bound_dirty(ServerId);
+            Done -> Done
+        end,
+    ok = send_all(Pids, {mcp_response, ServerId, Message}),
+    ok = erlmcp_backpressure:notify(Events),
+    case Refused of
+        none when Pids =:= [] -> unknown_target(transport_of, ServerId);
+        none -> ok;
+        Refusal -> erlmcp_backpressure:refused(Refusal)
+    end.
+
+
+-spec send_all([pid()], term()) -> ok.
+send_all(Pids, Message) ->
+    lists:foreach(fun(Pid) -> Pid ! Message end, Pids).
+
+
 -spec broadcast(erlmcp_nif:registry(), server_id(), term()) -> ok.
 broadcast(Registry, ServerId, Message) ->
     case erlmcp_native_registry:bound_transports(Registry, ServerId) of
         [] -> unknown_target(transport_of, ServerId);
-        Pids -> lists:foreach(fun(Pid) -> Pid ! {mcp_response, ServerId, Message} end, Pids)
+        Pids -> send_all(Pids, {mcp_response, ServerId, Message})
     end.
 
 

@@ -17,7 +17,7 @@
 //! [`Admission::admit`] at the limit.
 //!
 //! A shard is never refused for want of a sampler: if the last sample is older than ten intervals,
-//! everything is admitted.
+//! and so is the message that asked for one, everything is admitted.
 //!
 //! # Trade-offs
 //!
@@ -102,6 +102,8 @@ pub struct Admission {
     threshold: AtomicU64,
     /// `ms + 1`; 0 is never.
     sampled_ms: AtomicU64,
+    /// When a caller was told to ask for a sample: `ms + 1`; 0 is never.
+    asked_ms: AtomicU64,
     is_overloaded: AtomicBool,
     /// `ms + 1`; 0 is never.
     failed_ms: AtomicU64,
@@ -116,6 +118,7 @@ impl Admission {
             sample_at: AtomicU64::new(0),
             threshold: AtomicU64::new(OFF),
             sampled_ms: AtomicU64::new(0),
+            asked_ms: AtomicU64::new(0),
             is_overloaded: AtomicBool::new(false),
             failed_ms: AtomicU64::new(0),
         }
@@ -144,14 +147,18 @@ impl Admission {
     }
 
     fn is_stale(&self, sampling: &Sampling, now_ms: u64) -> bool {
-        self.sample_age_ms(now_ms)
-            .is_none_or(|age_ms| age_ms > STALE_INTERVALS * sampling.interval_ms())
+        // Nobody has sampled yet: being asked to is no sign of a sampler.
+        let sampled = match self.sampled_ms.load(Ordering::Relaxed) {
+            0 => return true,
+            sampled => sampled.max(self.asked_ms.load(Ordering::Relaxed)),
+        };
+        (now_ms + 1).saturating_sub(sampled) > STALE_INTERVALS * sampling.interval_ms()
     }
 
     /// Counts a message that [`Self::check`] has let through. The count of messages that go to a
     /// shard that admits everything is not kept.
     #[inline]
-    pub fn admit(&self) -> Admitted {
+    pub fn admit(&self, now_ms: impl FnOnce() -> u64) -> Admitted {
         if self.limit.load(Ordering::Relaxed) == OFF {
             return Admitted {
                 wants_sample: false,
@@ -159,9 +166,11 @@ impl Admission {
         }
         // AcqRel: in the order of changes of this word, see `sampled`.
         let count = self.admitted.fetch_add(1, Ordering::AcqRel) + 1;
-        Admitted {
-            wants_sample: count == self.sample_at.load(Ordering::Relaxed),
+        let wants_sample = count == self.sample_at.load(Ordering::Relaxed);
+        if wants_sample {
+            self.asked_ms.store(now_ms() + 1, Ordering::Relaxed);
         }
+        Admitted { wants_sample }
     }
 
     #[cold]
@@ -201,6 +210,12 @@ impl Admission {
     pub fn sampled(&self, began: u64, queued: u64, is_last: bool, now_ms: u64) -> Sampled {
         self.sampled_ms.store(now_ms + 1, Ordering::Relaxed);
         self.credit(began, queued, is_last)
+    }
+
+    /// Instead of a sample: what was admitted since the last one is counted on as it is, and the
+    /// sampler is there.
+    pub fn skip_sample(&self, now_ms: u64) {
+        self.sampled_ms.store(now_ms + 1, Ordering::Relaxed);
     }
 
     fn credit(&self, began: u64, queued: u64, is_last: bool) -> Sampled {

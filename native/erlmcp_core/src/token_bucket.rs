@@ -100,6 +100,16 @@ impl Limits {
     }
 }
 
+impl Default for Limits {
+    /// 1,000 at once and 10,000 a second.
+    fn default() -> Self {
+        Self {
+            capacity: 1_000,
+            rate_per_second: 10_000.0,
+        }
+    }
+}
+
 /// Why nothing was taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refused {
@@ -161,7 +171,7 @@ impl Scale {
     fn position(&self, now_ns: u64) -> u64 {
         let elapsed_ns = u128::from(now_ns.saturating_sub(self.since_ns));
         self.base
-            .saturating_add((elapsed_ns * u128::from(self.speed) >> 63) as u64)
+            .saturating_add(((elapsed_ns * u128::from(self.speed)) >> 63) as u64)
     }
 
     /// Units held at a position by a bucket with this word.

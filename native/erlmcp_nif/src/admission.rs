@@ -94,6 +94,13 @@ fn sample_end(shard: Term<'_>, began: u64, queued: u64, is_last: bool) -> NifRes
     Ok((sampled.has_recovered, sampled.is_used_up))
 }
 
+/// Takes no sample this time.
+#[rustler::nif]
+fn sample_skip(shard: Term<'_>) -> NifResult<Atom> {
+    admission(shard)?.skip_sample(clock().now_ms());
+    Ok(atoms::ok())
+}
+
 /// The processes of this node behind a shard's entries, one for each entry.
 fn receivers_of<'a>(env: Env<'a>, shard: u16) -> Term<'a> {
     let mut pids = Term::list_new_empty(env);

@@ -1,6 +1,6 @@
 //! What the layers of backpressure have in common: the node's clock and circuit.
 
-use erlmcp_core::circuit_breaker::CircuitBreaker;
+use erlmcp_core::circuit_breaker::{CircuitBreaker, Config};
 use erlmcp_core::clock::TscClock;
 use once_cell::race::OnceBox;
 
@@ -13,11 +13,11 @@ pub(crate) fn clock() -> &'static TscClock {
     CLOCK.get_or_init(Box::default)
 }
 
-/// The node's circuit. Off until it is configured.
+/// The node's circuit, with the default config until another one is given.
 #[inline]
 pub(crate) fn circuit() -> &'static CircuitBreaker {
     CIRCUIT.get_or_init(|| {
-        let circuit = CircuitBreaker::new(None, clock());
+        let circuit = CircuitBreaker::new(Some(Config::default()), clock());
         Box::new(circuit.unwrap_or_else(|_| unreachable!("the default config is valid")))
     })
 }

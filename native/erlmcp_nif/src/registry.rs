@@ -15,7 +15,7 @@ use crate::resource::{Registry, RegistryResource, make_default_registry, registr
 use crate::watch::{Lease, Watch};
 
 /// Entries that are listed on a normal scheduler: about 300 microseconds.
-const MAX_LISTED_ON_NORMAL_SCHEDULER: u64 = 500;
+pub(crate) const MAX_LISTED_ON_NORMAL_SCHEDULER: u64 = 500;
 
 /// Places, most of them empty, that are walked on a normal scheduler: some 100 microseconds.
 pub(crate) const MAX_WALKED_ON_NORMAL_SCHEDULER: u64 = 20_000;
@@ -81,7 +81,7 @@ fn is_alive(env: Env<'_>, entry: &Entry<Lease>) -> bool {
 
 /// The entry of an id, after removing one whose process has ended but whose monitor has not fired
 /// yet: callers that have seen the process end must not see its entry.
-fn live_entry(
+pub(crate) fn live_entry(
     env: Env<'_>,
     registry: &Registry,
     namespace: Namespace,

@@ -6,6 +6,7 @@ use std::sync::{Arc, Weak};
 use std::thread;
 
 use erlmcp_core::registry::{Limits, Namespace};
+use erlmcp_core::token_bucket;
 use once_cell::race::OnceBox;
 use papaya::HashMap;
 use rustler::{NifResult, Resource, Term};
@@ -110,12 +111,22 @@ static DEFAULT: OnceBox<Arc<Registry>> = OnceBox::new();
 /// The default registry, made on first use.
 #[inline]
 pub(crate) fn default_registry() -> &'static Arc<Registry> {
-    DEFAULT.get_or_init(|| Box::new(Registry::create(Limits::default())))
+    DEFAULT.get_or_init(|| Box::new(guarded(Limits::default())))
+}
+
+/// A registry with the default limits of token buckets: the default one has them, whether the
+/// application runs or not.
+fn guarded(limits: Limits) -> Arc<Registry> {
+    let registry = Registry::create(limits);
+    registry
+        .set_limits(Some(token_bucket::Limits::default()), clock())
+        .unwrap_or_else(|_| unreachable!("these are the first limits"));
+    registry
 }
 
 /// Makes the default registry with these bounds, unless it is there already.
 pub(crate) fn make_default_registry(limits: Limits) -> bool {
-    DEFAULT.set(Box::new(Registry::create(limits))).is_ok()
+    DEFAULT.set(Box::new(guarded(limits))).is_ok()
 }
 
 /// The registry that an argument names: the atom `default`, or a resource.

@@ -14,10 +14,11 @@ use rustler::{Encoder, Env, Error, NifResult, Term};
 
 use crate::atoms;
 use crate::backpressure::{circuit, clock};
+use crate::config::Scheduler;
 use crate::id;
 use crate::immediate;
 use crate::lookup::REMOTE;
-use crate::registry::pid_term;
+use crate::registry::{MAX_LISTED_ON_NORMAL_SCHEDULER, live_entry, pid_term};
 use crate::resource::{Registry, default_registry};
 use crate::tuple::first_of_pair;
 
@@ -43,7 +44,11 @@ pub(crate) fn state_term(env: Env<'_>, state: State) -> Term<'_> {
 
 #[cold]
 fn with_events<'a>(env: Env<'a>, result: Term<'a>, events: &Events) -> Term<'a> {
-    let mut list = Term::list_new_empty(env);
+    let events = prepend_events(env, events, Term::list_new_empty(env));
+    (result, events).encode(env)
+}
+
+fn prepend_events<'a>(env: Env<'a>, events: &Events, mut list: Term<'a>) -> Term<'a> {
     if let Some(shard) = events.sample {
         list = list.list_prepend((atoms::sample(), shard).encode(env));
     }
@@ -53,7 +58,7 @@ fn with_events<'a>(env: Env<'a>, result: Term<'a>, events: &Events) -> Term<'a> 
     if let Some(state) = events.circuit {
         list = list.list_prepend((atoms::circuit(), state_term(env, state)).encode(env));
     }
-    (result, list).encode(env)
+    list
 }
 
 /// One message for `id`; `payer` is the transport that pays.
@@ -134,6 +139,49 @@ macro_rules! route {
 route!(c"route_connection", Namespace::Connection, 1);
 route!(c"route_server", Namespace::Server, 2);
 route!(c"route_transport", Namespace::Transport, 1);
+
+// ---- One message to many ----
+
+/// The processes of the transports bound to a server that the message may be sent to; `none`, or why
+/// it was refused for others; and events.
+fn route_bound_on<'a>(env: Env<'a>, server: Term<'a>, scheduler: Scheduler) -> NifResult<Term<'a>> {
+    let registry = default_registry();
+    id::with(registry, server, |server| {
+        if scheduler == Scheduler::Normal
+            && u64::from(registry.bound_high_water(server)) > MAX_LISTED_ON_NORMAL_SCHEDULER
+        {
+            return atoms::dirty().encode(env);
+        }
+        // The monitor of a server that has ended may not have fired yet.
+        live_entry(env, registry, Namespace::Server, server);
+        let mut pids = Term::list_new_empty(env);
+        let mut refused = None;
+        let mut all_events = Term::list_new_empty(env);
+        registry.route_bound(server, circuit(), clock(), |routed, events| {
+            match routed {
+                Ok(entry) => pids = pids.list_prepend(pid_term(env, entry)),
+                Err(refusal) => refused = Some(refusal),
+            }
+            if events.is_some() {
+                all_events = prepend_events(env, &events, all_events);
+            }
+        });
+        let refused = refused.map_or(atoms::none().encode(env), |refusal| {
+            refusal_term(env, refusal)
+        });
+        (pids, refused, all_events).encode(env)
+    })
+}
+
+#[rustler::nif]
+fn route_bound<'a>(env: Env<'a>, server: Term<'a>) -> NifResult<Term<'a>> {
+    route_bound_on(env, server, Scheduler::Normal)
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn route_bound_dirty<'a>(env: Env<'a>, server: Term<'a>) -> NifResult<Term<'a>> {
+    route_bound_on(env, server, Scheduler::Dirty)
+}
 
 // ---- Many messages ----
 

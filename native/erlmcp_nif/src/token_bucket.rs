@@ -4,7 +4,7 @@
 
 use erlmcp_core::registry::{BucketError, BucketState, EntryLimits};
 use erlmcp_core::token_bucket::{Limits, LimitsError, Refused, TokenBucket};
-use rustler::{Encoder, Env, Error, NifResult, Resource, ResourceArc, Term};
+use rustler::{Atom, Encoder, Env, Error, NifResult, Resource, ResourceArc, Term};
 
 use crate::atoms;
 use crate::backpressure::clock;
@@ -158,6 +158,13 @@ fn set_shared_limits<'a>(env: Env<'a>, limits: Term<'a>) -> NifResult<Term<'a>> 
 #[rustler::nif]
 fn shared_limits(env: Env<'_>) -> Term<'_> {
     limits_term(env, default_registry().shared_limits())
+}
+
+/// Whether routes take from buckets.
+#[rustler::nif]
+fn enforce_limits(is_on: bool) -> Atom {
+    default_registry().enforce_limits(is_on);
+    atoms::ok()
 }
 
 /// Checks limits without using them.

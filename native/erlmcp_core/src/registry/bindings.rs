@@ -189,6 +189,11 @@ where
     /// Gives `each` the entries of the transports that are bound to `server`. Weakly consistent;
     /// costs in proportion to the most transports bound to it at one time.
     pub fn for_each_bound(&self, server: &Id<'_>, mut each: impl FnMut(&Entry<L>)) {
+        self.visit_bound(server, |_, transport| each(&transport.entry));
+    }
+
+    /// As [`Self::for_each_bound`], with the shard.
+    pub(super) fn visit_bound(&self, server: &Id<'_>, mut each: impl FnMut(u16, &Transport<L>)) {
         let servers = self.servers.guard();
         let Some(server) = self.servers.get(server, &servers) else {
             return;
@@ -211,7 +216,7 @@ where
                 .holding(&transport.binding)
                 .is_some_and(|membership| membership.is(group, member));
             if is_bound && self.is_registered(transport) {
-                each(&transport.entry);
+                each(shard, transport);
             }
         }
     }

@@ -23,6 +23,8 @@ const GONE: u64 = u64::MAX;
 const SHARED_LIMITS: u8 = 1;
 /// Never taken back.
 const OWN_LIMITS: u8 = 2;
+/// The highest bit, so that one comparison tells it with any of the others.
+const ENFORCED: u8 = 4;
 
 /// Limits for one entry.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -66,7 +68,8 @@ pub struct BucketState {
 }
 
 pub(super) struct Buckets {
-    /// Whether any bucket has limits: [`SHARED_LIMITS`], [`OWN_LIMITS`].
+    /// Whether any bucket has limits, and whether they are enforced: [`SHARED_LIMITS`],
+    /// [`OWN_LIMITS`], [`ENFORCED`].
     in_use: AtomicU8,
     shared: Limiter,
     own: HashMap<u64, Arc<TokenBucket>>,
@@ -76,17 +79,17 @@ pub(super) struct Buckets {
 impl Buckets {
     pub(super) fn new(clock: &impl Clock) -> Self {
         Self {
-            in_use: AtomicU8::new(0),
+            in_use: AtomicU8::new(ENFORCED),
             shared: Limiter::new(None, clock),
             own: HashMap::new(),
             numbers: AtomicU64::new(0),
         }
     }
 
-    /// Whether any bucket has limits. One load.
+    /// Whether any bucket has limits that are enforced. One load.
     #[inline]
     pub(super) fn is_on(&self) -> bool {
-        self.in_use.load(Ordering::Relaxed) != 0
+        self.in_use.load(Ordering::Relaxed) > ENFORCED
     }
 
     #[inline]
@@ -226,7 +229,16 @@ where
         self.buckets.set_shared(limits, clock)
     }
 
-    /// Whether any entry's bucket has limits. One load.
+    /// Whether routes take from buckets. Limits and tokens stay as they are.
+    pub fn enforce_limits(&self, is_on: bool) {
+        if is_on {
+            self.buckets.in_use.fetch_or(ENFORCED, Ordering::Relaxed);
+        } else {
+            self.buckets.in_use.fetch_and(!ENFORCED, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether routes take from any entry's bucket. One load.
     #[inline]
     pub fn has_token_buckets(&self) -> bool {
         self.buckets.is_on()

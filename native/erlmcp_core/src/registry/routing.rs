@@ -5,7 +5,7 @@
 //! layer that is off costs one load. What a layer before has let through and a later one refuses is
 //! given back: it leaves no trace in the former.
 
-use super::{Id, Namespace, Registry};
+use super::{Entry, Id, Namespace, Registry};
 use crate::circuit_breaker::{CircuitBreaker, Permit, State};
 use crate::clock::Clock;
 use crate::token_bucket::Level;
@@ -118,6 +118,27 @@ where
         }
     }
 
+    /// Routes a message to every transport that is bound to `server`: gives `each` the entries that
+    /// it may be sent to, or why not. Costs as [`Self::for_each_bound`] does.
+    pub fn route_bound(
+        &self,
+        server: &Id<'_>,
+        circuit: &CircuitBreaker,
+        clock: &impl Clock,
+        mut each: impl FnMut(Result<&Entry<L>, Refusal>, Events),
+    ) {
+        self.visit_bound(server, |shard, transport| {
+            let mut events = Events::default();
+            let target = Target {
+                address: transport.entry.address,
+                shard,
+                level: None,
+            };
+            let passed = self.pass(target, Charged::Nobody, circuit, clock, &mut events);
+            each(passed.map(|_| &transport.entry), events);
+        });
+    }
+
     #[inline(always)]
     fn pass(
         &self,
@@ -148,7 +169,7 @@ where
             }
             return Err(Refusal::RateLimited);
         }
-        if admission.admit().wants_sample {
+        if admission.admit(|| clock.now_ms()).wants_sample {
             events.sample = Some(target.shard);
         }
         if permit != Permit::Free && circuit.record_success(clock) {

@@ -1,0 +1,197 @@
+%%% @doc The three layers of backpressure together: switched, configured, and what their decisions lead
+%%% to.
+%%%
+%%% A message to a connection passes the node's circuit ({@link erlmcp_circuit_breaker}), the admission
+%%% control of its shard ({@link erlmcp_admission_control}) and the token bucket of the connection
+%%% that pays ({@link erlmcp_token_bucket}), in that order, in one native call with the look-up. A
+%%% refusal reaches the caller as a value; nothing that was accepted is dropped. With `backpressure'
+%%% set to `off' nothing is refused.
+%%%
+%%% The layers are native and guard the default registry, whether the application runs or not. While
+%%% it does not, nobody samples, and admission control admits everything.
+%%%
+%%% == Logs ==
+%%% Opening and closing of the circuit, overload and recovery of a shard: one line each, with the
+%%% domain `[erlmcp_native]' and the keys `event' and `shard_id' or `circuit' in the metadata. Never
+%%% one for a refused message.
+-module(erlmcp_backpressure).
+
+-include_lib("kernel/include/logger.hrl").
+
+-export([set/2, configure/0]).
+-export([deliver/2, refused/1, notify/1, sampler/1]).
+
+-export_type([reason/0]).
+
+-type reason() :: not_found | circuit_open | shard_overloaded | rate_limited.
+
+%%% Configuration
+
+
+%% @doc Changes `backpressure', `token_bucket', `admission' or `circuit_breaker', in the application
+%% environment and in the running system. See {@link erlmcp_native_config}.
+%%
+%% Tokens that buckets hold stay, up to the new capacity; the state of the circuit stays, and its
+%% failures are counted anew. Messages under way are judged by the former values or the new ones.
+-spec set(erlmcp_native_config:key(), term()) -> ok | {error, erlmcp_native_config:error()}.
+set(Key, Value) ->
+    case erlmcp_native_config:check_live(Key, Value) of
+        ok ->
+            ok = application:set_env(erlmcp_native, Key, Value),
+            apply_setting(Key);
+        Error ->
+            Error
+    end.
+
+
+%% @private
+%% Makes the native layers be what the application environment says.
+-spec configure() -> ok.
+configure() ->
+    apply_setting(backpressure).
+
+
+-spec apply_setting(erlmcp_native_config:key()) -> ok.
+apply_setting(backpressure) ->
+    ok = erlmcp_nif:enforce_limits(is_on()),
+    lists:foreach(fun apply_setting/1, [token_bucket, admission, circuit_breaker]);
+apply_setting(token_bucket) ->
+    set_token_bucket(erlmcp_native_config:get(token_bucket));
+apply_setting(admission) ->
+    set_admission(is_on(), erlmcp_native_config:get(admission));
+apply_setting(circuit_breaker) ->
+    set_circuit_breaker(is_on(), erlmcp_native_config:get(circuit_breaker)).
+
+
+-spec is_on() -> boolean().
+is_on() ->
+    erlmcp_native_config:get(backpressure) =:= on.
+
+
+%% What has not changed is left alone, since a change has a price: positions (see the native module).
+-spec set_token_bucket(infinity | map()) -> ok.
+set_token_bucket(Setting) ->
+    Limits =
+        case Setting of
+            infinity -> infinity;
+            #{capacity := Capacity, rate_per_second := Rate} -> {Capacity, float(Rate)}
+        end,
+    case erlmcp_nif:shared_limits() of
+        Limits -> ok;
+        _ -> ok = erlmcp_nif:set_shared_limits(Limits)
+    end.
+
+
+-spec set_admission(boolean(), infinity | map()) -> ok.
+set_admission(true, #{threshold := Threshold, sample_interval_ms := IntervalMs}) ->
+    ok = erlmcp_nif:set_sample_interval(IntervalMs),
+    set_thresholds(Threshold);
+set_admission(_IsOn, _Setting) ->
+    set_thresholds(infinity).
+
+
+-spec set_thresholds(pos_integer() | infinity) -> ok.
+set_thresholds(Threshold) ->
+    {Shards, _, _} = erlmcp_nif:limits(default),
+    lists:foreach(fun(Shard) -> set_threshold(Shard, Threshold) end, lists:seq(0, Shards - 1)).
+
+
+-spec set_threshold(non_neg_integer(), pos_integer() | infinity) -> ok.
+set_threshold(Shard, Threshold) ->
+    case erlmcp_nif:admission_stats(Shard) of
+        {_Depth, Threshold, _Admitted, _IsOverloaded, _Age} -> ok;
+        _ -> erlmcp_nif:admission_set_threshold(Shard, Threshold)
+    end.
+
+
+-spec set_circuit_breaker(boolean(), off | map()) -> ok.
+set_circuit_breaker(true,
+                    #{
+                      failure_threshold := FailureThreshold,
+                      window_ms := WindowMs,
+                      success_threshold := SuccessThreshold,
+                      timeout_ms := TimeoutMs,
+                      probe_limit := ProbeLimit
+                     }) ->
+    Config = {FailureThreshold, WindowMs, SuccessThreshold, TimeoutMs, ProbeLimit},
+    case erlmcp_nif:breaker_stats() of
+        #{config := Config} -> ok;
+        _ -> erlmcp_nif:breaker_configure(Config)
+    end;
+set_circuit_breaker(_IsOn, _Setting) ->
+    erlmcp_nif:breaker_configure(off).
+
+
+%%% Decisions
+
+
+%% @private
+%% Sends a message where a native call says it may go, and tells others what that call has seen.
+%% Callers test for a pid alone themselves, which is what comes back for most messages.
+-spec deliver(erlmcp_nif:routed(), term()) -> ok | {error, reason()}.
+deliver(Pid, Message) when is_pid(Pid) ->
+    Pid ! Message,
+    ok;
+deliver({Route, Events}, Message) ->
+    Result = deliver(Route, Message),
+    ok = notify(Events),
+    Result;
+deliver(Refusal, _Message) ->
+    refused(Refusal).
+
+
+%% @private
+%% What a route answers that was not admitted.
+-spec refused(erlmcp_nif:refusal()) -> {error, reason()}.
+refused(undefined) -> {error, not_found};
+refused(Reason) -> {error, Reason}.
+
+
+%% @private
+%% Tells others of what a native call has seen.
+-spec notify([erlmcp_nif:event()]) -> ok.
+notify(Events) ->
+    lists:foreach(fun notify_one/1, Events).
+
+
+-spec notify_one(erlmcp_nif:event()) -> ok.
+notify_one({sample, Shard}) ->
+    request_sample(Shard);
+notify_one({overloaded, Shard}) ->
+    ?LOG_WARNING("erlmcp_native: shard ~b is overloaded: its receivers have as many messages queued as "
+                 "it admits, and further ones are refused until they have caught up",
+                 [Shard],
+                 #{domain => [erlmcp_native], event => shard_overloaded, shard_id => Shard}),
+    request_sample(Shard);
+notify_one({circuit, State}) ->
+    log_circuit(State).
+
+
+-spec log_circuit(erlmcp_nif:circuit_state()) -> ok.
+log_circuit(open) ->
+    ?LOG_WARNING("erlmcp_native: the circuit has opened: all messages are refused for a while",
+                 #{domain => [erlmcp_native], event => circuit_opened, circuit => node});
+log_circuit(half_open) ->
+    ?LOG_NOTICE("erlmcp_native: the circuit is half open: some messages are let through",
+                #{domain => [erlmcp_native], event => circuit_half_open, circuit => node});
+log_circuit(closed) ->
+    ?LOG_NOTICE("erlmcp_native: the circuit has closed: messages are let through again",
+                #{domain => [erlmcp_native], event => circuit_closed, circuit => node}).
+
+
+-spec request_sample(non_neg_integer()) -> ok.
+request_sample(Shard) ->
+    case whereis(sampler(Shard)) of
+        undefined ->
+            ok;
+        Manager ->
+            Manager ! sample,
+            ok
+    end.
+
+
+%% @private
+%% The registered name of a shard's manager.
+-spec sampler(non_neg_integer()) -> atom().
+sampler(Shard) ->
+    binary_to_atom(<<"erlmcp_shard_manager_", (integer_to_binary(Shard))/binary>>).

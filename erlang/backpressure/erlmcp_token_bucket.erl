@@ -1,0 +1,174 @@
+%%% @doc Token buckets: how many messages, in one burst and in the long run.
+%%%
+%%% A bucket holds up to `capacity' tokens and gets `rate_per_second' of them back, continuously. It is
+%%% one word in native memory, refilled when it is asked, without a process or a timer. In every
+%%% window of time `t' at most `capacity + rate_per_second * t' tokens are taken, by however many
+%%% processes.
+%%%
+%%% Every connection and every transport has one. What is routed to a connection, or from a
+%%% transport to a server, takes a token from it. All share the limits of the configuration (`token_bucket' in {@link
+%%% erlmcp_native_config}) but those that {@link set_limits/2} gives limits of their own. {@link new/1}
+%%% makes a bucket for anything else.
+%%%
+%%% Functions that take a bucket or an id take a connection's id, any term; a bucket is never taken
+%%% for an id. Those with a leading `connection' or `transport' take ids of that kind.
+%%%
+%%% == Cost ==
+%%% Constant time, on the calling scheduler, without a lock: about as much as a look-up.
+%%%
+%%% == Errors ==
+%%% A number of tokens that is not an integer from 0 on raises `badarg'; limits that no bucket can have
+%%% raise `{bad_option, Key, Value, Expected}'.
+-module(erlmcp_token_bucket).
+
+-export([new/1]).
+-export([consume/2, consume/3, consume_or_wait_time/2, consume_or_wait_time/3]).
+-export([get_state/1, get_state/2, set_limits/2, set_limits/3]).
+
+-export_type([bucket/0, limits/0, state/0, namespace/0]).
+
+-type bucket() :: erlmcp_nif:bucket().
+-type limits() :: #{capacity => pos_integer(), rate_per_second => number()} | infinity.
+-type state() :: #{
+                   tokens := non_neg_integer() | infinity,
+                   capacity := pos_integer() | infinity,
+                   rate_per_second := float() | infinity
+                  }.
+-type namespace() :: connection | transport.
+
+
+%% @doc A full bucket. `capacity' is 1000 if it is not given, `rate_per_second' 10000. It is freed with
+%% the last reference to it.
+-spec new(limits()) -> bucket().
+new(Limits) ->
+    erlmcp_nif:bucket_new(native(Limits)).
+
+
+%% @doc Takes `N' tokens, or none. `Remaining' is what is left then, `infinity' without limits.
+-spec consume(bucket() | Id :: term(), N :: non_neg_integer()) ->
+          {ok, Remaining :: non_neg_integer() | infinity} |
+          {error, rate_limited | exceeds_capacity | not_found}.
+consume(Of, N) ->
+    without_wait(take(Of, N)).
+
+
+%% @doc Takes tokens from the bucket of a connection or a transport.
+-spec consume(namespace(), Id :: term(), N :: non_neg_integer()) ->
+          {ok, Remaining :: non_neg_integer() | infinity} |
+          {error, rate_limited | exceeds_capacity | not_found}.
+consume(Namespace, Id, N) ->
+    without_wait(entry_take(Namespace, Id, N)).
+
+
+%% @doc As {@link consume/2}, but says in how many milliseconds `N' tokens will be there if nobody
+%% takes any meanwhile.
+-spec consume_or_wait_time(bucket() | Id :: term(), N :: non_neg_integer()) ->
+          {ok, Remaining :: non_neg_integer() | infinity} |
+          {error, {rate_limited, WaitMs :: pos_integer()} | exceeds_capacity | not_found}.
+consume_or_wait_time(Of, N) ->
+    with_wait(take(Of, N)).
+
+
+%% @doc As {@link consume/3}, with the time to wait.
+-spec consume_or_wait_time(namespace(), Id :: term(), N :: non_neg_integer()) ->
+          {ok, Remaining :: non_neg_integer() | infinity} |
+          {error, {rate_limited, WaitMs :: pos_integer()} | exceeds_capacity | not_found}.
+consume_or_wait_time(Namespace, Id, N) ->
+    with_wait(entry_take(Namespace, Id, N)).
+
+
+%% @doc What a bucket holds now, and its limits. A connection that is not registered is `{error,
+%% not_found}'.
+-spec get_state(bucket() | Id :: term()) -> state() | {error, not_found}.
+get_state(Of) ->
+    case is_bucket(Of) of
+        true -> state(erlmcp_nif:bucket_state(Of));
+        false -> get_state(connection, Of)
+    end.
+
+
+%% @doc What the bucket of a connection or a transport holds now, and its limits.
+-spec get_state(namespace(), Id :: term()) -> state() | {error, not_found}.
+get_state(Namespace, Id) when Namespace =:= connection; Namespace =:= transport ->
+    case erlmcp_nif:entry_bucket_state(Namespace, Id) of
+        not_found -> {error, not_found};
+        State -> state(State)
+    end.
+
+
+%% @doc Changes the limits of a bucket, or gives a connection limits of its own. `default' gives a
+%% connection those of the configuration again.
+%%
+%% Tokens that it holds stay, up to the new capacity. A key that is not given has its default, as
+%% with {@link new/1}. `{error, too_many_changes}' comes after hundreds of millions of changes only.
+-spec set_limits(bucket() | Id :: term(), limits() | default) ->
+          ok | {error, not_found | too_many_changes}.
+set_limits(Of, Limits) ->
+    case is_bucket(Of) of
+        true -> changed(erlmcp_nif:bucket_set_limits(Of, native(Limits)));
+        false -> set_limits(connection, Of, Limits)
+    end.
+
+
+%% @doc Gives a connection or a transport limits of its own; see {@link set_limits/2}.
+-spec set_limits(namespace(), Id :: term(), limits() | default) ->
+          ok | {error, not_found | too_many_changes}.
+set_limits(Namespace, Id, default) when Namespace =:= connection; Namespace =:= transport ->
+    changed(erlmcp_nif:entry_set_limits(Namespace, Id, shared));
+set_limits(Namespace, Id, Limits) when Namespace =:= connection; Namespace =:= transport ->
+    changed(erlmcp_nif:entry_set_limits(Namespace, Id, native(Limits))).
+
+
+%% Most ids are no references, and are not asked about.
+-spec is_bucket(term()) -> boolean().
+is_bucket(Of) ->
+    is_reference(Of) andalso erlmcp_nif:is_bucket(Of).
+
+
+-spec take(bucket() | term(), non_neg_integer()) -> erlmcp_nif:taken() | not_found.
+take(Of, N) ->
+    case is_bucket(Of) of
+        true -> erlmcp_nif:bucket_take(Of, N);
+        false -> erlmcp_nif:entry_take(connection, Of, N)
+    end.
+
+
+-spec entry_take(namespace(), term(), non_neg_integer()) -> erlmcp_nif:taken() | not_found.
+entry_take(Namespace, Id, N) when Namespace =:= connection; Namespace =:= transport ->
+    erlmcp_nif:entry_take(Namespace, Id, N).
+
+
+-spec without_wait(erlmcp_nif:taken() | not_found) ->
+          {ok, non_neg_integer() | infinity} | {error, rate_limited | exceeds_capacity | not_found}.
+without_wait({ok, _Remaining} = Taken) -> Taken;
+without_wait({rate_limited, _WaitNs}) -> {error, rate_limited};
+without_wait(Reason) -> {error, Reason}.
+
+
+-spec with_wait(erlmcp_nif:taken() | not_found) ->
+          {ok, non_neg_integer() | infinity} |
+          {error, {rate_limited, pos_integer()} | exceeds_capacity | not_found}.
+with_wait({ok, _Remaining} = Taken) -> Taken;
+with_wait({rate_limited, WaitNs}) -> {error, {rate_limited, max(1, (WaitNs + 999_999) div 1_000_000)}};
+with_wait(Reason) -> {error, Reason}.
+
+
+-spec changed(ok | not_found | too_many_changes) -> ok | {error, not_found | too_many_changes}.
+changed(ok) -> ok;
+changed(Reason) -> {error, Reason}.
+
+
+-spec state({non_neg_integer() | infinity, erlmcp_nif:limits()}) -> state().
+state({Tokens, infinity}) ->
+    #{tokens => Tokens, capacity => infinity, rate_per_second => infinity};
+state({Tokens, {Capacity, Rate}}) ->
+    #{tokens => Tokens, capacity => Capacity, rate_per_second => Rate}.
+
+
+-spec native(limits() | term()) -> erlmcp_nif:limits().
+native(Limits) ->
+    case erlmcp_native_config:token_bucket(Limits) of
+        {ok, infinity} -> infinity;
+        {ok, #{capacity := Capacity, rate_per_second := Rate}} -> {Capacity, float(Rate)};
+        {error, Error} -> error(Error)
+    end.
