@@ -21,6 +21,8 @@ pub mod error;
 #[doc(hidden)]
 pub mod gate;
 pub mod registry;
+#[doc(hidden)]
+pub mod seqlock;
 mod shard;
 #[doc(hidden)]
 pub mod slots;

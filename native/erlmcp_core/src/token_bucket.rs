@@ -39,12 +39,13 @@
 //! # Trade-offs
 //!
 //! Threads that take from one bucket at the same moment repeat each other's exchange (lock-free, not
-//! wait-free). Limits are read under an epoch guard, some nanoseconds, so that thousands of buckets
-//! can share them at eight bytes each.
+//! wait-free). Thousands of buckets can share their limits at eight bytes each; what a taking needs of
+//! them stands beside the snapshot in a [`crate::seqlock`], since an epoch guard would double its cost.
 
 use std::fmt;
 
 use crate::clock::Clock;
+use crate::seqlock::SeqLock;
 use crate::snapshot::Snapshot;
 use crate::sync::{AtomicBool, AtomicU64, Ordering};
 
@@ -127,7 +128,7 @@ pub enum Refused {
 /// How limits translate into positions: see the module's documentation.
 #[derive(Debug, Clone, Copy)]
 struct Scale {
-    limits: Limits,
+    capacity: u64,
     /// A token is `1 << token_bits` units.
     token_bits: u32,
     /// Units a nanosecond, times 2^63, rounded down.
@@ -149,9 +150,25 @@ impl Scale {
         // From 10^9 to less than 2 * 10^9 with 53 significant bits: an integer after 23 shifts.
         let shifted = (units_per_second * f64::from(1u32 << 23)) as u128;
         Self {
-            limits,
+            capacity: limits.capacity,
             token_bits,
             speed: ((shifted << (63 - 23)) / 1_000_000_000) as u64,
+            base,
+            since_ns,
+        }
+    }
+
+    fn words(&self) -> [u64; 4] {
+        let capacity_and_bits = self.capacity << 8 | u64::from(self.token_bits);
+        [capacity_and_bits, self.speed, self.base, self.since_ns]
+    }
+
+    #[inline]
+    fn from_words([capacity_and_bits, speed, base, since_ns]: [u64; 4]) -> Self {
+        Self {
+            capacity: capacity_and_bits >> 8,
+            token_bits: capacity_and_bits as u8 as u32,
+            speed,
             base,
             since_ns,
         }
@@ -164,7 +181,7 @@ impl Scale {
 
     #[inline]
     fn capacity_units(&self) -> u64 {
-        self.units(self.limits.capacity)
+        self.units(self.capacity)
     }
 
     #[inline]
@@ -186,6 +203,48 @@ impl Scale {
         let lacking = u128::from(self.capacity_units()).saturating_sub(here);
         self.base + lacking as u64
     }
+
+    /// The word after `tokens` were taken, and how many are left. `word` was written under this
+    /// scale, or converted.
+    #[inline]
+    fn take(&self, word: u64, now_ns: u64, tokens: u64) -> Result<(u64, u64), Shortage> {
+        if tokens > self.capacity {
+            return Err(Shortage::Forever);
+        }
+        let position = self.position(now_ns);
+        if word <= position {
+            if tokens == 0 {
+                return Ok((word, self.capacity));
+            }
+            let next = position.saturating_add(self.units(tokens));
+            // The unit that makes up for rounding: see the module's documentation.
+            return Ok((next.saturating_add(1), self.capacity - tokens));
+        }
+        let next = word.saturating_add(self.units(tokens));
+        let ahead = next - position;
+        match (self.capacity_units() + 1).checked_sub(ahead) {
+            // The unit again: what is left is told as it will be a nanosecond later.
+            Some(left) if left > 0 => Ok((next, left >> self.token_bits)),
+            _ => Err(Shortage::Until(next - self.capacity_units())),
+        }
+    }
+
+    /// When the position is reached.
+    fn reached_ns(&self, position: u64) -> u64 {
+        let units = u128::from(position.saturating_sub(self.base));
+        let elapsed_ns = (units << 63).div_ceil(u128::from(self.speed));
+        self.since_ns
+            .saturating_add(elapsed_ns.try_into().unwrap_or(u64::MAX))
+    }
+}
+
+/// Why nothing can be taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Shortage {
+    /// There is enough at this position.
+    Until(u64),
+    /// There is never enough.
+    Forever,
 }
 
 /// Terms that are remembered after they were changed.
@@ -201,6 +260,7 @@ const MAX_BASE: u64 = 1 << 63;
 /// The limits in force from a moment on, and those before them.
 #[derive(Debug, Clone)]
 pub struct Terms {
+    limits: Limits,
     scale: Scale,
     /// The newest first, at most [`MAX_PAST`].
     past: Vec<Scale>,
@@ -210,6 +270,7 @@ impl Terms {
     /// The first ones of a bucket. Every word 0 is a full bucket.
     pub fn new(limits: Limits, now_ns: u64) -> Self {
         Self {
+            limits,
             scale: Scale::new(limits, 0, now_ns),
             past: Vec::new(),
         }
@@ -238,6 +299,7 @@ impl Terms {
             past.push(*before);
         }
         Ok(Self {
+            limits,
             scale: Scale::new(limits, base, now_ns),
             past,
         })
@@ -245,7 +307,7 @@ impl Terms {
 
     /// The limits.
     pub fn limits(&self) -> Limits {
-        self.scale.limits
+        self.limits
     }
 
     /// A word, as if it had been written under these terms.
@@ -281,52 +343,6 @@ impl Terms {
         }
         word
     }
-
-    /// The word after `tokens` were taken, and how many are left.
-    #[inline]
-    fn take(&self, word: u64, now_ns: u64, tokens: u64) -> Result<(u64, u64), Refused> {
-        let scale = &self.scale;
-        if tokens > scale.limits.capacity {
-            return Err(Refused::ExceedsCapacity);
-        }
-        let current = self.current(word);
-        let position = scale.position(now_ns);
-        if tokens == 0 {
-            return Ok((
-                word,
-                scale.held_units(current, position) >> scale.token_bits,
-            ));
-        }
-        if current <= position {
-            let next = position.saturating_add(scale.units(tokens));
-            // The unit that makes up for rounding: see the module's documentation.
-            return Ok((next.saturating_add(1), scale.limits.capacity - tokens));
-        }
-        let next = current.saturating_add(scale.units(tokens));
-        let ahead = next - position;
-        match (scale.capacity_units() + 1).checked_sub(ahead) {
-            // The unit again: what is left is told as it will be a nanosecond later.
-            Some(left) if left > 0 => Ok((next, left >> scale.token_bits)),
-            _ => Err(Refused::RateLimited {
-                wait_ns: self.wait_ns(next - scale.capacity_units(), now_ns),
-            }),
-        }
-    }
-
-    /// Nanoseconds until the position is reached.
-    #[cold]
-    fn wait_ns(&self, position: u64, now_ns: u64) -> u64 {
-        let scale = &self.scale;
-        let units = u128::from(position.saturating_sub(scale.base));
-        let reached_ns = (units << 63)
-            .div_ceil(u128::from(scale.speed))
-            .try_into()
-            .unwrap_or(u64::MAX);
-        scale
-            .since_ns
-            .saturating_add(reached_ns)
-            .saturating_sub(now_ns)
-    }
 }
 
 // ---- Storage and exchange ----
@@ -342,12 +358,23 @@ impl Level {
         Self(AtomicU64::new(0))
     }
 
-    /// Takes tokens, or none. The clock is read once.
-    #[inline]
+    /// Takes tokens, or none. Returns how many are left.
     pub fn take(&self, terms: &Terms, now_ns: u64, tokens: u64) -> Result<u64, Refused> {
+        self.exchange(|word| terms.scale.take(terms.current(word), now_ns, tokens))
+            .map_err(|shortage| match shortage {
+                Shortage::Forever => Refused::ExceedsCapacity,
+                Shortage::Until(position) => Refused::RateLimited {
+                    wait_ns: terms.scale.reached_ns(position).saturating_sub(now_ns),
+                },
+            })
+    }
+
+    /// Exchanges the word for what `next` makes of it, and returns the other thing that it gives.
+    #[inline]
+    fn exchange<E>(&self, next: impl Fn(u64) -> Result<(u64, u64), E>) -> Result<u64, E> {
         let mut held = self.0.load(Ordering::Relaxed);
         loop {
-            let (next, left) = terms.take(held, now_ns, tokens)?;
+            let (next, left) = next(held)?;
             if next == held {
                 return Ok(left);
             }
@@ -371,19 +398,18 @@ impl Level {
 pub struct Limiter {
     /// No limits. The terms are kept, since words refer to them.
     is_off: AtomicBool,
+    scale: SeqLock<4>,
     terms: Snapshot<Terms>,
 }
 
 impl Limiter {
     /// With these limits; `None` for no limits.
     pub fn new(limits: Option<Limits>, clock: &impl Clock) -> Self {
-        let first = limits.unwrap_or(Limits {
-            capacity: 1,
-            rate_per_second: 1e9,
-        });
+        let terms = Terms::new(limits.unwrap_or_default(), clock.now_ns());
         Self {
             is_off: AtomicBool::new(limits.is_none()),
-            terms: Snapshot::new(Terms::new(first, clock.now_ns())),
+            scale: SeqLock::new(terms.scale.words()),
+            terms: Snapshot::new(terms),
         }
     }
 
@@ -405,9 +431,52 @@ impl Limiter {
         if self.is_off() {
             return Ok(None);
         }
+        match self.take_quickly(level, clock, tokens) {
+            Some(Ok(left)) => Ok(Some(left)),
+            _ => self.take_slowly(level, clock, tokens).map(Some),
+        }
+    }
+
+    /// Takes one token, or none: whether there was one. As [`Self::take`], but a refusal costs as
+    /// little as a token.
+    #[inline]
+    pub fn admits(&self, level: &Level, clock: &impl Clock) -> bool {
+        if self.is_off() {
+            return true;
+        }
+        match self.take_quickly(level, clock, 1) {
+            Some(taken) => taken.is_ok(),
+            None => self.take_slowly(level, clock, 1).is_ok(),
+        }
+    }
+
+    /// `None` if the bucket's word is from former terms, or the terms are being changed.
+    #[inline(always)]
+    fn take_quickly(
+        &self,
+        level: &Level,
+        clock: &impl Clock,
+        tokens: u64,
+    ) -> Option<Result<u64, Shortage>> {
+        let scale = Scale::from_words(self.scale.read()?);
+        let now_ns = clock.now_ns();
+        let taken = level.exchange(|word| {
+            if word < scale.base {
+                return Err(None);
+            }
+            scale.take(word, now_ns, tokens).map_err(Some)
+        });
+        match taken {
+            Ok(left) => Some(Ok(left)),
+            Err(Some(shortage)) => Some(Err(shortage)),
+            Err(None) => None,
+        }
+    }
+
+    #[cold]
+    fn take_slowly(&self, level: &Level, clock: &impl Clock, tokens: u64) -> Result<u64, Refused> {
         self.terms
             .read(|terms| level.take(terms, clock.now_ns(), tokens))
-            .map(Some)
     }
 
     /// The limits; `None` if there are none.
@@ -424,6 +493,8 @@ impl Limiter {
         if let Some(limits) = limits {
             self.terms
                 .update(|terms| terms.changed(limits, clock.now_ns()))?;
+            self.scale
+                .refresh(|| self.terms.read(|terms| terms.scale.words()));
         }
         self.is_off.store(limits.is_none(), Ordering::Release);
         Ok(())

@@ -111,6 +111,21 @@ impl Buckets {
             .unwrap_or(Ok(None))
     }
 
+    /// Takes one token, or none: whether there was one.
+    #[inline]
+    pub(super) fn admits(&self, level: &Level, clock: &impl Clock) -> bool {
+        if level.word().load(Ordering::Acquire) < OWN && self.shared.admits(level, clock) {
+            return true;
+        }
+        self.admits_not_at_once(level, clock)
+    }
+
+    /// Refused by the shared limits, which may not be the bucket's.
+    #[cold]
+    fn admits_not_at_once(&self, level: &Level, clock: &impl Clock) -> bool {
+        level.word().load(Ordering::Acquire) >= OWN && self.take(level, clock, 1).is_ok()
+    }
+
     /// Gives `then` the bucket that the entry has for itself. `None` if it has none any more: the
     /// entry was taken out.
     #[cold]

@@ -180,7 +180,7 @@ where
 
     #[inline(always)]
     fn pay(&self, target: Option<&Level>, charged: Charged<'_>, clock: &impl Clock) -> bool {
-        let take = |level: &Level| self.buckets.take(level, clock, 1).is_ok();
+        let take = |level: &Level| self.buckets.admits(level, clock);
         match charged {
             Charged::Nobody => true,
             Charged::Target => target.is_none_or(take),
