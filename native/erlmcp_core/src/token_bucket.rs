@@ -229,6 +229,15 @@ impl Scale {
         }
     }
 
+    fn refused(&self, shortage: Shortage, now_ns: u64) -> Refused {
+        match shortage {
+            Shortage::Forever => Refused::ExceedsCapacity,
+            Shortage::Until(position) => Refused::RateLimited {
+                wait_ns: self.reached_ns(position).saturating_sub(now_ns),
+            },
+        }
+    }
+
     /// When the position is reached.
     fn reached_ns(&self, position: u64) -> u64 {
         let units = u128::from(position.saturating_sub(self.base));
@@ -361,12 +370,7 @@ impl Level {
     /// Takes tokens, or none. Returns how many are left.
     pub fn take(&self, terms: &Terms, now_ns: u64, tokens: u64) -> Result<u64, Refused> {
         self.exchange(|word| terms.scale.take(terms.current(word), now_ns, tokens))
-            .map_err(|shortage| match shortage {
-                Shortage::Forever => Refused::ExceedsCapacity,
-                Shortage::Until(position) => Refused::RateLimited {
-                    wait_ns: terms.scale.reached_ns(position).saturating_sub(now_ns),
-                },
-            })
+            .map_err(|shortage| terms.scale.refused(shortage, now_ns))
     }
 
     /// Exchanges the word for what `next` makes of it, and returns the other thing that it gives.
@@ -431,10 +435,10 @@ impl Limiter {
         if self.is_off() {
             return Ok(None);
         }
-        match self.take_quickly(level, clock, tokens) {
-            Some(Ok(left)) => Ok(Some(left)),
-            _ => self.take_slowly(level, clock, tokens).map(Some),
-        }
+        let explain = |scale: &Scale, shortage, now_ns| scale.refused(shortage, now_ns);
+        self.take_quickly(level, clock, tokens, explain)
+            .unwrap_or_else(|| self.take_slowly(level, clock, tokens))
+            .map(Some)
     }
 
     /// Takes one token, or none: whether there was one. As [`Self::take`], but a refusal costs as
@@ -444,7 +448,7 @@ impl Limiter {
         if self.is_off() {
             return true;
         }
-        match self.take_quickly(level, clock, 1) {
+        match self.take_quickly(level, clock, 1, |_, _, _| ()) {
             Some(taken) => taken.is_ok(),
             None => self.take_slowly(level, clock, 1).is_ok(),
         }
@@ -452,12 +456,13 @@ impl Limiter {
 
     /// `None` if the bucket's word is from former terms, or the terms are being changed.
     #[inline(always)]
-    fn take_quickly(
+    fn take_quickly<E>(
         &self,
         level: &Level,
         clock: &impl Clock,
         tokens: u64,
-    ) -> Option<Result<u64, Shortage>> {
+        explain: impl FnOnce(&Scale, Shortage, u64) -> E,
+    ) -> Option<Result<u64, E>> {
         let scale = Scale::from_words(self.scale.read()?);
         let now_ns = clock.now_ns();
         let taken = level.exchange(|word| {
@@ -468,7 +473,7 @@ impl Limiter {
         });
         match taken {
             Ok(left) => Some(Ok(left)),
-            Err(Some(shortage)) => Some(Err(shortage)),
+            Err(Some(shortage)) => Some(Err(explain(&scale, shortage, now_ns))),
             Err(None) => None,
         }
     }
