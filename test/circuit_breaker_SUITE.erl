@@ -65,6 +65,7 @@ groups() ->
        open_breaker_gets_no_message,
        call_costs_two_messages,
        nested_calls,
+       nothing_is_left_of_a_call,
        overdue_call_is_a_failure,
        overdue_probe_gives_its_slot_back,
        breaker_that_does_not_answer,
@@ -582,6 +583,17 @@ nested_calls(_Config) ->
     ?assertExit({noproc, _}, ?CB:get_state(a)).
 
 
+nothing_is_left_of_a_call(_Config) ->
+    ok = ?CB:register_breaker(b, #{}),
+    succeed(b, 100),
+    ?assertEqual(closed, ?CB:get_state(b)),
+    Pid = breaker_pid(b),
+    % The keeper's is left.
+    ?assertMatch({monitors, [_]}, process_info(Pid, monitors)),
+    Calls = [ E || E <- tuple_to_list(sys:get_state(Pid)), is_map(E) ],
+    ?assertEqual([#{}], Calls).
+
+
 overdue_call_is_a_failure(_Config) ->
     ok = ?CB:register_breaker(b, #{failure_threshold => 1, timeout => ?HOUR}),
     Seen = ?CB:call(b,
@@ -824,40 +836,42 @@ init(Children) -> {ok, {#{}, Children}}.
 probe_limit_under_100_callers(_Config) ->
     Limit = 5,
     Running = counters:new(1, []),
-    Refused = counters:new(1, []),
-    ok = ?CB:register_breaker(b, #{success_threshold => 200, probe_limit => Limit, timeout => 1, failure_threshold => 1}),
+    ok = ?CB:register_breaker(b, #{success_threshold => 1000, probe_limit => Limit, timeout => 1}),
     ok = ?CB:force_open(b),
-    Most = at_once(100,
-                   fun(N) ->
-                           lists:max([ probe(b, Running, Refused, N, Round) || Round <- lists:seq(1, 200) ])
-                   end),
+    Callers = at_once(100, fun(_) -> probe(b, Running, 20, 0, 0) end),
+    {Most, Refused} = lists:unzip(Callers),
     ?assertEqual(Limit, lists:max(Most)),
-    ?assert(counters:get(Refused, 1) > 0),
-    ?assertEqual(0, counters:get(Running, 1)).
+    ?assert(lists:sum(Refused) > 1000),
+    ?assertEqual(0, counters:get(Running, 1)),
+    {ok, #{total_failures := Failures}} = ?CB:get_stats(b),
+    % It was opened and half open again all the time.
+    ?assert(Failures > 50).
 
 
-%% How many ran at the same time. Some fail, so that the breaker opens and is half open again.
-probe(Breaker, Running, Refused, N, Round) ->
-    Self = self(),
+%% Calls until it was let through so many times; how many ran at the same time, and its refusals.
+probe(_Breaker, _Running, 0, Most, Refused) ->
+    {Most, Refused};
+probe(Breaker, Running, Times, Most, Refused) ->
     Result = ?CB:call(Breaker,
                       fun() ->
                               ok = counters:add(Running, 1, 1),
-                              Self ! {most, counters:get(Running, 1)},
-                              _ = N rem 7 =:= 0 andalso timer:sleep(rand:uniform(3)),
-                              erlang:yield(),
-                              Self ! {most, counters:get(Running, 1)},
+                              Before = counters:get(Running, 1),
+                              timer:sleep(rand:uniform(2)),
+                              After = counters:get(Running, 1),
                               ok = counters:sub(Running, 1, 1),
-                              case (N + Round) rem 10 of
-                                  0 -> {error, x};
-                                  _ -> {ok, x}
+                              case rand:uniform(20) of
+                                  1 -> {error, max(Before, After)};
+                                  _ -> {ok, max(Before, After)}
                               end
-                      end),
-    _ = Result =:= {error, circuit_breaker_open} andalso
-        begin
-            ok = counters:add(Refused, 1, 1),
-            erlang:yield()
-        end,
-    lists:max([0 | [ M || {most, M} <- flush() ]]).
+                      end,
+                      infinity),
+    case Result of
+        {error, circuit_breaker_open} ->
+            timer:sleep(1),
+            probe(Breaker, Running, Times, Most, Refused + 1);
+        {_, N} ->
+            probe(Breaker, Running, Times - 1, max(N, Most), Refused)
+    end.
 
 
 stale_probes_keep_their_slots(_Config) ->
