@@ -326,6 +326,9 @@ keeper_is_killed(_Config) ->
               {ok, 1} = ?CB:call(c, fun() -> {ok, 1} end)
       end,
       lists:seq(1, 50)),
+    % The new gate is shut as the old one was.
+    ok = sys:suspend(breaker_pid(b)),
+    refused(b),
     kill(breaker_pid(b)),
     ?assertEqual(#{c => closed}, ?CB:get_all_states()).
 
@@ -1115,6 +1118,10 @@ breaker_survives_its_callers(_Config) ->
                    {permit, Id, -1},
                    {permit, Id, soon},
                    {permit, Id, 1 bsl 70}] ],
+    ok = ?CB:force_open(b),
+    Pid ! {timeout, make_ref(), half_open},
+    ?assertEqual(open, ?CB:get_state(b)),
+    ok = ?CB:reset(b),
     granted = gen_server:call(Pid, {permit, Id, infinity}),
     {error, unknown_request} = gen_server:call(Pid, {permit, Id, infinity}),
     ok = gen_server:cast(Pid, {conclude, Id, withdrawn}),
