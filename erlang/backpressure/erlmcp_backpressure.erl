@@ -164,19 +164,7 @@ notify_one({overloaded, Shard}) ->
                  #{domain => [erlmcp_native], event => shard_overloaded, shard_id => Shard}),
     request_sample(Shard);
 notify_one({circuit, State}) ->
-    log_circuit(State).
-
-
--spec log_circuit(erlmcp_nif:circuit_state()) -> ok.
-log_circuit(open) ->
-    ?LOG_WARNING("erlmcp_native: the circuit has opened: all messages are refused for a while",
-                 #{domain => [erlmcp_native], event => circuit_opened, circuit => node});
-log_circuit(half_open) ->
-    ?LOG_NOTICE("erlmcp_native: the circuit is half open: some messages are let through",
-                #{domain => [erlmcp_native], event => circuit_half_open, circuit => node});
-log_circuit(closed) ->
-    ?LOG_NOTICE("erlmcp_native: the circuit has closed: messages are let through again",
-                #{domain => [erlmcp_native], event => circuit_closed, circuit => node}).
+    erlmcp_circuit_breaker_log:transition(node, State).
 
 
 -spec request_sample(non_neg_integer()) -> ok.
