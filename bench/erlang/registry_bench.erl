@@ -27,9 +27,10 @@
                      strict := boolean(),
                      progress := fun(() -> ok)
                     }.
--type section() :: lookup | routing | registration | latency | capacity | deaths | losses.
+-type section() :: lookup | guarded | routing | registration | latency | capacity | deaths | losses.
 
 -define(SECTIONS, [{lookup, lookup_bench},
+                   {guarded, backpressure_bench},
                    {routing, routing_bench},
                    {registration, registration_bench},
                    {latency, latency_bench},
@@ -58,6 +59,8 @@ main() ->
 
 -spec run(file:filename(), options()) -> 0 | 1.
 run(Root, #{sections := Sections, strict := Strict} = Options) ->
+    %% Overload and open circuits are among what is measured.
+    ok = logger:set_primary_config(level, error),
     ok = start_registries(),
     Machine = bench_machine:describe(Root),
     Started = erlang:monotonic_time(),

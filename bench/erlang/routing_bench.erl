@@ -30,14 +30,15 @@ run(#{connections := Count, rounds := Rounds, progress := Progress}) ->
     {_, Connections} = Population = bench_population:start(Count, fun() -> receiver(Delivered) end),
     lists:foreach(fun({Id, Pid}) ->
                           ok = erlmcp_registry:register_server(Id, Pid, #{}),
-                          ok = erlmcp_registry_classic:register_server(Id, Pid, #{})
+                          ok = erlmcp_registry_classic:register_server(Id, Pid, #{}),
+                          ok = erlmcp_shard_registry:register_connection(Id, Pid, #{})
                   end,
                   Connections),
     Senders = start_senders(Connections, Delivered),
     Figures = bench_rounds:interleave(
                 Rounds,
                 [ {Way, fun() -> throughput(Way, Senders, Count, Delivered) end}
-                  || Way <- bench_senders:ways() ],
+                  || Way <- bench_senders:ways() ++ bench_senders:connection_ways() ],
                 Progress),
     lists:foreach(fun(Sender) -> Sender ! stop end, Senders),
     ok = bench_population:stop(Population),
@@ -45,8 +46,16 @@ run(#{connections := Count, rounds := Rounds, progress := Progress}) ->
 
 
 -spec rows(#{bench_senders:way() => bench_rounds:figures()}, string()) -> [bench_report:row()].
-rows(#{native := Native, classic := Classic, bare := Bare}, Senders) ->
+rows(#{native := Native, classic := Classic, bare := Bare} = Figures, Senders) ->
     Name = "route_to_server/3, " ++ Senders ++ " senders",
+    #{connection := Connection, batch := Batch} = Figures,
+    Against = fun(Way, Rates) ->
+                      bench_report:rate_row("routing",
+                                            Way ++ ", " ++ Senders ++ " senders",
+                                            Rates,
+                                            bench_senders:name(bare),
+                                            Bare)
+              end,
     [bench_report:floor(ratio,
                         3.0,
                         bench_report:rate_row("routing",
@@ -60,7 +69,9 @@ rows(#{native := Native, classic := Classic, bare := Bare}, Senders) ->
                                               Name,
                                               Native,
                                               bench_senders:name(bare),
-                                              Bare))].
+                                              Bare)),
+     bench_report:floor(ratio, 0.8, Against("route_message/2", Connection)),
+     Against("route_batch/1 of 500", Batch)].
 
 
 %% Messages a second.

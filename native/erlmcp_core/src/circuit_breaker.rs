@@ -221,6 +221,8 @@ pub struct Stats {
 #[derive(Debug)]
 pub struct CircuitBreaker {
     word: AtomicU64,
+    /// That of the config, apart: all that a refusal needs.
+    timeout_ms: AtomicU64,
     settings: Snapshot<Settings>,
 }
 
@@ -231,6 +233,7 @@ impl CircuitBreaker {
         let state = config.map_or(State::Off, |_| State::Closed);
         Ok(Self {
             word: AtomicU64::new(Word::new(state, 0, 0, clock.now_ms()).0),
+            timeout_ms: AtomicU64::new(config.unwrap_or_default().timeout_ms),
             settings: Snapshot::new(Settings::new(config.unwrap_or_default())),
         })
     }
@@ -256,17 +259,17 @@ impl CircuitBreaker {
 
     #[cold]
     fn probe(&self, clock: &impl Clock) -> Result<Permit, CircuitOpen> {
-        let config = self.settings.read(|settings| settings.config);
         let mut held = self.word();
         loop {
             let now_ms = clock.now_ms();
-            let is_over = now_ms.saturating_sub(held.since_ms()) >= config.timeout_ms;
+            let is_over =
+                now_ms.saturating_sub(held.since_ms()) >= self.timeout_ms.load(Ordering::Relaxed);
             let first = Word::new(State::HalfOpen, 1, 0, now_ms);
             let (next, permit) = match held.state() {
                 State::Closed | State::Off => return Ok(Permit::Free),
                 State::Open if is_over => (first, Permit::Probe { is_first: true }),
                 State::Open => return Err(CircuitOpen),
-                State::HalfOpen if held.probes() < u64::from(config.probe_limit) => (
+                State::HalfOpen if held.probes() < self.probe_limit() => (
                     Word::new(
                         State::HalfOpen,
                         held.probes() + 1,
@@ -288,6 +291,11 @@ impl CircuitBreaker {
                 Err(changed) => held = changed,
             }
         }
+    }
+
+    fn probe_limit(&self) -> u64 {
+        self.settings
+            .read(|settings| u64::from(settings.config.probe_limit))
     }
 
     fn exchange(&self, held: Word, next: Word) -> Result<(), Word> {
@@ -380,6 +388,7 @@ impl CircuitBreaker {
             config.check()?;
             self.settings
                 .update(|_| Ok::<_, ConfigError>(Settings::new(config)))?;
+            self.timeout_ms.store(config.timeout_ms, Ordering::Relaxed);
         }
         let mut held = self.word();
         while (held.state() == State::Off) != config.is_none() {

@@ -523,6 +523,7 @@ impl TokenBucket {
     }
 
     /// Takes tokens, or none. Returns how many are left; `None` where there are no limits.
+    #[inline]
     pub fn take(&self, clock: &impl Clock, tokens: u64) -> Result<Option<u64>, Refused> {
         self.limiter.take(&self.level, clock, tokens)
     }

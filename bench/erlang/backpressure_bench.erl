@@ -1,0 +1,238 @@
+%%% What the three layers of backpressure cost: the guarded look-up alone, and what it costs to be refused by
+%%% each of them.
+%%%
+%%% The configuration is the default one, with the shard managers at work. A connection gets some
+%%% twenty messages a round, less than its bucket holds, and none is sent, so that no mailbox fills.
+%%% For the refusals a layer is made to refuse everything, before the clock is started: buckets of one
+%%% token an hour; a threshold of one message a shard, with a message in every mailbox; the circuit
+%%% forced open.
+%%%
+%%% Loops and the time that is taken off are those of {@link lookup_bench}.
+-module(backpressure_bench).
+
+-export([run/1]).
+
+-type work() :: nothing | route | route_batch | lookup_element.
+-type layers() :: on | off | no_tokens | no_room | circuit_open.
+
+%% Messages of a batch.
+-define(BATCH, 500).
+
+
+-spec run(registry_bench:options()) -> [bench_report:row()].
+run(#{connections := Count, rounds := Rounds, lookups := Lookups, progress := Progress}) ->
+    {_, Connections} = Population =
+        bench_population:start(Count, fun() -> receive stop -> ok end end),
+    Table = ets:new(?MODULE, [set, public, {read_concurrency, true}]),
+    lists:foreach(fun({Id, Pid}) ->
+                          ok = erlmcp_shard_registry:register_connection(Id, Pid, #{}),
+                          true = ets:insert(Table, {Id, Pid})
+                  end,
+                  Connections),
+    Ids = [ Id || {Id, _} <- Connections ],
+    Passes = max(1, Lookups div Count),
+    Measure = fun(Work, Layers) ->
+                      {{Work, Layers}, fun() -> measure(Work, Layers, Connections, Ids, Table, Passes) end}
+              end,
+    Figures = bench_rounds:interleave(
+                Rounds,
+                [ Measure(Work, Layers)
+                  || {Work, Layers} <- [{lookup_element, on},
+                                        {route, on},
+                                        {route, off},
+                                        {route_batch, on},
+                                        {route, no_tokens},
+                                        {route, no_room},
+                                        {route, circuit_open}] ],
+                Progress),
+    true = ets:delete(Table),
+    ok = bench_population:stop(Population),
+    rows(Figures).
+
+
+-spec rows(#{{work(), layers()} => bench_rounds:figures()}) -> [bench_report:row()].
+rows(Figures) ->
+    Guarded = map_get({route, on}, Figures),
+    Against = fun(Name, Case, OtherName, Other) ->
+                      bench_report:time_row("guarded", Name, map_get(Case, Figures), OtherName, map_get(Other, Figures))
+              end,
+    Refused = fun(By, Layers) ->
+                      bench_report:floor(ratio,
+                                         1.0,
+                                         bench_report:time_row("guarded",
+                                                               "refused by the " ++ By,
+                                                               map_get({route, Layers}, Figures),
+                                                               "admitted",
+                                                               Guarded))
+              end,
+    [bench_report:floor(ratio,
+                        0.5,
+                        Against("route, all three layers", {route, on}, "ets:lookup_element/3", {lookup_element, on})),
+     Against("route, all layers off", {route, off}, "ets:lookup_element/3", {lookup_element, on}),
+     Against("route in batches of 500, a message", {route_batch, on}, "one by one", {route, on}),
+     Refused("token bucket", no_tokens),
+     Refused("shard", no_room),
+     Refused("circuit", circuit_open)].
+
+
+-spec measure(work(), layers(), [{binary(), pid()}], [binary()], ets:table(), pos_integer()) -> float().
+measure(Work, Layers, Connections, Ids, Table, Passes) ->
+    ok = set(Layers, Connections),
+    ok = expect(Work, Layers, hd(Ids)),
+    Context = context(Work, Ids, Table),
+    Loop = elapsed(nothing, Ids, Context, Passes),
+    Whole = elapsed(Work, Ids, Context, Passes),
+    ok = expect(Work, Layers, hd(Ids)),
+    ok = reset(Layers, Connections),
+    max(0.1, (Whole - Loop) / (length(Ids) * Passes)).
+
+
+%% The layers do what the case is about.
+-spec expect(work(), layers(), binary()) -> ok.
+expect(lookup_element, _Layers, _Id) -> ok;
+expect(_Work, no_tokens, Id) -> rate_limited = route_once(Id), ok;
+expect(_Work, no_room, Id) -> shard_overloaded = route_once(Id), ok;
+expect(_Work, circuit_open, Id) -> circuit_open = route_once(Id), ok;
+expect(_Work, _Admitting, Id) -> true = is_pid(route_once(Id)), ok.
+
+
+-spec route_once(binary()) -> erlmcp_nif:route().
+route_once(Id) ->
+    case erlmcp_nif:route_connection(Id) of
+        {Route, _Events} -> Route;
+        Route -> Route
+    end.
+
+
+-spec set(layers(), [{binary(), pid()}]) -> ok.
+set(on, _Connections) ->
+    ok;
+set(off, _Connections) ->
+    ok = erlmcp_backpressure:set(backpressure, off);
+set(no_tokens, Connections) ->
+    ok = erlmcp_backpressure:set(token_bucket, #{capacity => 1, rate_per_second => 1 / 3600}),
+    spend(Connections);
+set(no_room, Connections) ->
+    %% So many overloaded shards would open it.
+    ok = erlmcp_backpressure:set(circuit_breaker, off),
+    lists:foreach(fun({_Id, Pid}) -> Pid ! waiting end, Connections),
+    ok = erlmcp_admission_control:set_threshold(1),
+    await_overload(Connections);
+set(circuit_open, _Connections) ->
+    ok = erlmcp_circuit_breaker:force_open().
+
+
+-spec reset(layers(), [{binary(), pid()}]) -> ok.
+reset(on, _Connections) ->
+    ok;
+reset(off, _Connections) ->
+    ok = erlmcp_backpressure:set(backpressure, on);
+reset(no_tokens, _Connections) ->
+    ok = erlmcp_backpressure:set(token_bucket, erlmcp_native_config:default(token_bucket)),
+    %% Until the buckets are full again.
+    timer:sleep(150);
+reset(no_room, _Connections) ->
+    #{threshold := Threshold} = erlmcp_native_config:default(admission),
+    ok = erlmcp_admission_control:set_threshold(Threshold),
+    ok = erlmcp_backpressure:set(circuit_breaker, erlmcp_native_config:default(circuit_breaker));
+reset(circuit_open, _Connections) ->
+    ok = erlmcp_circuit_breaker:reset().
+
+
+-spec spend([{binary(), pid()}]) -> ok.
+spend(Connections) ->
+    lists:foreach(fun({Id, _Pid}) -> _ = erlmcp_token_bucket:consume(Id, 1) end, Connections).
+
+
+%% A sample is taken with the first message; then the shard refuses.
+-spec await_overload([{binary(), pid()}]) -> ok.
+await_overload(Connections) ->
+    lists:foreach(fun({Id, _Pid}) -> await_refusal(Id) end, Connections).
+
+
+-spec await_refusal(binary()) -> ok.
+await_refusal(Id) ->
+    case erlmcp_shard_manager:route_message(Id, waiting) of
+        {error, shard_overloaded} ->
+            ok;
+        ok ->
+            receive
+            after
+                1 ->
+                    await_refusal(Id)
+            end
+    end.
+
+
+-spec context(work(), [binary()], ets:table()) -> term().
+context(route_batch, Ids, _Table) -> batches([ {Id, message} || Id <- Ids ]);
+context(_Work, _Ids, Table) -> Table.
+
+
+-spec batches([Element]) -> [[Element]].
+batches(List) when length(List) =< ?BATCH ->
+    [List];
+batches(List) ->
+    {Batch, Others} = lists:split(?BATCH, List),
+    [Batch | batches(Others)].
+
+
+-spec elapsed(work(), [binary()], term(), pos_integer()) -> integer().
+elapsed(Work, Ids, Context, Passes) ->
+    Start = erlang:monotonic_time(),
+    ok = passes(Work, Ids, Context, Passes),
+    erlang:convert_time_unit(erlang:monotonic_time() - Start, native, nanosecond).
+
+
+-spec passes(work(), [binary()], term(), non_neg_integer()) -> ok.
+passes(_Work, _Ids, _Context, 0) ->
+    ok;
+passes(Work, Ids, Context, Left) ->
+    ok = case Work of
+             nothing -> nothing(Ids);
+             route -> route(Ids);
+             route_batch -> route_batches(Context);
+             lookup_element -> lookup_element(Ids, Context)
+         end,
+    passes(Work, Ids, Context, Left - 1).
+
+
+-spec nothing([binary()]) -> ok.
+nothing([_Id | Ids]) -> nothing(Ids);
+nothing([]) -> ok.
+
+
+-spec route([binary()]) -> ok.
+route([Id | Ids]) ->
+    case erlmcp_nif:route_connection(Id) of
+        {_Route, Events} -> erlmcp_backpressure:notify(Events);
+        _Route -> ok
+    end,
+    route(Ids);
+route([]) ->
+    ok.
+
+
+-spec route_batches([[{binary(), term()}]]) -> ok.
+route_batches([Batch | Batches]) ->
+    ok = route_batch(Batch),
+    route_batches(Batches);
+route_batches([]) ->
+    ok.
+
+
+-spec route_batch([{binary(), term()}]) -> ok.
+route_batch([]) ->
+    ok;
+route_batch(Messages) ->
+    {Routed, Rest} = erlmcp_nif:route_batch(Messages),
+    _ = [ erlmcp_backpressure:notify(Events) || {_Route, Events} <- Routed ],
+    route_batch(Rest).
+
+
+-spec lookup_element([binary()], ets:table()) -> ok.
+lookup_element([Id | Ids], Table) ->
+    _ = ets:lookup_element(Table, Id, 2),
+    lookup_element(Ids, Table);
+lookup_element([], _Table) ->
+    ok.
