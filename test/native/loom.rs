@@ -10,9 +10,10 @@
 
 use erlmcp_core::gate::Gate;
 use erlmcp_core::registry::Decision;
+use erlmcp_core::seqlock::SeqLock;
 use erlmcp_core::slots::{OCCUPIED, Slots};
 use loom::sync::Arc;
-use loom::sync::atomic::{AtomicBool, AtomicU8, Ordering, fence};
+use loom::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
 use loom::thread;
 
 /// Indexes that are held at the same time are different, and keep the words stored at them.
@@ -172,5 +173,76 @@ fn without_fences_something_slips_through() {
         let found = entry.load(Ordering::Acquire);
         let refused = enters.join().unwrap();
         assert!(found || refused, "slipped through");
+    });
+}
+
+/// What a sequence lock copies: a number, which only grows, and its inverse.
+struct Copied {
+    source: AtomicU64,
+    lock: SeqLock<2>,
+}
+
+impl Copied {
+    fn new() -> Self {
+        Self {
+            source: AtomicU64::new(0),
+            lock: SeqLock::new([0, !0]),
+        }
+    }
+
+    fn change(&self) -> u64 {
+        let number = self.source.fetch_add(1, Ordering::AcqRel) + 1;
+        self.lock.refresh(|| {
+            let number = self.source.load(Ordering::Acquire);
+            [number, !number]
+        });
+        number
+    }
+
+    /// The number, if the words are valid, which then belong together.
+    fn read(&self) -> Option<u64> {
+        let [number, inverse] = self.lock.read()?;
+        assert_eq!(number, !inverse);
+        Some(number)
+    }
+}
+
+/// A reader never sees half of a change, and after its own change no older number.
+#[test]
+fn seqlock_readers_see_whole_values() {
+    loom::model(|| {
+        let copied = Arc::new(Copied::new());
+        let writer = {
+            let copied = Arc::clone(&copied);
+            thread::spawn(move || {
+                let changed = copied.change();
+                assert!(copied.read().is_none_or(|number| number >= changed));
+            })
+        };
+        let first = copied.read();
+        let second = copied.read();
+        if let (Some(first), Some(second)) = (first, second) {
+            assert!(first <= second);
+        }
+        writer.join().unwrap();
+        assert_eq!(copied.read(), Some(1));
+    });
+}
+
+/// Of two that change the source at the same time one makes the words valid, with the newest value.
+#[test]
+fn seqlock_ends_valid_after_two_changes() {
+    loom::model(|| {
+        let copied = Arc::new(Copied::new());
+        let other = {
+            let copied = Arc::clone(&copied);
+            thread::spawn(move || {
+                copied.change();
+            })
+        };
+        let changed = copied.change();
+        assert!(copied.read().is_none_or(|number| number >= changed));
+        other.join().unwrap();
+        assert_eq!(copied.read(), Some(2));
     });
 }
