@@ -18,6 +18,7 @@
                   application := running | stopped,
                   registry_process := pid() | undefined,
                   registry => erlmcp_shard_registry:stats(),
+                  backpressure => erlmcp_backpressure:info(),
                   bindings => non_neg_integer(),
                   distinct_configs => non_neg_integer()
                  }.
@@ -25,7 +26,7 @@
 
 %% @doc What is installed, what runs, and what the default registry holds.
 %%
-%% `registry', `bindings' and `distinct_configs' are there if the native library is loaded. `registry'
+%% `registry', `backpressure', `bindings' and `distinct_configs' are there if the native library is loaded. `registry'
 %% is that of {@link erlmcp_shard_registry:stats/0}; `distinct_configs' counts the different config
 %% terms that all registries keep. Counting the bindings costs in proportion to the transports, on a
 %% dirty scheduler.
@@ -44,6 +45,7 @@ info() ->
             Info#{
               nif => loaded,
               registry => erlmcp_shard_registry:stats(),
+              backpressure => erlmcp_backpressure:info(),
               bindings => length(erlmcp_native_registry:bindings(default)),
               distinct_configs => erlmcp_native_registry:distinct_configs()
              };
@@ -65,11 +67,18 @@ i() ->
             print("native library", "NOT LOADED: ~ts", [Path]),
             print("reason", "~tp", [Reason]),
             print("remedy", "~ts", [Remedy]);
-        #{nif := loaded, registry := Registry, bindings := Bindings, distinct_configs := Configs} ->
+        #{
+          nif := loaded,
+          registry := Registry,
+          backpressure := Backpressure,
+          bindings := Bindings,
+          distinct_configs := Configs
+         } ->
             print("native library", "loaded (NIF ~ts)", [maps:get(nif_version, Info)]),
             print_registry(Registry),
             print("bindings", "~b", [Bindings]),
-            print("distinct configs", "~b", [Configs])
+            print("distinct configs", "~b", [Configs]),
+            print_backpressure(Backpressure)
     end.
 
 
@@ -91,6 +100,13 @@ print_registry(Registry) ->
     print("shards",
           "~b (fullest ~b: ~b, emptiest ~b: ~b)",
           [Shards, Fullest, Most, Emptiest, Least]).
+
+
+-spec print_backpressure(erlmcp_backpressure:info()) -> ok.
+print_backpressure(#{backpressure := Switch, circuit := Circuit, overloaded_shards := Overloaded}) ->
+    print("backpressure", "~p", [Switch]),
+    print("circuit", "~p", [Circuit]),
+    print("overloaded", "~b shards ~w", [length(Overloaded), lists:sublist(Overloaded, 10)]).
 
 
 -spec print(string(), io:format(), [term()]) -> ok.

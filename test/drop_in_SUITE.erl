@@ -200,7 +200,8 @@ make_consumer(Config, Folder, Erlmcp) ->
     Override =
         {add, erlmcp,
               [{deps, [dependency(erlmcp_native, ?config(source, Config))]},
-               {pre_hooks, [{compile, "rm -f src/erlmcp_registry.erl"}]}]},
+               {pre_hooks,
+                [{compile, "rm -f src/erlmcp_registry.erl src/erlmcp_circuit_breaker.erl"}]}]},
     Application =
         {application, consumer,
                       [{description, "A project that depends on erlmcp"},

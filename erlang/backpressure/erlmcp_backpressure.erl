@@ -18,11 +18,16 @@
 
 -include_lib("kernel/include/logger.hrl").
 
--export([set/2, configure/0]).
+-export([set/2, configure/0, info/0]).
 -export([deliver/2, refused/1, notify/1, sampler/1]).
 
--export_type([reason/0]).
+-export_type([reason/0, info/0]).
 
+-type info() :: #{
+                  backpressure := on | off,
+                  circuit := erlmcp_nif:circuit_state(),
+                  overloaded_shards := [non_neg_integer()]
+                 }.
 -type reason() :: not_found | circuit_open | shard_overloaded | rate_limited.
 
 %%% Configuration
@@ -120,6 +125,25 @@ set_circuit_breaker(true,
     end;
 set_circuit_breaker(_IsOn, _Setting) ->
     erlmcp_nif:breaker_configure(off).
+
+
+%% @doc What the layers do at the moment.
+%%
+%% `overloaded_shards' are those that have refused messages and not recovered since.
+-spec info() -> info().
+info() ->
+    {Shards, _, _} = erlmcp_nif:limits(default),
+    #{
+      backpressure => erlmcp_native_config:get(backpressure),
+      circuit => erlmcp_nif:breaker_state(),
+      overloaded_shards => [ Shard || Shard <- lists:seq(0, Shards - 1), is_overloaded(Shard) ]
+     }.
+
+
+-spec is_overloaded(non_neg_integer()) -> boolean().
+is_overloaded(Shard) ->
+    {_Depth, _Threshold, _Admitted, IsOverloaded, _Age} = erlmcp_nif:admission_stats(Shard),
+    IsOverloaded.
 
 
 %%% Decisions
