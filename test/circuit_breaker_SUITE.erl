@@ -92,7 +92,38 @@ groups() ->
        breaker_killed_at_any_moment,
        breaker_survives_its_callers,
        one_name_registered_from_16_processes]},
-     {node, [], [metrics, metrics_of_latencies, metrics_process, state_is_kept_by_nobody_else]}].
+     {node,
+      [],
+      [metrics,
+       metrics_of_latencies,
+       metrics_process,
+       state_is_kept_by_nobody_else,
+       node_opens_at_its_threshold,
+       node_forgets_old_failures,
+       node_probes_and_closes,
+       node_opens_again_at_a_failure,
+       node_gives_out_no_more_probes_than_its_limit,
+       node_refuses_routes_while_open,
+       node_is_forced_and_reset,
+       node_is_switched_off,
+       node_metrics_have_its_counters,
+       node_transitions_are_logged_once]}].
+
+
+init_per_group(node, Config) ->
+    {ok, _} = application:ensure_all_started(erlmcp_native),
+    Config;
+init_per_group(_Group, Config) ->
+    Config.
+
+
+end_per_group(node, _Config) ->
+    ok = erlmcp_backpressure:set(circuit_breaker, erlmcp_native_config:default(circuit_breaker)),
+    ok = ?CB:reset(),
+    _ = application:stop(erlmcp_native),
+    ok;
+end_per_group(_Group, _Config) ->
+    ok.
 
 
 init_per_suite(Config) ->
@@ -1239,6 +1270,162 @@ state_is_kept_by_nobody_else(_Config) ->
     ok = ?CB:unregister_breaker(erlmcp_circuit_breaker),
     ?assert(is_pid(whereis(erlmcp_circuit_breaker))),
     ok = ?CB:stop().
+
+
+%%% The breaker of the node
+
+
+%% A breaker of the node that is quick to open and, after `TimeoutMs', to close.
+node_breaker(TimeoutMs) ->
+    ok = erlmcp_backpressure:set(circuit_breaker,
+                                 #{
+                                   failure_threshold => 3,
+                                   window_ms => 500,
+                                   success_threshold => 2,
+                                   timeout_ms => TimeoutMs,
+                                   probe_limit => 2
+                                  }),
+    ok = ?CB:reset(),
+    ?assertEqual(closed, ?CB:get_state()).
+
+
+fail_node(Times) ->
+    _ = [ ok = ?CB:record_failure() || _ <- lists:seq(1, Times) ],
+    ok.
+
+
+node_opens_at_its_threshold(_Config) ->
+    node_breaker(?HOUR),
+    ok = fail_node(2),
+    ?assertEqual(closed, ?CB:get_state()),
+    ?assert(?CB:allow_test_request()),
+    ok = ?CB:record_success(),
+    %% A success while closed takes no failure back.
+    ok = ?CB:record_error(some_id),
+    ?assertEqual(open, ?CB:get_state()),
+    ?assertEqual({ok, open}, ?CB:get_status()),
+    ?assert(?CB:is_open()),
+    ?assertNot(?CB:allow_test_request()),
+    ok = ?CB:record_success(),
+    ok = ?CB:record_failure(),
+    ?assertEqual(open, ?CB:get_state()).
+
+
+node_forgets_old_failures(_Config) ->
+    node_breaker(?HOUR),
+    ok = fail_node(2),
+    timer:sleep(550),
+    ok = fail_node(2),
+    ?assertEqual(closed, ?CB:get_state()),
+    ok = fail_node(1),
+    ?assertEqual(open, ?CB:get_state()).
+
+
+node_probes_and_closes(_Config) ->
+    node_breaker(20),
+    ok = fail_node(3),
+    timer:sleep(25),
+    %% It is open until somebody asks.
+    ?assertEqual(open, ?CB:get_state()),
+    ?assert(?CB:allow_test_request()),
+    ?assertEqual(half_open, ?CB:get_state()),
+    ?assertNot(?CB:is_open()),
+    ok = ?CB:record_success(),
+    ?assertEqual(half_open, ?CB:get_state()),
+    ?assert(?CB:allow_test_request()),
+    ok = ?CB:record_success(),
+    ?assertEqual(closed, ?CB:get_state()),
+    %% The failures that opened it do not count any more.
+    ok = fail_node(2),
+    ?assertEqual(closed, ?CB:get_state()).
+
+
+node_opens_again_at_a_failure(_Config) ->
+    node_breaker(300),
+    ok = fail_node(3),
+    timer:sleep(310),
+    ?assert(?CB:allow_test_request()),
+    ok = ?CB:record_success(),
+    ?assert(?CB:allow_test_request()),
+    ok = ?CB:record_failure(),
+    ?assertEqual(open, ?CB:get_state()),
+    %% And its time begins anew.
+    ?assertNot(?CB:allow_test_request()).
+
+
+node_gives_out_no_more_probes_than_its_limit(_Config) ->
+    node_breaker(1000),
+    ok = ?CB:force_open(),
+    timer:sleep(1010),
+    Allowed = at_once(100, fun(_) -> ?CB:allow_test_request() end),
+    ?assertEqual(2, length([ true || true <- Allowed ])).
+
+
+node_refuses_routes_while_open(_Config) ->
+    node_breaker(?HOUR),
+    Self = self(),
+    ok = erlmcp_shard_registry:register_connection({?MODULE, route}, Self, none),
+    ok = erlmcp_shard_manager:route_message({?MODULE, route}, sent),
+    ok = ?CB:force_open(),
+    ?assertEqual({error, circuit_open}, erlmcp_shard_manager:route_message({?MODULE, route}, never)),
+    ?assertEqual({error, not_found}, erlmcp_shard_manager:route_message({?MODULE, nobody}, never)),
+    ok = ?CB:force_close(),
+    ok = erlmcp_shard_manager:route_message({?MODULE, route}, sent_again),
+    ok = erlmcp_shard_registry:unregister_connection({?MODULE, route}),
+    ?assertEqual([sent, sent_again], [ receive Message -> Message after 1000 -> none end || _ <- [1, 2] ]).
+
+
+node_is_forced_and_reset(_Config) ->
+    node_breaker(?HOUR),
+    ok = ?CB:force_open(),
+    ok = ?CB:force_open(),
+    ?assertEqual(open, ?CB:get_state()),
+    ok = ?CB:force_close(),
+    ?assertEqual(closed, ?CB:get_state()),
+    ok = fail_node(2),
+    ok = ?CB:reset(),
+    ok = fail_node(2),
+    ?assertEqual(closed, ?CB:get_state()).
+
+
+node_is_switched_off(_Config) ->
+    node_breaker(?HOUR),
+    ok = ?CB:force_open(),
+    ok = erlmcp_backpressure:set(circuit_breaker, off),
+    ?assertEqual(off, ?CB:get_state()),
+    ?assertEqual({ok, closed}, ?CB:get_status()),
+    ?assert(?CB:allow_test_request()),
+    ok = fail_node(100),
+    ok = ?CB:force_open(),
+    ?assertEqual(off, ?CB:get_state()),
+    node_breaker(?HOUR).
+
+
+node_metrics_have_its_counters(_Config) ->
+    node_breaker(?HOUR),
+    {ok, _} = ?CB:start_link(),
+    ok = ?CB:record_error(some_id),
+    ?assertMatch({ok, #{total_errors := 1, breaker := #{state := closed, failures := 1}}}, ?CB:get_metrics()),
+    ok = ?CB:stop(),
+    %% The process has gone, and the breaker has not.
+    ok = fail_node(2),
+    ?assertEqual(open, ?CB:get_state()).
+
+
+node_transitions_are_logged_once(_Config) ->
+    node_breaker(30),
+    ok = logger:set_primary_config(level, notice),
+    ok = logger:add_handler(?MODULE, ?MODULE, #{config => #{pid => self()}}),
+    _ = at_once(16, fun(_) -> fail_node(3) end),
+    timer:sleep(35),
+    _ = at_once(16, fun(_) -> ?CB:allow_test_request() end),
+    _ = at_once(16, fun(_) -> ?CB:record_success() end),
+    _ = [ ?CB:is_open() || _ <- lists:seq(1, 100) ],
+    Events = [ receive {logged, #{meta := #{event := Event, domain := [erlmcp_native]}}} -> Event after 1000 -> none end
+               || _ <- [1, 2, 3] ],
+    ok = logger:remove_handler(?MODULE),
+    ?assertEqual([circuit_closed, circuit_half_open, circuit_opened], lists:sort(Events)),
+    receive {logged, _} = More -> ct:fail(More) after 0 -> ok end.
 
 
 %%% The property
