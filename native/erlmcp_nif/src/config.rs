@@ -10,9 +10,11 @@
 //! then keeps a new copy.
 
 use std::hash::{Hash, Hasher};
+use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
+use crate::background;
 use crate::encoding::{self, Zeros};
 use crate::kept_hash::KeptHash;
 use crate::tuple::tuple_elements;
@@ -23,12 +25,13 @@ use rustler::env::OwnedEnv;
 use rustler::sys::ErlNifTerm;
 use rustler::{Binary, Env, LocalPid, MapIterator, Term, TermType};
 
-/// A term of this weight is worked on in well under a millisecond.
-pub(crate) const MAX_WEIGHT_ON_NORMAL_SCHEDULER: usize = 20_000;
+/// A term of this weight is worked on in half a millisecond: to weigh it, to hash it and to copy it
+/// take some 50 ns each term together.
+pub(crate) const MAX_WEIGHT_ON_NORMAL_SCHEDULER: usize = 10_000;
 /// Up to this weight the overhead of an environment outweighs the slower decoding.
 const MAX_COMPACT_WEIGHT: usize = 64;
 /// Bytes of a binary that weigh as much as one more term.
-const BYTES_PER_WEIGHT: usize = 16;
+pub(crate) const BYTES_PER_WEIGHT: usize = 16;
 
 /// How much work one call may do.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -161,6 +164,16 @@ impl Config {
             Content::Shared(shared) => shared.copy(env),
             Content::Remote(remote) => remote.config.load(env, scheduler)?,
         })
+    }
+}
+
+/// The last reference may go in anybody's call, when the maps free what was removed from them.
+impl Drop for Kept {
+    fn drop(&mut self) {
+        if self.weight > MAX_WEIGHT_ON_NORMAL_SCHEDULER {
+            let nothing = Content::Compact(Box::default());
+            background::free(mem::replace(&mut self.content, nothing));
+        }
     }
 }
 
@@ -423,7 +436,7 @@ fn weigh(term: Term<'_>, max: usize) -> Option<Weighed> {
             }
             TermType::Tuple => left.extend(tuple_elements(term, max)?),
             TermType::Map => {
-                if term.map_size().ok()? > max {
+                if 2 * term.map_size().ok()? > max {
                     return None;
                 }
                 for (key, value) in MapIterator::new(term)? {

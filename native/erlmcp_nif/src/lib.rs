@@ -5,6 +5,7 @@
 
 mod admission;
 mod atoms;
+mod background;
 mod backpressure;
 mod circuit_breaker;
 mod config;

@@ -3,7 +3,6 @@
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
-use std::thread;
 
 use erlmcp_core::registry::{Limits, Namespace};
 use erlmcp_core::token_bucket;
@@ -12,6 +11,7 @@ use papaya::HashMap;
 use rustler::{NifResult, Resource, Term};
 
 use crate::atoms;
+use crate::background;
 use crate::backpressure::clock;
 use crate::watch::Lease;
 
@@ -94,15 +94,14 @@ impl Drop for RegistryResource {
 /// Freeing this many entries takes well under a millisecond.
 const MAX_ENTRIES_FREED_IN_PLACE: u64 = 500;
 
-/// Lets go of a registry; frees it on a thread of its own if it is the last one to do so and there
-/// is much to free, since this runs on a scheduler.
+/// Lets go of a registry; if it is the last one to do so and there is much to free, not on the
+/// scheduler that this runs on.
 pub(crate) fn release(registry: Arc<Registry>) {
     let Some(registry) = Arc::into_inner(registry) else {
         return;
     };
     if registry.high_water() > MAX_ENTRIES_FREED_IN_PLACE {
-        // Without a thread to be had, the closure and the registry in it are freed here.
-        let _ = thread::Builder::new().spawn(move || drop(registry));
+        background::free(registry);
     }
 }
 
