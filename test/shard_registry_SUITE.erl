@@ -696,7 +696,7 @@ all_ids() ->
      nested(500, fun(T) -> [T | a] end),
      nested(200, fun(T) -> #{T => b} end, fun(_) -> a end),
      nested(100, fun(T) -> #{k => T} end),
-     nested(10_000, fun(T) -> [T] end)].
+     nested(4000, fun(T) -> [T] end)].
 
 
 %% Terms that are easily taken for one another.

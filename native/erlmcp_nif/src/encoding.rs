@@ -14,6 +14,8 @@
 //! held in the external format inside the encoding; of a fun, without its creator, which is not
 //! part of its identity.
 
+use std::cell::OnceCell;
+
 use once_cell::race::OnceBool;
 use rustler::types::tuple::make_tuple;
 use rustler::{Binary, Encoder, Env, Error, LocalPid, MapIterator, NifResult, Term, TermType};
@@ -37,16 +39,25 @@ const TAG_FLOAT: u8 = b'f';
 const TAG_PID: u8 = b'p';
 const TAG_REFERENCE: u8 = b'r';
 const TAG_NIL: u8 = b'n';
-/// Preceded by the tail and the elements, followed by the number of elements.
+/// Preceded by the elements and the tail, followed by the number of elements.
 const TAG_LIST: u8 = b'l';
+/// Preceded by the elements, followed by their number.
 const TAG_TUPLE: u8 = b't';
-/// Preceded by keys and values in turn, followed by the number of pairs. Equal maps have the same
+/// Preceded by all keys, then all values, followed by the number of pairs. Equal maps have the same
 /// order of keys in one VM: that is how the VM itself compares them.
 const TAG_MAP: u8 = b'm';
 const TAG_EXTERNAL: u8 = b'x';
 
+/// What each term inside another one takes of the bound at least, however few bytes its encoding
+/// has, since terms cost time too: some 50 ns each. As many bytes as a cell of a list.
+const MIN_BYTES_PER_TERM: usize = 16;
+/// A term that goes through the external format costs about as much as this many others.
+const TERMS_PER_EXTERNAL: usize = 8;
+
 enum Step<'a> {
     Visit(Term<'a>),
+    /// What is left of a list, and the number of elements before it.
+    Rest(Term<'a>, u32),
     /// All elements are written: write what holds them.
     Close(u8, u32),
 }
@@ -62,134 +73,163 @@ pub(crate) enum Zeros {
 
 /// Encodes a term; `badarg` if that takes more than `max_bytes`.
 pub(crate) fn encode(term: Term<'_>, max_bytes: usize, zeros: Zeros) -> NifResult<Vec<u8>> {
-    let mut encoding = Vec::new();
-    let out = &mut encoding;
-    let mut steps = vec![Step::Visit(term)];
-    while let Some(step) = steps.pop() {
+    let mut encoding = Encoding {
+        out: Vec::new(),
+        steps: vec![Step::Visit(term)],
+        max_bytes,
+        // What is not inside another term is judged by its bytes alone.
+        terms_left: TERMS_PER_EXTERNAL + max_bytes / MIN_BYTES_PER_TERM,
+        zeros,
+        node: OnceCell::new(),
+    };
+    while let Some(step) = encoding.steps.pop() {
         match step {
-            Step::Close(tag, count) => {
-                out.push(tag);
-                out.extend_from_slice(&count.to_le_bytes());
-            }
-            Step::Visit(term) => encode_one(term, max_bytes, zeros, out, &mut steps)?,
+            Step::Visit(term) => encoding.visit(term)?,
+            Step::Rest(rest, count) => encoding.rest_of_list(rest, count)?,
+            Step::Close(tag, count) => encoding.close(tag, count),
         }
-        // Each step that is left will write at least one byte.
-        if out.len() + steps.len() > max_bytes {
+        if encoding.out.len() > max_bytes {
             return Err(Error::BadArg);
         }
     }
-    Ok(encoding)
+    Ok(encoding.out)
 }
 
-fn encode_one<'a>(
-    term: Term<'a>,
+struct Encoding<'a> {
+    out: Vec<u8>,
+    steps: Vec<Step<'a>>,
     max_bytes: usize,
+    /// Terms that may still become steps, so that there are no more steps than the bound allows.
+    terms_left: usize,
     zeros: Zeros,
-    out: &mut Vec<u8>,
-    steps: &mut Vec<Step<'a>>,
-) -> NifResult<()> {
-    match term.get_type() {
-        TermType::Atom => {
-            out.push(TAG_ATOM);
-            out.extend_from_slice(&word(term));
-        }
-        TermType::Binary => match Binary::from_term(term) {
-            Ok(binary) if binary.len() <= max_bytes => counted(TAG_BINARY, &binary, out),
-            Ok(_) => return Err(Error::BadArg),
-            Err(_) => external(term, max_bytes, out)?,
-        },
-        TermType::Integer => match term.decode::<i64>() {
-            Ok(integer) => match u8::try_from(integer) {
-                Ok(byte) => out.extend_from_slice(&[TAG_BYTE, byte]),
-                Err(_) => {
-                    out.push(TAG_INTEGER);
-                    out.extend_from_slice(&integer.to_le_bytes());
-                }
+    /// Asked for once, at the first reference.
+    node: OnceCell<Option<ThisNode>>,
+}
+
+impl<'a> Encoding<'a> {
+    fn visit(&mut self, term: Term<'a>) -> NifResult<()> {
+        let out = &mut self.out;
+        match term.get_type() {
+            TermType::Atom => {
+                out.push(TAG_ATOM);
+                out.extend_from_slice(&word(term));
+            }
+            TermType::Binary => match Binary::from_term(term) {
+                Ok(binary) => self.counted(TAG_BINARY, &binary)?,
+                Err(_) => self.external(term)?,
             },
-            Err(_) => external(term, max_bytes, out)?,
-        },
-        TermType::Float => {
-            let mut float: f64 = term.decode()?;
-            if float == 0.0 && zeros == Zeros::Merged && zeros_are_equal(term.get_env()) {
-                float = 0.0;
-            }
-            out.push(TAG_FLOAT);
-            out.extend_from_slice(&float.to_bits().to_le_bytes());
-        }
-        TermType::Pid if term.decode::<LocalPid>().is_ok() => {
-            out.push(TAG_PID);
-            out.extend_from_slice(&word(term));
-        }
-        TermType::Ref => match local_reference_numbers(term) {
-            Some(numbers) => counted(TAG_REFERENCE, &numbers, out),
-            None => external(term, max_bytes, out)?,
-        },
-        TermType::List => {
-            if term.is_empty_list() {
-                out.push(TAG_NIL);
-                return Ok(());
-            }
-            let mut elements = Vec::new();
-            let mut tail = term;
-            while let Ok((head, rest)) = tail.list_get_cell() {
-                if elements.len() == max_bytes {
-                    return Err(Error::BadArg);
+            TermType::Integer => match term.decode::<i64>() {
+                Ok(integer) => match u8::try_from(integer) {
+                    Ok(byte) => out.extend_from_slice(&[TAG_BYTE, byte]),
+                    Err(_) => {
+                        out.push(TAG_INTEGER);
+                        out.extend_from_slice(&integer.to_le_bytes());
+                    }
+                },
+                Err(_) => self.external(term)?,
+            },
+            TermType::Float => {
+                let mut float: f64 = term.decode()?;
+                if float == 0.0 && self.zeros == Zeros::Merged && zeros_are_equal(term.get_env()) {
+                    float = 0.0;
                 }
-                elements.push(Step::Visit(head));
-                tail = rest;
+                out.push(TAG_FLOAT);
+                out.extend_from_slice(&float.to_bits().to_le_bytes());
             }
-            steps.push(Step::Close(TAG_LIST, elements.len() as u32));
-            steps.extend(elements.into_iter().rev());
-            steps.push(Step::Visit(tail));
-        }
-        TermType::Tuple => {
-            let elements = tuple_elements(term, max_bytes).ok_or(Error::BadArg)?;
-            steps.push(Step::Close(TAG_TUPLE, elements.len() as u32));
-            steps.extend(elements.into_iter().rev().map(Step::Visit));
-        }
-        TermType::Map => {
-            let size = term.map_size()?;
-            if size > max_bytes {
-                return Err(Error::BadArg);
+            TermType::Pid if term.decode::<LocalPid>().is_ok() => {
+                out.push(TAG_PID);
+                out.extend_from_slice(&word(term));
             }
-            steps.push(Step::Close(TAG_MAP, size as u32));
-            for (key, value) in MapIterator::new(term).ok_or(Error::BadArg)? {
-                steps.push(Step::Visit(value));
-                steps.push(Step::Visit(key));
+            TermType::Ref => {
+                self.take(TERMS_PER_EXTERNAL)?;
+                let node = self.node.get_or_init(|| ThisNode::of(term.get_env()));
+                let encoded = term.to_binary();
+                match node.as_ref().and_then(|node| node.numbers_of(&encoded)) {
+                    Some(numbers) => self.counted(TAG_REFERENCE, numbers)?,
+                    None => self.counted(TAG_EXTERNAL, &encoded)?,
+                }
             }
-        }
-        TermType::Fun => {
-            let encoded = term.to_binary();
-            let anonymous = without_creator(&encoded);
-            let bytes = anonymous.as_deref().unwrap_or(&encoded);
-            if bytes.len() > max_bytes {
-                return Err(Error::BadArg);
+            TermType::List => {
+                if term.is_empty_list() {
+                    out.push(TAG_NIL);
+                } else {
+                    self.steps.push(Step::Rest(term, 0));
+                }
             }
-            counted(TAG_EXTERNAL, bytes, out);
+            TermType::Tuple => {
+                let elements = tuple_elements(term, self.terms_left).ok_or(Error::BadArg)?;
+                self.take(elements.len())?;
+                self.steps
+                    .push(Step::Close(TAG_TUPLE, elements.len() as u32));
+                self.steps.extend(elements.rev().map(Step::Visit));
+            }
+            TermType::Map => {
+                let size = term.map_size()?;
+                self.take(2 * size)?;
+                self.steps.push(Step::Close(TAG_MAP, size as u32));
+                let pairs = MapIterator::new(term).ok_or(Error::BadArg)?;
+                self.steps
+                    .extend(pairs.map(|(_, value)| Step::Visit(value)));
+                let pairs = MapIterator::new(term).ok_or(Error::BadArg)?;
+                self.steps.extend(pairs.map(|(key, _)| Step::Visit(key)));
+            }
+            TermType::Fun => {
+                self.take(TERMS_PER_EXTERNAL)?;
+                let encoded = term.to_binary();
+                let anonymous = without_creator(&encoded);
+                self.counted(TAG_EXTERNAL, anonymous.as_deref().unwrap_or(&encoded))?;
+            }
+            _ => self.external(term)?,
         }
-        _ => external(term, max_bytes, out)?,
+        Ok(())
     }
-    Ok(())
-}
 
-fn counted(tag: u8, bytes: &[u8], out: &mut Vec<u8>) {
-    out.push(tag);
-    out.extend_from_slice(&(bytes.len() as u32).to_le_bytes());
-    out.extend_from_slice(bytes);
-}
-
-fn external(term: Term<'_>, max_bytes: usize, out: &mut Vec<u8>) -> NifResult<()> {
-    let bytes = term.to_binary();
-    if bytes.len() > max_bytes {
-        return Err(Error::BadArg);
+    fn take(&mut self, terms: usize) -> NifResult<()> {
+        self.terms_left = self.terms_left.checked_sub(terms).ok_or(Error::BadArg)?;
+        Ok(())
     }
-    counted(TAG_EXTERNAL, &bytes, out);
-    Ok(())
+
+    fn rest_of_list(&mut self, rest: Term<'a>, count: u32) -> NifResult<()> {
+        match rest.list_get_cell() {
+            Ok((head, tail)) => {
+                self.take(1)?;
+                self.steps.push(Step::Rest(tail, count + 1));
+                self.steps.push(Step::Visit(head));
+            }
+            Err(_) => {
+                self.steps.push(Step::Close(TAG_LIST, count));
+                self.steps.push(Step::Visit(rest));
+            }
+        }
+        Ok(())
+    }
+
+    fn close(&mut self, tag: u8, count: u32) {
+        self.out.push(tag);
+        self.out.extend_from_slice(&count.to_le_bytes());
+    }
+
+    fn counted(&mut self, tag: u8, bytes: &[u8]) -> NifResult<()> {
+        if bytes.len() > self.max_bytes {
+            return Err(Error::BadArg);
+        }
+        self.out.push(tag);
+        self.out
+            .extend_from_slice(&(bytes.len() as u32).to_le_bytes());
+        self.out.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    fn external(&mut self, term: Term<'_>) -> NifResult<()> {
+        self.take(TERMS_PER_EXTERNAL)?;
+        self.counted(TAG_EXTERNAL, &term.to_binary())
+    }
 }
 
 /// The term that [`encode`] was given.
 pub(crate) fn decode<'a>(env: Env<'a>, mut bytes: &[u8]) -> NifResult<Term<'a>> {
     let mut stack: Vec<Term<'a>> = Vec::new();
+    let node = OnceCell::new();
     while let Some((&tag, rest)) = bytes.split_first() {
         bytes = rest;
         let term = match tag {
@@ -202,22 +242,34 @@ pub(crate) fn decode<'a>(env: Env<'a>, mut bytes: &[u8]) -> NifResult<Term<'a>> 
             TAG_BYTE => take::<1>(&mut bytes)?[0].encode(env),
             TAG_INTEGER => i64::from_le_bytes(take(&mut bytes)?).encode(env),
             TAG_FLOAT => f64::from_bits(u64::from_le_bytes(take(&mut bytes)?)).encode(env),
-            TAG_REFERENCE => local_reference(env, take_counted(&mut bytes)?)?,
+            TAG_REFERENCE => {
+                let numbers = take_counted(&mut bytes)?;
+                let node = node.get_or_init(|| ThisNode::of(env));
+                let encoded = node.as_ref().ok_or(Error::BadArg)?.reference(numbers);
+                env.binary_to_term(&encoded).ok_or(Error::BadArg)?.0
+            }
             TAG_NIL => Term::list_new_empty(env),
             TAG_LIST => {
-                let elements = pop(&mut stack, take_count(&mut bytes)?)?;
                 let tail = stack.pop().ok_or(Error::BadArg)?;
-                elements
-                    .into_iter()
-                    .rev()
-                    .fold(tail, |list, element| list.list_prepend(element))
+                let (first, elements) = top(&stack, take_count(&mut bytes)?)?;
+                let elements = elements.iter().rev();
+                let list = elements.fold(tail, |list, element| list.list_prepend(*element));
+                stack.truncate(first);
+                list
             }
-            TAG_TUPLE => make_tuple(env, &pop(&mut stack, take_count(&mut bytes)?)?),
+            TAG_TUPLE => {
+                let (first, elements) = top(&stack, take_count(&mut bytes)?)?;
+                let tuple = make_tuple(env, elements);
+                stack.truncate(first);
+                tuple
+            }
             TAG_MAP => {
-                let flat = pop(&mut stack, 2 * take_count(&mut bytes)?)?;
-                let (keys, values): (Vec<_>, Vec<_>) =
-                    flat.chunks_exact(2).map(|pair| (pair[0], pair[1])).unzip();
-                Term::map_from_term_arrays(env, &keys, &values)?
+                let count = take_count(&mut bytes)?;
+                let (first, elements) = top(&stack, 2 * count)?;
+                let (keys, values) = elements.split_at(count);
+                let map = Term::map_from_term_arrays(env, keys, values)?;
+                stack.truncate(first);
+                map
             }
             TAG_EXTERNAL => {
                 let external = take_counted(&mut bytes)?;
@@ -230,9 +282,10 @@ pub(crate) fn decode<'a>(env: Env<'a>, mut bytes: &[u8]) -> NifResult<Term<'a>> 
     stack.pop().ok_or(Error::BadArg)
 }
 
-fn pop<'a>(stack: &mut Vec<Term<'a>>, count: usize) -> NifResult<Vec<Term<'a>>> {
+/// The last `count` terms, and where they begin.
+fn top<'s, 'a>(stack: &'s [Term<'a>], count: usize) -> NifResult<(usize, &'s [Term<'a>])> {
     let first = stack.len().checked_sub(count).ok_or(Error::BadArg)?;
-    Ok(stack.split_off(first))
+    Ok((first, &stack[first..]))
 }
 
 fn take<const N: usize>(bytes: &mut &[u8]) -> NifResult<[u8; N]> {
@@ -318,32 +371,41 @@ fn after_integer(bytes: &[u8]) -> Option<&[u8]> {
 const NEWER_REFERENCE_EXT: u8 = 90;
 const NEW_PID_EXT: u8 = 88;
 
-/// The words of a reference of this node, without the node's name.
-fn local_reference_numbers(term: Term<'_>) -> Option<Vec<u8>> {
-    let (node, creation) = this_node(term.get_env())?;
-    let encoded = term.to_binary();
-    let rest = encoded.strip_prefix(&[131, NEWER_REFERENCE_EXT])?;
-    let (_words, rest) = rest.split_first_chunk::<2>()?;
-    let rest = rest.strip_prefix(node.as_slice())?;
-    Some(rest.strip_prefix(&creation)?.to_vec())
+/// This node's name (an encoded atom) and creation.
+struct ThisNode {
+    name: Vec<u8>,
+    creation: [u8; 4],
 }
 
-fn local_reference<'a>(env: Env<'a>, numbers: &[u8]) -> NifResult<Term<'a>> {
-    let (node, creation) = this_node(env).ok_or(Error::BadArg)?;
-    let words = (numbers.len() / 4) as u16;
-    let mut encoded = vec![131, NEWER_REFERENCE_EXT];
-    encoded.extend_from_slice(&words.to_be_bytes());
-    encoded.extend_from_slice(&node);
-    encoded.extend_from_slice(&creation);
-    encoded.extend_from_slice(numbers);
-    Ok(env.binary_to_term(&encoded).ok_or(Error::BadArg)?.0)
-}
+impl ThisNode {
+    /// As the calling process's pid shows them.
+    fn of(env: Env<'_>) -> Option<Self> {
+        let encoded = env.pid().encode(env).to_binary();
+        let rest = encoded.strip_prefix(&[131, NEW_PID_EXT])?;
+        let (rest, creation) = rest.split_last_chunk::<4>()?;
+        let (name, _id_and_serial) = rest.split_last_chunk::<8>()?;
+        Some(Self {
+            name: name.to_vec(),
+            creation: *creation,
+        })
+    }
 
-/// This node's name (an encoded atom) and creation, as the calling process's pid shows them.
-fn this_node(env: Env<'_>) -> Option<(Vec<u8>, [u8; 4])> {
-    let encoded = env.pid().encode(env).to_binary();
-    let rest = encoded.strip_prefix(&[131, NEW_PID_EXT])?;
-    let (rest, creation) = rest.split_last_chunk::<4>()?;
-    let (node, _id_and_serial) = rest.split_last_chunk::<8>()?;
-    Some((node.to_vec(), *creation))
+    /// The words of an encoded reference, if it is one of this node.
+    fn numbers_of<'b>(&self, encoded: &'b [u8]) -> Option<&'b [u8]> {
+        let rest = encoded.strip_prefix(&[131, NEWER_REFERENCE_EXT])?;
+        let (_words, rest) = rest.split_first_chunk::<2>()?;
+        let rest = rest.strip_prefix(self.name.as_slice())?;
+        rest.strip_prefix(&self.creation)
+    }
+
+    /// The encoded reference of these words.
+    fn reference(&self, numbers: &[u8]) -> Vec<u8> {
+        let words = (numbers.len() / 4) as u16;
+        let mut encoded = vec![131, NEWER_REFERENCE_EXT];
+        encoded.extend_from_slice(&words.to_be_bytes());
+        encoded.extend_from_slice(&self.name);
+        encoded.extend_from_slice(&self.creation);
+        encoded.extend_from_slice(numbers);
+        encoded
+    }
 }

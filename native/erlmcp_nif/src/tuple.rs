@@ -6,11 +6,17 @@ use rustler::Term;
 use rustler::sys::{ErlNifTerm, enif_get_tuple};
 
 /// The elements of a tuple, if `term` is one and has at most `max` of them.
-pub(crate) fn tuple_elements(term: Term<'_>, max: usize) -> Option<Vec<Term<'_>>> {
+pub(crate) fn tuple_elements<'a>(
+    term: Term<'a>,
+    max: usize,
+) -> Option<impl ExactSizeIterator<Item = Term<'a>> + DoubleEndedIterator> {
     let elements = raw_elements(term).filter(|elements| elements.len() <= max)?;
     // SAFETY: they are terms of the same environment.
-    let as_term = |element: &ErlNifTerm| unsafe { Term::new(term.get_env(), *element) };
-    Some(elements.iter().map(as_term).collect())
+    Some(
+        elements
+            .iter()
+            .map(move |element| unsafe { Term::new(term.get_env(), *element) }),
+    )
 }
 
 /// The first element of a pair, if `term` is one.
