@@ -8,6 +8,7 @@ use std::borrow::Cow;
 use erlmcp_core::registry::Id;
 use rustler::{Binary, Env, Error, NifResult, Term};
 
+use crate::config::BYTES_PER_WEIGHT;
 use crate::encoding::{self, Zeros};
 use crate::immediate;
 use crate::resource::Registry;
@@ -38,7 +39,7 @@ impl EncodedId<'_> {
     }
 }
 
-/// Encodes an id; `badarg` if it takes more than `max_bytes`.
+/// Encodes an id; `badarg` if it takes more than `max_bytes`, as [`encoding::encode`] counts them.
 pub(crate) fn encode(term: Term<'_>, max_bytes: usize) -> NifResult<EncodedId<'_>> {
     if let Ok(binary) = Binary::from_term(term) {
         let bytes = binary.as_slice();
@@ -85,6 +86,15 @@ pub(crate) fn with<R>(
     }
     let encoded = encode(term, max_bytes)?;
     Ok(f(&registry.id(encoded.kind, encoded.bytes())))
+}
+
+/// How much work [`decode`] has, as a config's weight: an encoded term has at least one byte.
+pub(crate) fn weight(kind: u8, bytes: &[u8]) -> usize {
+    match kind {
+        ATOM => 0,
+        BINARY => bytes.len() / BYTES_PER_WEIGHT,
+        _ => bytes.len(),
+    }
 }
 
 /// The term of an id that [`encode`] made.

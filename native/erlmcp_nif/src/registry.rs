@@ -2,6 +2,8 @@
 //! `dirty` instead of working for long, and the one named `*_dirty` then does it on a dirty
 //! scheduler.
 
+use std::ops::ControlFlow;
+
 use erlmcp_core::error::{BindError, RegisterError};
 use erlmcp_core::registry::{Entry, Id, Limits, Namespace};
 use rustler::{Atom, Encoder, Env, Error, LocalPid, NifResult, ResourceArc, Term};
@@ -420,24 +422,25 @@ fn bound_server<'a>(env: Env<'a>, of: Term<'a>, transport: Term<'a>) -> NifResul
     }
     let mut was_without_server = false;
     loop {
-        let Some((server, state)) = registry.bound_server(&transport, |server| {
-            let state = registry
-                .entry(Namespace::Server, &server)
-                .map(|entry| is_alive(env, &entry));
-            if state == Some(false) {
-                live_entry(env, registry, Namespace::Server, &server);
+        let Some(server) = registry.bound_server(&transport, |server| {
+            match registry.entry(Namespace::Server, &server) {
+                Some(entry) if !is_alive(env, &entry) => {
+                    live_entry(env, registry, Namespace::Server, &server);
+                    None
+                }
+                // There is no such server (yet), or it went just now and took the binding along:
+                // then the binding is not found the second time.
+                None if !was_without_server => {
+                    was_without_server = true;
+                    None
+                }
+                _ => Some(id::decode(env, server.kind(), server.bytes())),
             }
-            (id::decode(env, server.kind(), server.bytes()), state)
         }) else {
             return Ok(not_found(env));
         };
-        match state {
-            Some(true) => return Ok((atoms::ok(), server?).encode(env)),
-            Some(false) => {}
-            // There is no such server (yet), or it went just now and took the binding along: then
-            // the binding is not found the second time.
-            None if was_without_server => return Ok((atoms::ok(), server?).encode(env)),
-            None => was_without_server = true,
+        if let Some(server) = server {
+            return Ok((atoms::ok(), server?).encode(env));
         }
     }
 }
@@ -498,8 +501,6 @@ struct Listing<'a> {
     scheduler: Scheduler,
     list: Term<'a>,
     weight: usize,
-    is_too_heavy: bool,
-    failed: Option<Error>,
 }
 
 impl<'a> Listing<'a> {
@@ -509,42 +510,33 @@ impl<'a> Listing<'a> {
             scheduler,
             list: Term::list_new_empty(env),
             weight: 0,
-            is_too_heavy: false,
-            failed: None,
         }
     }
 
-    fn add(&mut self, id: Id<'_>, entry: &Entry<Lease>) {
-        if self.is_too_heavy || !is_alive(self.env, entry) {
-            return;
+    /// Breaks with what is to be returned instead of the list.
+    fn add(&mut self, id: Id<'_>, entry: &Entry<Lease>) -> ControlFlow<NifResult<Term<'a>>> {
+        if !is_alive(self.env, entry) {
+            return ControlFlow::Continue(());
         }
         let config = &entry.lease.config;
-        self.weight = self.weight.saturating_add(config.weight());
+        self.weight = self
+            .weight
+            .saturating_add(config.weight())
+            .saturating_add(id::weight(id.kind(), id.bytes()));
         if self.scheduler == Scheduler::Normal && self.weight > MAX_WEIGHT_ON_NORMAL_SCHEDULER {
-            self.is_too_heavy = true;
-            return;
+            return ControlFlow::Break(Ok(atoms::dirty().encode(self.env)));
         }
         let id = match id::decode(self.env, id.kind(), id.bytes()) {
             Ok(id) => id,
-            Err(error) => {
-                self.failed = Some(error);
-                return;
-            }
+            Err(error) => return ControlFlow::Break(Err(error)),
         };
         match config.load(self.env, self.scheduler) {
             Ok(config) => {
                 let listed = (id, (pid_term(self.env, entry), config));
                 self.list = self.list.list_prepend(listed);
+                ControlFlow::Continue(())
             }
-            Err(TooHeavy) => self.is_too_heavy = true,
-        }
-    }
-
-    fn finish(self) -> NifResult<Term<'a>> {
-        match self.failed {
-            Some(error) => Err(error),
-            None if self.is_too_heavy => Ok(atoms::dirty().encode(self.env)),
-            None => Ok(self.list),
+            Err(TooHeavy) => ControlFlow::Break(Ok(atoms::dirty().encode(self.env))),
         }
     }
 }
@@ -564,8 +556,10 @@ fn list_on<'a>(
         return Ok(atoms::dirty().encode(env));
     }
     let mut listing = Listing::new(env, scheduler);
-    registry.for_each(namespace, |id, entry| listing.add(id, entry));
-    listing.finish()
+    match registry.try_for_each(namespace, |id, entry| listing.add(id, entry)) {
+        ControlFlow::Continue(()) => Ok(listing.list),
+        ControlFlow::Break(instead) => instead,
+    }
 }
 
 #[rustler::nif]
@@ -592,8 +586,10 @@ fn list_shard_on<'a>(
         return Ok(atoms::dirty().encode(env));
     }
     let mut listing = Listing::new(env, scheduler);
-    registry.for_each_connection_of(shard, |id, entry| listing.add(id, entry));
-    listing.finish()
+    match registry.try_for_each_connection_of(shard, |id, entry| listing.add(id, entry)) {
+        ControlFlow::Continue(()) => Ok(listing.list),
+        ControlFlow::Break(instead) => instead,
+    }
 }
 
 #[rustler::nif]

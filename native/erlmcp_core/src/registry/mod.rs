@@ -41,6 +41,7 @@ mod registration;
 mod routing;
 
 use std::fmt;
+use std::ops::ControlFlow;
 
 use ahash::RandomState;
 use papaya::HashMap;
@@ -251,18 +252,30 @@ where
 
     /// Gives `each` every entry of a namespace with its id. Weakly consistent.
     pub fn for_each(&self, namespace: Namespace, mut each: impl FnMut(Id<'_>, &Entry<L>)) {
+        let _: ControlFlow<()> = self.try_for_each(namespace, |id, entry| {
+            each(id, entry);
+            ControlFlow::Continue(())
+        });
+    }
+
+    /// As [`Self::for_each`], until `each` breaks.
+    pub fn try_for_each<B>(
+        &self,
+        namespace: Namespace,
+        mut each: impl FnMut(Id<'_>, &Entry<L>) -> ControlFlow<B>,
+    ) -> ControlFlow<B> {
         match namespace {
             Namespace::Connection => {
                 let guard = self.connections.guard();
                 for (key, connection) in self.connections.iter(&guard) {
-                    each(self.id_of(key), &connection.entry);
+                    each(self.id_of(key), &connection.entry)?;
                 }
             }
             Namespace::Server => {
                 let guard = self.servers.guard();
                 for (key, server) in self.servers.iter(&guard) {
                     if let Some(entry) = server.entry() {
-                        each(self.id_of(key), entry);
+                        each(self.id_of(key), entry)?;
                     }
                 }
             }
@@ -270,11 +283,12 @@ where
                 let guard = self.transports.guard();
                 for (key, transport) in self.transports.iter(&guard) {
                     if self.is_registered(transport) {
-                        each(self.id_of(key), &transport.entry);
+                        each(self.id_of(key), &transport.entry)?;
                     }
                 }
             }
         }
+        ControlFlow::Continue(())
     }
 
     /// Gives `each` every binding: transport, server. Weakly consistent.
@@ -295,6 +309,18 @@ where
     /// Gives `each` the connections of one shard with their ids. Weakly consistent; costs in
     /// proportion to the most entries of that shard at one time.
     pub fn for_each_connection_of(&self, shard: u16, mut each: impl FnMut(Id<'_>, &Entry<L>)) {
+        let _: ControlFlow<()> = self.try_for_each_connection_of(shard, |id, entry| {
+            each(id, entry);
+            ControlFlow::Continue(())
+        });
+    }
+
+    /// As [`Self::for_each_connection_of`], until `each` breaks.
+    pub fn try_for_each_connection_of<B>(
+        &self,
+        shard: u16,
+        mut each: impl FnMut(Id<'_>, &Entry<L>) -> ControlFlow<B>,
+    ) -> ControlFlow<B> {
         let guard = self.connections.guard();
         for (slot, hash) in self.shards[usize::from(shard)].slots.iter() {
             let location = Location {
@@ -304,9 +330,10 @@ where
             };
             let place = Located { hash, location };
             if let Some((key, connection)) = self.connections.get_key_value(&place, &guard) {
-                each(self.id_of(key), &connection.entry);
+                each(self.id_of(key), &connection.entry)?;
             }
         }
+        ControlFlow::Continue(())
     }
 
     /// Gives `each` the address of every entry of one shard, in all namespaces. Weakly consistent;
