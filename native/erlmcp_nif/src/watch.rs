@@ -24,7 +24,11 @@
 //! found behind after `DOWN`, that one must go.
 //!
 //! * Removing: whoever took the entry out empties the word and puts the watch into the pool; then
-//!   looks at `DOWN`, and if it is set drops the process's pool, as `down` does after setting it.
+//!   looks at `DOWN`, and if it is set takes one watch from the pool, as `down` does after setting it.
+//!
+//! After each watch that is put into the pool of a process that ends, one is taken from it, either by
+//! the one who put it there or by its `down`. An attempt that fails has found the pool empty, so no
+//! watch stays in it, and each call frees one watch however many there are.
 
 use std::ffi::c_void;
 use std::mem::ManuallyDrop;
@@ -70,7 +74,7 @@ impl Resource for WatchResource {
             registry.remove_leased(&location, |held| held.watch.is(self));
             release(registry);
         }
-        drop_pool(immediate::word(pid.encode(env)));
+        drain_pool(immediate::word(pid.encode(env)));
         // SAFETY: the reference that `Watch::start` left for us. The VM holds another one while
         // this callback runs.
         unsafe { enif_release_resource(resource_of(NonNull::from(self))) };
@@ -86,8 +90,16 @@ fn pools() -> &'static Pools {
     POOLS.get_or_init(Box::default)
 }
 
-fn drop_pool(pid: u64) {
-    pools().remove(&pid, &pools().guard());
+/// Takes a watch from the pool of a process that has ended, and the pool from the table if it is
+/// empty. Who is putting another one into it just then loses nothing: it goes with the pool.
+fn drain_pool(pid: u64) {
+    let guard = pools().guard();
+    if let Some(pool) = pools().get(&pid, &guard) {
+        drop(pool.pop());
+        if pool.is_empty() {
+            pools().remove(&pid, &guard);
+        }
+    }
 }
 
 // ---- Watches ----
@@ -187,7 +199,7 @@ impl Watch {
             .get_or_insert_with(pid, Arc::default, &pools().guard())
             .push(self.clone());
         if self.has_ended() {
-            drop_pool(pid);
+            drain_pool(pid);
         }
     }
 }
