@@ -70,12 +70,13 @@ pub enum LimitsError {
     TooManyChanges,
 }
 
+const MAX_CAPACITY: u64 = (1 << 32) - 1;
 const MAX_FILL_NS: f64 = (1u64 << 53) as f64;
 
 impl Limits {
     /// Up to `capacity` tokens at once, and `rate_per_second` of them in the long run.
     pub fn new(capacity: u64, rate_per_second: f64) -> Result<Self, LimitsError> {
-        if !(1..1 << 32).contains(&capacity) {
+        if !(1..=MAX_CAPACITY).contains(&capacity) {
             return Err(LimitsError::Capacity(capacity));
         }
         if !(1.0 / 3600.0..=1e9).contains(&rate_per_second) {
@@ -361,7 +362,7 @@ impl Terms {
 pub struct Level(AtomicU64);
 
 impl Level {
-    /// A full bucket.
+    /// A full bucket under the first terms.
     #[allow(clippy::new_without_default)]
     pub fn full() -> Self {
         Self(AtomicU64::new(0))
@@ -409,12 +410,22 @@ pub struct Limiter {
 impl Limiter {
     /// With these limits; `None` for no limits.
     pub fn new(limits: Option<Limits>, clock: &impl Clock) -> Self {
-        let terms = Terms::new(limits.unwrap_or_default(), clock.now_ns());
+        // So much that a full bucket is full under whatever limits come first.
+        let first = limits.unwrap_or(Limits {
+            capacity: MAX_CAPACITY,
+            rate_per_second: 1e9,
+        });
+        let terms = Terms::new(first, clock.now_ns());
         Self {
             is_off: AtomicBool::new(limits.is_none()),
             scale: SeqLock::new(terms.scale.words()),
             terms: Snapshot::new(terms),
         }
+    }
+
+    /// A bucket that is full under the present terms.
+    pub(crate) fn full(&self) -> Level {
+        Level(AtomicU64::new(self.terms.read(|terms| terms.scale.base)))
     }
 
     /// Whether there are no limits. One load.

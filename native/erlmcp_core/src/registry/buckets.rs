@@ -92,6 +92,11 @@ impl Buckets {
         self.in_use.load(Ordering::Relaxed) > ENFORCED
     }
 
+    /// The full bucket of a new entry.
+    pub(super) fn full(&self) -> Level {
+        self.shared.full()
+    }
+
     #[inline]
     pub(super) fn take(
         &self,
@@ -191,7 +196,7 @@ impl Buckets {
                     mark
                 }
                 EntryLimits::Shared => {
-                    let fresh = Level::full();
+                    let fresh = self.full();
                     if let Some(limits) = self.shared.limits() {
                         spend(limits, tokens, |n| {
                             self.shared.take(&fresh, clock, n).map(|_| ())

@@ -10,7 +10,6 @@ use super::group::{Attempt, Binding, Decision, From, Group};
 use super::{Entry, Id, Location, Namespace, Registry};
 use crate::error::RegisterError;
 use crate::sync::Ordering;
-use crate::token_bucket::Level;
 
 impl<L> Registry<L>
 where
@@ -59,7 +58,7 @@ where
                 let guard = self.connections.guard();
                 let connection = Connection {
                     entry,
-                    level: Level::full(),
+                    level: self.buckets.full(),
                 };
                 self.connections
                     .try_insert(Key::new(id, location), connection, &guard)
@@ -131,7 +130,7 @@ where
             let transport = Transport {
                 entry: entry.clone(),
                 binding: attempt.clone().map_or(Binding::Unbound, Binding::Pending),
-                level: Arc::new(Level::full()),
+                level: Arc::new(self.buckets.full()),
             };
             let key = Key::new(id, location);
             if let Err(occupied) = self.transports.try_insert(key, transport, &guard) {

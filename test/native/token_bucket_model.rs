@@ -1,0 +1,580 @@
+//! Token buckets against ideal ones in exact arithmetic: random histories of takings, of a clock
+//! that goes on by nanoseconds and by years and back again, and of changes of the limits.
+//!
+//! A rate is a float, so a whole multiple of 2^-64, and a time is a whole number of nanoseconds.
+//! Counted in 2^-64 of a billionth, all tokens are whole numbers of 128 bits: nothing here is
+//! rounded. Takes some seconds in release.
+#![cfg(not(loom))]
+
+use erlmcp_core::clock::{Clock, FakeClock};
+use erlmcp_core::registry::{self, EntryLimits, Namespace, Registry};
+use erlmcp_core::token_bucket::{Limits, LimitsError, MAX_PAST, Refused, TokenBucket};
+use proptest::prelude::*;
+
+/// One token.
+const ONE: i128 = 1_000_000_000 << 64;
+
+const SECOND: u64 = 1_000_000_000;
+const YEAR: u64 = 31_557_600 * SECOND;
+
+/// What a bucket gets a nanosecond.
+fn per_ns(limits: Limits) -> i128 {
+    let scaled = limits.rate_per_second() * 2f64.powi(64);
+    assert_eq!(scaled.fract(), 0.0);
+    scaled as i128
+}
+
+fn tokens(n: u64) -> i128 {
+    i128::from(n).checked_mul(ONE).unwrap()
+}
+
+/// The bucket of the definition: it loses what is taken, gets `rate` a second, and holds `capacity`
+/// at most. A clock that goes back takes the refill of that time away again, down to the moment
+/// at which the limits began.
+#[derive(Debug, Clone, Copy)]
+struct Ideal {
+    limits: Limits,
+    since: u64,
+    at: u64,
+    held: i128,
+}
+
+impl Ideal {
+    fn holding(held: i128, limits: Limits, now: u64) -> Self {
+        Self {
+            limits,
+            since: now,
+            at: now,
+            held: held.clamp(0, tokens(limits.capacity())),
+        }
+    }
+
+    /// Below zero after a clock has gone back.
+    fn held(&self, now: u64) -> i128 {
+        let (now, full) = (now.max(self.since), tokens(self.limits.capacity()));
+        let refill = per_ns(self.limits).checked_mul(i128::from(now.abs_diff(self.at)));
+        if now >= self.at {
+            let held = refill.and_then(|refill| refill.checked_add(self.held));
+            held.map_or(full, |held| held.min(full))
+        } else {
+            refill.map_or(i128::MIN, |refill| self.held - refill)
+        }
+    }
+
+    fn take(&mut self, n: u64, now: u64) {
+        self.held = (self.held(now) - tokens(n)).max(0);
+        self.at = now.max(self.since);
+    }
+
+    fn changed(&self, limits: Limits, now: u64) -> Self {
+        Self::holding(self.held(now), limits, now)
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Amount {
+    Exactly(u64),
+    /// Of the capacity, in 1,000ths.
+    Share(u64),
+    Beyond(u64),
+}
+
+impl Amount {
+    fn of(self, capacity: u64) -> u64 {
+        match self {
+            Self::Exactly(n) => n,
+            Self::Share(share) => capacity * share / 1000,
+            Self::Beyond(by) => capacity.saturating_add(by),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Step {
+    Take(Amount),
+    Advance(u64),
+    /// By so many tokens' worth of time, and some nanoseconds more or less.
+    Refill(Amount, i64),
+    Back(u64),
+    /// Until the last taking that was refused would not be.
+    WaitAsTold,
+    Change(Option<Limits>),
+}
+
+/// From 1 to 2^bits, every magnitude as likely as any other.
+fn magnitudes(bits: u32) -> impl Strategy<Value = u64> {
+    (0..bits).prop_flat_map(|bit| 1u64 << bit..=1 << (bit + 1))
+}
+
+fn rates() -> impl Strategy<Value = f64> {
+    let lowest = (1.0f64 / 3600.0).ln();
+    let highest = 1e9f64.ln();
+    prop_oneof![
+        6 => (0.0..=1.0f64).prop_map(move |x| (lowest + x * (highest - lowest)).exp()),
+        2 => (1..=1_000_000_000u64).prop_map(|n| n as f64),
+        1 => prop::sample::select(vec![
+            1.0 / 3600.0, 0.1, 1.0 / 3.0, 1.0, 3.0, 10_000.0, 65_536.0,
+            5e8f64.next_down(), 5e8, 999_999_999.5, 1e9f64.next_down(), 1e9,
+        ]),
+    ]
+    .prop_map(|rate| rate.clamp(1.0 / 3600.0, 1e9))
+}
+
+fn limits() -> impl Strategy<Value = Limits> {
+    let capacities = prop_oneof![8 => magnitudes(32), 1 => Just(1), 1 => Just(u64::MAX)];
+    (rates(), capacities).prop_map(|(rate, capacity)| {
+        // As much as is filled in 2^53 ns.
+        let most = (rate * 9_007_199.0) as u64;
+        Limits::new(capacity.min(most).min((1 << 32) - 1), rate).unwrap()
+    })
+}
+
+fn amounts() -> impl Strategy<Value = Amount> {
+    prop_oneof![
+        1 => Just(Amount::Exactly(0)),
+        3 => Just(Amount::Exactly(1)),
+        3 => magnitudes(32).prop_map(Amount::Exactly),
+        6 => (1..1000u64).prop_map(Amount::Share),
+        2 => Just(Amount::Share(1000)),
+        1 => Just(Amount::Beyond(1)),
+        1 => Just(Amount::Beyond(u64::MAX)),
+    ]
+}
+
+fn steps(back_ns: u32, changes: u32) -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        12 => amounts().prop_map(Step::Take),
+        4 => magnitudes(61).prop_map(Step::Advance),
+        6 => (amounts(), -3..4i64).prop_map(|(amount, ns)| Step::Refill(amount, ns)),
+        2 => magnitudes(back_ns).prop_map(Step::Back),
+        4 => Just(Step::WaitAsTold),
+        changes => prop::option::weighted(0.8, limits()).prop_map(Step::Change),
+    ];
+    prop::collection::vec(step, 1..100)
+}
+
+/// A bucket and the ideal ones on either side of it.
+struct History {
+    clock: FakeClock,
+    start: u64,
+    latest: u64,
+    bucket: TokenBucket,
+    is_off: bool,
+    /// It never holds more than this.
+    most: Option<Ideal>,
+    /// It holds this less what is lost to rounding.
+    least: Option<Ideal>,
+    /// What changes may have lost to rounding.
+    lost: i128,
+    /// Terms since the bucket was last taken from.
+    untouched: Vec<Ideal>,
+    /// What was taken, and when, under the present limits.
+    taken: Vec<(u64, u64)>,
+    refused: Option<(u64, u64)>,
+}
+
+impl History {
+    fn new(start: u64, limits: Option<Limits>) -> Self {
+        let clock = FakeClock::at_ns(start);
+        let bucket = TokenBucket::new(limits, &clock);
+        let full = limits.map(|l| Ideal::holding(i128::MAX, l, start));
+        Self {
+            clock,
+            start,
+            latest: start,
+            bucket,
+            is_off: limits.is_none(),
+            most: full,
+            least: full,
+            lost: 0,
+            untouched: Vec::new(),
+            taken: Vec::new(),
+            refused: None,
+        }
+    }
+
+    fn now(&self) -> u64 {
+        self.clock.now_ns()
+    }
+
+    fn set_clock(&mut self, to: u64) {
+        let to = to.min(self.start.saturating_add(100 * YEAR));
+        self.clock.set_ns(to);
+        self.latest = self.latest.max(to);
+    }
+
+    fn capacity(&self) -> u64 {
+        self.most.map_or(1000, |ideal| ideal.limits.capacity())
+    }
+
+    fn step(&mut self, step: Step, furthest_back: u64) {
+        match step {
+            Step::Take(amount) => self.take(amount.of(self.capacity())),
+            Step::Advance(by) => self.set_clock(self.now().saturating_add(by)),
+            Step::Refill(amount, ns) => {
+                let rate = self
+                    .most
+                    .map_or(1.0, |ideal| ideal.limits.rate_per_second());
+                let n = amount.of(self.capacity()).min(1 << 32);
+                let by = (n as f64 / rate * 1e9) as u64;
+                self.set_clock(self.now().saturating_add(by).saturating_add_signed(ns));
+            }
+            Step::Back(by) => {
+                let lowest = self.latest.saturating_sub(furthest_back);
+                self.set_clock(self.now().saturating_sub(by).max(lowest));
+            }
+            Step::WaitAsTold => self.wait_as_told(),
+            Step::Change(limits) => self.change(limits),
+        }
+        let expected = self.most.filter(|_| !self.is_off).map(|ideal| ideal.limits);
+        assert_eq!(self.bucket.limits(), expected);
+    }
+
+    fn take(&mut self, n: u64) {
+        self.refused = None;
+        let now = self.now();
+        let result = self.bucket.take(&self.clock, n);
+        let (Some(most), Some(least), false) = (&mut self.most, &mut self.least, self.is_off)
+        else {
+            assert_eq!(result, Ok(None));
+            return;
+        };
+        let per_ns = per_ns(most.limits);
+        match result {
+            Err(Refused::ExceedsCapacity) => assert!(n > most.limits.capacity()),
+            _ if n > most.limits.capacity() => panic!("{n} taken at once: {result:?}"),
+            Ok(None) => panic!("no limits"),
+            Ok(Some(left)) => {
+                if n > 0 {
+                    assert!(most.held(now) >= tokens(n), "more was taken than there was");
+                    most.take(n, now);
+                    least.take(n, now);
+                    self.untouched.clear();
+                    self.taken.push((now, n));
+                }
+                // What is left is told as it will be a nanosecond later.
+                let after = most.held(now).max(0);
+                assert!(tokens(left) <= after + per_ns, "told {left} of {after}");
+                let after = least.held(now);
+                assert!(after < tokens(left) + ONE + per_ns + self.lost);
+            }
+            Err(Refused::RateLimited { wait_ns }) => {
+                assert!(n > 0 && wait_ns > 0);
+                let enough = tokens(n) + ONE + self.lost;
+                assert!(least.held(now) < enough, "refused with a token to spare");
+                // Three nanoseconds before that, not even the ideal bucket would give them.
+                let before = now.saturating_add(wait_ns.saturating_sub(3));
+                let enough = tokens(n) + self.lost;
+                assert!(
+                    before <= now.max(least.since) || least.held(before) < enough,
+                    "has to wait too long"
+                );
+                self.refused = Some((n, now.saturating_add(wait_ns)));
+            }
+        }
+    }
+
+    fn wait_as_told(&mut self) {
+        let Some((n, until)) = self.refused else {
+            return;
+        };
+        if until > self.start.saturating_add(100 * YEAR) {
+            return;
+        }
+        self.set_clock(until - 1);
+        let early = self.bucket.take(&self.clock, n);
+        assert_eq!(early, Err(Refused::RateLimited { wait_ns: 1 }));
+        self.set_clock(until);
+        let taken = self.taken.len();
+        self.take(n);
+        assert_eq!(self.taken.len(), taken + 1, "waited in vain");
+    }
+
+    fn change(&mut self, limits: Option<Limits>) {
+        self.refused = None;
+        self.bucket.set_limits(limits, &self.clock).unwrap();
+        self.is_off = limits.is_none();
+        let Some(limits) = limits else {
+            return;
+        };
+        self.check_windows();
+        self.taken.clear();
+        let now = self.now();
+        let (Some(most), Some(least)) = (self.most, self.least) else {
+            // No limits so far, which is terms like others.
+            self.most = Some(Ideal::holding(i128::MAX, limits, now));
+            self.least = self.most;
+            self.untouched.extend(self.most);
+            return;
+        };
+        self.lost += 2 * (per_ns(most.limits) + per_ns(limits));
+        self.most = Some(most.changed(limits, now));
+        self.least = Some(least.changed(limits, now));
+        self.untouched.push(least);
+        if self.untouched.len() > MAX_PAST {
+            // A bucket of longer ago counts as one that was empty when the oldest terms began.
+            self.untouched.remove(0);
+            let oldest = self.untouched[0];
+            let mut held = Ideal::holding(0, oldest.limits, oldest.since);
+            for next in &self.untouched[1..] {
+                held = held.changed(next.limits, next.since);
+            }
+            self.least = Some(held.changed(limits, now));
+        }
+    }
+
+    /// In every window, whatever takings it begins and ends with.
+    fn check_windows(&self) {
+        let Some(ideal) = self.most else {
+            return;
+        };
+        let per_ns = per_ns(ideal.limits);
+        // Common factors of both sides, so that sums of takings fit.
+        let shift = per_ns.trailing_zeros().min(64);
+        let (one, per_ns) = (ONE >> shift, per_ns >> shift);
+        for (first, (began, _)) in self.taken.iter().enumerate() {
+            let mut sum = 0;
+            for (ended, n) in &self.taken[first..] {
+                sum += i128::from(*n);
+                let beyond = (sum - i128::from(ideal.limits.capacity())).checked_mul(one);
+                let refill = per_ns.checked_mul(i128::from(ended.saturating_sub(*began)));
+                assert!(beyond.unwrap() <= refill.unwrap(), "more than the bucket's");
+            }
+        }
+    }
+}
+
+fn run(start: u64, limits: Option<Limits>, steps: Vec<Step>, furthest_back: u64) {
+    let mut history = History::new(start, limits);
+    for step in steps {
+        history.step(step, furthest_back);
+    }
+    history.check_windows();
+}
+
+fn config() -> ProptestConfig {
+    ProptestConfig {
+        cases: if cfg!(miri) { 2 } else { 5_000 },
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    }
+}
+
+proptest! {
+    #![proptest_config(config())]
+
+    #[test]
+    fn takes_what_an_ideal_bucket_would(
+        start in prop_oneof![Just(0), magnitudes(61)],
+        limits in limits(),
+        steps in steps(55, 0),
+    ) {
+        run(start, Some(limits), steps, u64::MAX);
+    }
+
+    /// Terms tell clocks apart that differ by less than 2^34 units, eight seconds at least.
+    #[test]
+    fn keeps_its_tokens_when_limits_change(
+        start in prop_oneof![Just(0), magnitudes(50)],
+        limits in prop::option::weighted(0.8, limits()),
+        steps in prop_oneof![steps(33, 6), steps(33, 90)],
+    ) {
+        run(start, limits, steps, 8 * SECOND);
+    }
+
+    /// A hundred years of takings, at any moment of which the bucket is as exact as at the first.
+    #[test]
+    fn is_as_exact_after_a_hundred_years(
+        limits in limits(),
+        years in prop::collection::vec(1..30u64, 1..5),
+        steps in steps(33, 0),
+    ) {
+        let mut history = History::new(0, Some(limits));
+        for years in years {
+            history.take(1);
+            history.set_clock((history.now() + years * YEAR).min(99 * YEAR));
+        }
+        for step in steps {
+            history.step(step, u64::MAX);
+        }
+        history.check_windows();
+    }
+}
+
+/// Far more changes than are remembered, each one followed by a taking of all there is.
+#[test]
+fn limits_may_change_any_number_of_times() {
+    let changes = if cfg!(miri) { 20 } else { 300_000 };
+    let all = [
+        Limits::new(1000, 10_000.0).unwrap(),
+        Limits::new(7, 0.3).unwrap(),
+        Limits::new(50_000, 1e9).unwrap(),
+    ];
+    let mut history = History::new(0, Some(all[0]));
+    for n in 0..changes {
+        history.set_clock(history.now() + 700_000);
+        history.change(Some(all[n % all.len()]));
+        for bit in (0..16).rev() {
+            history.take(1 << bit);
+        }
+    }
+}
+
+/// A bucket that has no limits and then gets some is full, and so is a new one.
+#[test]
+fn a_bucket_without_limits_lacks_nothing() {
+    let clock = FakeClock::at_ns(5);
+    let bucket = TokenBucket::new(None, &clock);
+    assert_eq!(bucket.take(&clock, u64::MAX), Ok(None));
+    assert_eq!(bucket.limits(), None);
+    let limits = Limits::new(100, 0.001).unwrap();
+    bucket.set_limits(Some(limits), &clock).unwrap();
+    assert_eq!(bucket.take(&clock, 100), Ok(Some(0)));
+    // While it is off again, it is refilled as before.
+    bucket.set_limits(None, &clock).unwrap();
+    assert_eq!(bucket.take(&clock, 1000), Ok(None));
+    clock.advance_ns(5000 * SECOND);
+    bucket.set_limits(Some(limits), &clock).unwrap();
+    assert!(matches!(bucket.take(&clock, 0), Ok(Some(4 | 5))));
+}
+
+#[test]
+fn limits_name_what_is_wrong() {
+    for capacity in [0, 1 << 32, u64::MAX] {
+        let error = LimitsError::Capacity(capacity);
+        assert_eq!(Limits::new(capacity, 1.0), Err(error));
+        assert!(error.to_string().contains(&capacity.to_string()));
+    }
+    let lowest = 1.0f64 / 3600.0;
+    let rates = [
+        0.0,
+        -0.0,
+        -1.0,
+        lowest.next_down(),
+        1e9f64.next_up(),
+        f64::INFINITY,
+        f64::NEG_INFINITY,
+        f64::MIN_POSITIVE,
+    ];
+    for rate in rates {
+        assert_eq!(Limits::new(1, rate), Err(LimitsError::RatePerSecond(rate)));
+    }
+    let nan = Limits::new(1, f64::NAN);
+    assert!(matches!(nan, Err(LimitsError::RatePerSecond(rate)) if rate.is_nan()));
+    let days_104 = (1u64 << 53) / SECOND;
+    assert!(Limits::new(days_104, 1.0).is_ok());
+    let slow = Limits::new(days_104 + 1, 1.0);
+    assert_eq!(slow, Err(LimitsError::TooSlowToFill));
+    for (capacity, rate) in [(1, lowest), (1, 1e9), ((1 << 32) - 1, 1e9)] {
+        let limits = Limits::new(capacity, rate).unwrap();
+        assert_eq!(limits.capacity(), capacity);
+        assert_eq!(limits.rate_per_second(), rate);
+    }
+}
+
+/// What cannot be changed any more stays as it is, and goes on working.
+#[test]
+fn changes_come_to_an_end_with_an_error() {
+    let clock = FakeClock::at_ns(0);
+    let limits = Limits::new(9_000_000, 1.0).unwrap();
+    let bucket = TokenBucket::new(Some(limits), &clock);
+    let other = Limits::new(9_000_000, 1.5).unwrap();
+    let mut changes = 0u64;
+    let error = loop {
+        match bucket.set_limits(Some(if changes % 2 == 0 { other } else { limits }), &clock) {
+            Ok(()) => changes += 1,
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error, LimitsError::TooManyChanges);
+    assert!(changes > 100);
+    let held = bucket.limits();
+    assert_eq!(held, Some(if changes % 2 == 0 { limits } else { other }));
+    let Ok(Some(before)) = bucket.take(&clock, 0) else {
+        panic!("no tokens");
+    };
+    clock.advance_ns(100 * YEAR);
+    assert_eq!(bucket.take(&clock, 9_000_000), Ok(Some(0)));
+    assert!(before <= 9_000_000);
+    assert!(matches!(
+        bucket.take(&clock, 1),
+        Err(Refused::RateLimited { .. })
+    ));
+}
+
+// ---- Buckets of a registry's entries ----
+
+fn registry(clock: &FakeClock) -> Registry<u64> {
+    Registry::new(registry::Limits::new(1, 100, 100).unwrap(), clock)
+}
+
+fn register(registry: &Registry<u64>, namespace: Namespace, id: &[u8]) {
+    let id = registry.id(0, id);
+    registry
+        .register(namespace, id, 0, 1, None, |_| 1)
+        .expect("a new id");
+}
+
+/// Takings are of a transport; connections are the same.
+fn take(registry: &Registry<u64>, id: &[u8], n: u64, clock: &FakeClock) -> Option<u64> {
+    let id = registry.id(0, id);
+    let left = registry.take_tokens(Namespace::Transport, &id, n, clock);
+    left.ok().map(|left| left.unwrap_or(u64::MAX))
+}
+
+/// However often the limits of all have been changed before.
+#[test]
+fn a_new_entry_has_a_full_bucket() {
+    let clock = FakeClock::at_ns(7);
+    let registry = registry(&clock);
+    register(&registry, Namespace::Transport, b"before");
+    let slow = |capacity| Limits::new(capacity, 0.001).unwrap();
+    for n in 0..20u8 {
+        let limits = slow(100 + u64::from(n));
+        registry.set_limits(Some(limits), &clock).unwrap();
+        for namespace in [Namespace::Transport, Namespace::Connection] {
+            let bytes = [n];
+            register(&registry, namespace, &bytes);
+            let id = registry.id(0, &bytes);
+            let left = registry.take_tokens(namespace, &id, 60, &clock);
+            assert_eq!(left, Ok(Some(40 + u64::from(n))));
+        }
+        if n == 0 {
+            assert_eq!(take(&registry, b"before", 50, &clock), Some(50));
+        }
+        clock.advance_ns(1);
+    }
+}
+
+/// From the limits of all to its own, to others of its own, and back. An exchange may cost a token
+/// and the fraction of one.
+#[test]
+fn an_entry_keeps_its_tokens_when_its_limits_change() {
+    let clock = FakeClock::at_ns(7);
+    let registry = registry(&clock);
+    register(&registry, Namespace::Transport, b"a");
+    let slow = |capacity| Limits::new(capacity, 0.001).unwrap();
+    let id = registry.id(0, b"a");
+    let set = |limits| registry.set_entry_limits(Namespace::Transport, &id, limits, &clock);
+    let own = |capacity| EntryLimits::Own(Some(slow(capacity)));
+    let held = || take(&registry, b"a", 0, &clock).unwrap();
+    registry.set_limits(Some(slow(1000)), &clock).unwrap();
+    assert_eq!(take(&registry, b"a", 400, &clock), Some(600));
+    set(own(5000)).unwrap();
+    assert!((598..=600).contains(&held()));
+    set(own(200)).unwrap();
+    assert_eq!(held(), 200);
+    set(own(5000)).unwrap();
+    assert!((198..=200).contains(&held()));
+    registry.set_limits(Some(slow(2000)), &clock).unwrap();
+    set(EntryLimits::Shared).unwrap();
+    assert!((196..=200).contains(&held()));
+    set(EntryLimits::Own(None)).unwrap();
+    assert_eq!(held(), u64::MAX);
+    assert_eq!(take(&registry, b"a", 1 << 40, &clock), Some(u64::MAX));
+    set(own(3)).unwrap();
+    assert_eq!(take(&registry, b"a", 4, &clock), None);
+    assert_eq!(take(&registry, b"b", 1, &clock), None);
+    let state = registry.bucket_state(Namespace::Transport, &id, &clock);
+    assert_eq!(state.unwrap().limits, Some(slow(3)));
+}
