@@ -219,9 +219,23 @@ impl Admission {
     }
 
     fn credit(&self, began: u64, queued: u64, is_last: bool) -> Sampled {
-        let threshold = self.threshold.load(Ordering::Relaxed);
+        let mut has_recovered = false;
+        loop {
+            let threshold = self.threshold.load(Ordering::Relaxed);
+            let mut sampled = self.credit_up_to(threshold, began, queued, is_last);
+            has_recovered |= sampled.has_recovered;
+            // The threshold is changed before the limit: of two threads, the one who exchanges the
+            // limit last sees both thresholds here.
+            if self.threshold.load(Ordering::Relaxed) == threshold {
+                sampled.has_recovered = has_recovered;
+                return sampled;
+            }
+        }
+    }
+
+    fn credit_up_to(&self, threshold: u64, began: u64, queued: u64, is_last: bool) -> Sampled {
         if threshold == OFF {
-            self.limit.store(OFF, Ordering::Relaxed);
+            self.limit.swap(OFF, Ordering::AcqRel);
             return Sampled {
                 has_recovered: self.is_overloaded.swap(false, Ordering::Relaxed),
                 is_used_up: false,
@@ -229,9 +243,9 @@ impl Admission {
         }
         let limit = began.saturating_sub(queued).saturating_add(threshold);
         let left = limit.saturating_sub(began);
-        let sample_at = began + if is_last { 1 } else { left / 2 };
+        let sample_at = began + if is_last { 1 } else { (left / 2).max(1) };
         self.sample_at.store(sample_at, Ordering::Relaxed);
-        self.limit.store(limit, Ordering::Relaxed);
+        self.limit.swap(limit, Ordering::AcqRel);
         // A change of the word that callers count in: one who counts later sees `sample_at`, and
         // one who counted before is seen here. So somebody knows when it is reached.
         let admitted = self.admitted.fetch_add(0, Ordering::AcqRel);
@@ -289,11 +303,13 @@ impl Admission {
 
     /// Changes the threshold. The next message asks for a sample.
     pub fn set_threshold(&self, threshold: Option<u64>) {
-        let began = self.begin_sample();
-        let queued = self.depth();
+        let (mut began, mut queued) = (self.begin_sample(), self.depth());
         self.threshold
             .store(threshold.unwrap_or(OFF), Ordering::Relaxed);
-        self.credit(began, queued, true);
+        // Those who were admitted meanwhile may not have asked.
+        while self.credit(began, queued, true).is_used_up {
+            (began, queued) = (self.begin_sample(), self.depth());
+        }
     }
 
     /// Messages admitted so far.
