@@ -5,7 +5,7 @@
 //! bucket is in the map of own buckets, under the number in the mark, or the entry has been taken
 //! out ([`GONE`]). Marks are set and taken back by an exchange of the word, so nothing that was
 //! taken from the bucket at the same time is lost; but a taking that overlaps the exchange of *own*
-//! limits for others may count under those before.
+//! limits for those of all may count under those before.
 
 use std::sync::Arc;
 
@@ -104,16 +104,23 @@ impl Buckets {
         clock: &impl Clock,
         tokens: u64,
     ) -> Result<Option<u64>, Refused> {
-        if level.word().load(Ordering::Acquire) < OWN {
-            match self.shared.take(level, clock, tokens) {
+        loop {
+            let word = level.word().load(Ordering::Acquire);
+            if word < OWN {
+                let taken = self.shared.take(level, clock, tokens);
                 // The mark may have been set just now. It reads as a level that is far ahead.
-                Err(Refused::RateLimited { .. }) if level.word().load(Ordering::Acquire) >= OWN => {
+                let may_be_mark = tokens == 0 || matches!(taken, Err(Refused::RateLimited { .. }));
+                if !may_be_mark || level.word().load(Ordering::Acquire) < OWN {
+                    return taken;
                 }
-                taken => return taken,
+            }
+            match self.of_own(level, |bucket| bucket.take(clock, tokens)) {
+                Some(taken) => return taken,
+                None if level.word().load(Ordering::Acquire) == GONE => return Ok(None),
+                // It shares limits again.
+                None => {}
             }
         }
-        self.of_own(level, |bucket| bucket.take(clock, tokens))
-            .unwrap_or(Ok(None))
     }
 
     /// Takes one token, or none: whether there was one.
@@ -161,9 +168,13 @@ impl Buckets {
     fn set_shared(&self, limits: Option<Limits>, clock: &impl Clock) -> Result<(), LimitsError> {
         self.shared.set_limits(limits, clock)?;
         if limits.is_some() {
-            self.in_use.fetch_or(SHARED_LIMITS, Ordering::Relaxed);
+            self.in_use.fetch_or(SHARED_LIMITS, Ordering::Release);
         } else {
-            self.in_use.fetch_and(!SHARED_LIMITS, Ordering::Relaxed);
+            self.in_use.fetch_and(!SHARED_LIMITS, Ordering::Acquire);
+            // Another thread may have set limits before this.
+            if !self.shared.is_off() {
+                self.in_use.fetch_or(SHARED_LIMITS, Ordering::Relaxed);
+            }
         }
         Ok(())
     }
@@ -181,6 +192,11 @@ impl Buckets {
             let held = level.word().load(Ordering::Acquire);
             if held == GONE {
                 return Err(BucketError::NotFound);
+            }
+            if let (EntryLimits::Own(limits), Some(bucket)) = (limits, self.own.get(&held, &guard))
+                && bucket.set_limits(limits, clock).is_ok()
+            {
+                return Ok(());
             }
             let tokens = self.state(level, clock).tokens;
             let next = match limits {
