@@ -578,3 +578,22 @@ fn an_entry_keeps_its_tokens_when_its_limits_change() {
     let state = registry.bucket_state(Namespace::Transport, &id, &clock);
     assert_eq!(state.unwrap().limits, Some(slow(3)));
 }
+
+/// What is empty holds no tokens, also when the clock has gone back, which is not the same as none
+/// for want of limits.
+#[test]
+fn an_empty_bucket_holds_nothing() {
+    let clock = FakeClock::at_ns(5 * SECOND);
+    let registry = registry(&clock);
+    register(&registry, Namespace::Transport, b"a");
+    let limits = Limits::new(10, 1.0).unwrap();
+    registry.set_limits(Some(limits), &clock).unwrap();
+    assert_eq!(take(&registry, b"a", 10, &clock), Some(0));
+    let id = registry.id(0, b"a");
+    for now in [5, 4, 0] {
+        clock.set_ns(now * SECOND);
+        assert_eq!(take(&registry, b"a", 0, &clock), Some(0));
+        let state = registry.bucket_state(Namespace::Transport, &id, &clock);
+        assert_eq!(state.unwrap().tokens, Some(0));
+    }
+}

@@ -66,7 +66,7 @@ pub enum LimitsError {
     /// The bucket would take longer than 2^53 ns, some 104 days, from empty to full.
     TooSlowToFill,
     /// The limits have been changed so often that no position is left to begin at. With a bucket
-    /// that fills within a minute that takes more than a hundred million changes.
+    /// that fills within a minute that takes more than fifty million changes.
     TooManyChanges,
 }
 
@@ -225,17 +225,24 @@ impl Scale {
         let ahead = next - position;
         match (self.capacity_units() + 1).checked_sub(ahead) {
             // The unit again: what is left is told as it will be a nanosecond later.
-            Some(left) if left > 0 => Ok((next, left >> self.token_bits)),
+            Some(left) if left > 0 || tokens == 0 => Ok((next, left >> self.token_bits)),
+            _ if word - position > self.capacity_units() + 1 => {
+                Err(Shortage::Displaced(next - self.capacity_units()))
+            }
             _ => Err(Shortage::Until(next - self.capacity_units())),
         }
     }
 
-    fn refused(&self, shortage: Shortage, now_ns: u64) -> Refused {
+    /// What a shortage means to the one who wanted `tokens`.
+    fn told(&self, shortage: Shortage, now_ns: u64, tokens: u64) -> Result<u64, Refused> {
         match shortage {
-            Shortage::Forever => Refused::ExceedsCapacity,
-            Shortage::Until(position) => Refused::RateLimited {
-                wait_ns: self.reached_ns(position).saturating_sub(now_ns),
-            },
+            Shortage::Forever => Err(Refused::ExceedsCapacity),
+            Shortage::Displaced(_) if tokens == 0 => Ok(0),
+            Shortage::Until(position) | Shortage::Displaced(position) => {
+                Err(Refused::RateLimited {
+                    wait_ns: self.reached_ns(position).saturating_sub(now_ns),
+                })
+            }
         }
     }
 
@@ -253,6 +260,9 @@ impl Scale {
 enum Shortage {
     /// There is enough at this position.
     Until(u64),
+    /// As [`Self::Until`]. The word is further ahead than any taking at this moment has left it: it
+    /// was written under later terms, or the clock has gone back.
+    Displaced(u64),
     /// There is never enough.
     Forever,
 }
@@ -370,14 +380,18 @@ impl Level {
 
     /// Takes tokens, or none. Returns how many are left.
     pub fn take(&self, terms: &Terms, now_ns: u64, tokens: u64) -> Result<u64, Refused> {
+        let taken = self.try_take(terms, now_ns, tokens);
+        taken.or_else(|shortage| terms.scale.told(shortage, now_ns, tokens))
+    }
+
+    fn try_take(&self, terms: &Terms, now_ns: u64, tokens: u64) -> Result<u64, Shortage> {
         self.exchange(|word| terms.scale.take(terms.current(word), now_ns, tokens))
-            .map_err(|shortage| terms.scale.refused(shortage, now_ns))
     }
 
     /// Exchanges the word for what `next` makes of it, and returns the other thing that it gives.
     #[inline]
     fn exchange<E>(&self, next: impl Fn(u64) -> Result<(u64, u64), E>) -> Result<u64, E> {
-        let mut held = self.0.load(Ordering::Relaxed);
+        let mut held = self.0.load(Ordering::Acquire);
         loop {
             let (next, left) = next(held)?;
             if next == held {
@@ -385,7 +399,8 @@ impl Level {
             }
             match self
                 .0
-                .compare_exchange_weak(held, next, Ordering::Relaxed, Ordering::Relaxed)
+                // Release: who reads the word sees the terms that it was written under.
+                .compare_exchange_weak(held, next, Ordering::Release, Ordering::Acquire)
             {
                 Ok(_) => return Ok(left),
                 Err(changed) => held = changed,
@@ -431,7 +446,7 @@ impl Limiter {
     /// Whether there are no limits. One load.
     #[inline]
     pub fn is_off(&self) -> bool {
-        self.is_off.load(Ordering::Relaxed)
+        self.is_off.load(Ordering::Acquire)
     }
 
     /// Takes tokens from a bucket that has these limits. Returns how many are left; `None` where
@@ -446,10 +461,12 @@ impl Limiter {
         if self.is_off() {
             return Ok(None);
         }
-        let explain = |scale: &Scale, shortage, now_ns| scale.refused(shortage, now_ns);
-        self.take_quickly(level, clock, tokens, explain)
-            .unwrap_or_else(|| self.take_slowly(level, clock, tokens))
-            .map(Some)
+        let now_ns = clock.now_ns();
+        match self.take_quickly(level, now_ns, tokens) {
+            Some(Ok(left)) => Ok(Some(left)),
+            Some(Err((scale, shortage))) => scale.told(shortage, now_ns, tokens).map(Some),
+            None => self.take_slowly(level, now_ns, tokens).map(Some),
+        }
     }
 
     /// Takes one token, or none: whether there was one. As [`Self::take`], but a refusal costs as
@@ -459,23 +476,24 @@ impl Limiter {
         if self.is_off() {
             return true;
         }
-        match self.take_quickly(level, clock, 1, |_, _, _| ()) {
+        let now_ns = clock.now_ns();
+        match self.take_quickly(level, now_ns, 1) {
             Some(taken) => taken.is_ok(),
-            None => self.take_slowly(level, clock, 1).is_ok(),
+            None => self.take_slowly(level, now_ns, 1).is_ok(),
         }
     }
 
-    /// `None` if the bucket's word is from former terms, or the terms are being changed.
+    /// `None` if the bucket's word is from other terms, or the terms are being changed. The clock is
+    /// read before the terms, so that a thread that sleeps between has not been under former terms
+    /// for longer than they were in force.
     #[inline(always)]
-    fn take_quickly<E>(
+    fn take_quickly(
         &self,
         level: &Level,
-        clock: &impl Clock,
+        now_ns: u64,
         tokens: u64,
-        explain: impl FnOnce(&Scale, Shortage, u64) -> E,
-    ) -> Option<Result<u64, E>> {
+    ) -> Option<Result<u64, (Scale, Shortage)>> {
         let scale = Scale::from_words(self.scale.read()?);
-        let now_ns = clock.now_ns();
         let taken = level.exchange(|word| {
             if word < scale.base {
                 return Err(None);
@@ -484,15 +502,24 @@ impl Limiter {
         });
         match taken {
             Ok(left) => Some(Ok(left)),
-            Err(Some(shortage)) => Some(Err(explain(&scale, shortage, now_ns))),
-            Err(None) => None,
+            Err(None | Some(Shortage::Displaced(_))) => None,
+            Err(Some(shortage)) => Some(Err((scale, shortage))),
         }
     }
 
     #[cold]
-    fn take_slowly(&self, level: &Level, clock: &impl Clock, tokens: u64) -> Result<u64, Refused> {
-        self.terms
-            .read(|terms| level.take(terms, clock.now_ns(), tokens))
+    fn take_slowly(&self, level: &Level, now_ns: u64, tokens: u64) -> Result<u64, Refused> {
+        loop {
+            let (taken, scale) = self
+                .terms
+                .read(|terms| (level.try_take(terms, now_ns, tokens), terms.scale));
+            match taken {
+                // The word was written under later terms, which we see as we have seen the word.
+                Err(Shortage::Displaced(_))
+                    if self.terms.read(|terms| terms.scale.base) != scale.base => {}
+                taken => return taken.or_else(|shortage| scale.told(shortage, now_ns, tokens)),
+            }
+        }
     }
 
     /// The limits; `None` if there are none.
