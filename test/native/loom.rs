@@ -8,10 +8,14 @@
 //! which takes some seconds. Without `--cfg loom` there is nothing in here.
 #![cfg(loom)]
 
+use erlmcp_core::admission::{Admission, Sampling};
+use erlmcp_core::circuit_breaker::{CircuitBreaker, Config, Permit, State};
+use erlmcp_core::clock::Clock;
 use erlmcp_core::gate::Gate;
 use erlmcp_core::registry::Decision;
 use erlmcp_core::seqlock::SeqLock;
 use erlmcp_core::slots::{OCCUPIED, Slots};
+use erlmcp_core::token_bucket::{Level, Limits, Terms, TokenBucket};
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, fence};
 use loom::thread;
@@ -245,4 +249,310 @@ fn seqlock_ends_valid_after_two_changes() {
         other.join().unwrap();
         assert_eq!(copied.read(), Some(2));
     });
+}
+
+/// A clock that stands still and is no atomic to loom.
+struct Still;
+
+impl Clock for Still {
+    fn now_ns(&self) -> u64 {
+        1_000_000_000
+    }
+}
+
+/// A token an hour, so that nothing is refilled.
+fn limits(capacity: u64) -> Limits {
+    Limits::new(capacity, 1.0 / 3600.0).unwrap()
+}
+
+/// Threads take from one bucket what it holds, and no more.
+#[test]
+fn a_bucket_gives_each_token_once() {
+    loom::model(|| {
+        let level = Arc::new(Level::full());
+        let take = {
+            let terms = Terms::new(limits(5), 0);
+            let level = Arc::clone(&level);
+            move |n| level.take(&terms, 0, n).map_or(0, |_| n)
+        };
+        let threads = [2, 3].map(|n| {
+            let take = take.clone();
+            thread::spawn(move || take(n))
+        });
+        let mine = take(1) + take(1);
+        let theirs: u64 = threads.map(|t| t.join().unwrap()).into_iter().sum();
+        // One of two or three tokens may have come too late for what was left.
+        assert!((3..=5).contains(&(mine + theirs)));
+        // Or a fraction less.
+        let left = level.take(&Terms::new(limits(5), 0), 0, 0).unwrap() + mine + theirs;
+        assert!((4..=5).contains(&left));
+    });
+}
+
+/// Threads that judge by former terms and by later ones: what was taken under the former ones stays
+/// taken, and no more is given than the bucket holds under either.
+#[test]
+fn a_bucket_is_converted_once() {
+    loom::model(|| {
+        let level = Arc::new(Level::full());
+        let former = Terms::new(limits(2), 0);
+        let later = former.changed(limits(3), 0).unwrap();
+        let threads = [(former, 1), (later.clone(), 2)].map(|(terms, n)| {
+            let level = Arc::clone(&level);
+            thread::spawn(move || level.take(&terms, 0, n).map_or(0, |_| n))
+        });
+        let mine = level.take(&later, 0, 1).map_or(0, |_| 1);
+        let theirs: u64 = threads.map(|t| t.join().unwrap()).into_iter().sum();
+        assert!((1..=2).contains(&(mine + theirs)), "{mine} and {theirs}");
+    });
+}
+
+/// A taking that overlaps a change of the limits is judged by the former or by the later ones: it
+/// is not refused where both would give it. Snapshots are no atomics to loom, but all words are.
+#[test]
+fn a_change_of_limits_refuses_nobody() {
+    loom::model(|| {
+        let bucket = Arc::new(TokenBucket::new(Some(limits(8)), &Still));
+        let threads = [1, 2].map(|n| {
+            let bucket = Arc::clone(&bucket);
+            thread::spawn(move || bucket.take(&Still, n).map(|_| ()))
+        });
+        bucket.set_limits(Some(limits(7)), &Still).unwrap();
+        let taken = bucket.take(&Still, 1);
+        assert!(matches!(taken, Ok(Some(_))), "{taken:?}");
+        for thread in threads {
+            assert_eq!(thread.join().unwrap(), Ok(()));
+        }
+        let left = bucket.take(&Still, 0).unwrap().unwrap();
+        // Four were taken of seven or eight, and a fraction is lost to rounding.
+        assert!((2..=4).contains(&left), "{left} left");
+    });
+}
+
+fn half_open(config: Config) -> Arc<CircuitBreaker> {
+    let config = Config {
+        timeout_ms: 0,
+        ..config
+    };
+    let circuit = CircuitBreaker::new(Some(config), &Still).unwrap();
+    circuit.force(true, &Still);
+    Arc::new(circuit)
+}
+
+/// Of callers who find an open circuit whose time is over, one makes it half open, and no more than
+/// `probe_limit` are let through.
+#[test]
+fn probes_are_bounded() {
+    loom::model(|| {
+        let circuit = half_open(Config {
+            probe_limit: 2,
+            ..Config::default()
+        });
+        let threads = [(); 2].map(|()| {
+            let circuit = Arc::clone(&circuit);
+            thread::spawn(move || circuit.check(&Still))
+        });
+        let mine = circuit.check(&Still);
+        let permits = threads.map(|t| t.join().unwrap());
+        let granted = || permits.iter().chain([&mine]).flatten();
+        assert_eq!(granted().count(), 2);
+        let first = Permit::Probe { is_first: true };
+        assert_eq!(granted().filter(|permit| **permit == first).count(), 1);
+        assert_eq!(circuit.stats(&Still).probes, 2);
+    });
+}
+
+/// A place is free again when its probe is answered, and not before: the probes under way are never
+/// more than `probe_limit`.
+#[test]
+fn an_answer_frees_one_place() {
+    loom::model(|| {
+        let circuit = half_open(Config {
+            probe_limit: 1,
+            ..Config::default()
+        });
+        let is_under_way = Arc::new(AtomicBool::new(false));
+        let probe = {
+            let circuit = Arc::clone(&circuit);
+            move |succeeds| {
+                if circuit.check(&Still).is_err() {
+                    return 0;
+                }
+                assert!(!is_under_way.swap(true, Ordering::AcqRel), "two probes");
+                is_under_way.store(false, Ordering::Release);
+                if succeeds {
+                    circuit.record_success(&Still);
+                } else {
+                    circuit.release_probe();
+                }
+                1
+            }
+        };
+        let other = {
+            let probe = probe.clone();
+            thread::spawn(move || probe(true))
+        };
+        let probes = probe(false) + probe(false) + other.join().unwrap();
+        assert!(probes >= 1);
+        assert_eq!(circuit.stats(&Still).probes, 0);
+    });
+}
+
+/// A success that closes the circuit and a failure that opens it, of two probes: each change is told
+/// to the one who made it, and what was told last is how it stands.
+#[test]
+fn each_change_of_a_circuit_is_told_once() {
+    loom::model(|| {
+        let circuit = half_open(Config {
+            success_threshold: 1,
+            failure_threshold: 1,
+            ..Config::default()
+        });
+        for _ in 0..3 {
+            circuit.check(&Still).unwrap();
+        }
+        let threads = [(); 2].map(|()| {
+            let circuit = Arc::clone(&circuit);
+            thread::spawn(move || circuit.record_success(&Still))
+        });
+        let has_opened = circuit.record_failure(&Still);
+        let closings = threads.map(|t| t.join().unwrap());
+        let closings = closings
+            .into_iter()
+            .filter(|has_closed| *has_closed)
+            .count();
+        // A failure opens what is half open, and what is closed again as well.
+        assert!(has_opened);
+        assert!(closings <= 1, "closed twice");
+        assert_eq!(circuit.state(), State::Open);
+    });
+}
+
+/// Of as many failures as the threshold one opens the circuit.
+#[test]
+fn one_of_too_many_failures_opens() {
+    loom::model(|| {
+        let config = Config {
+            failure_threshold: 3,
+            ..Config::default()
+        };
+        let circuit = Arc::new(CircuitBreaker::new(Some(config), &Still).unwrap());
+        let threads = [(); 2].map(|()| {
+            let circuit = Arc::clone(&circuit);
+            thread::spawn(move || circuit.record_failure(&Still))
+        });
+        let mine = circuit.record_failure(&Still);
+        let theirs = threads.map(|t| t.join().unwrap());
+        let openings = theirs.into_iter().chain([mine]).filter(|opened| *opened);
+        assert_eq!(openings.count(), 1);
+        assert_eq!(circuit.state(), State::Open);
+    });
+}
+
+/// A shard with room for so many messages, whose next sample is far off.
+fn shard(threshold: u64) -> Arc<Admission> {
+    let admission = Admission::new();
+    admission.set_threshold(Some(threshold));
+    admission.sampled(admission.begin_sample(), 0, false, 0);
+    Arc::new(admission)
+}
+
+/// Whether a message was admitted, and whether its sender is to ask for a sample.
+fn route(admission: &Admission) -> Option<bool> {
+    let sampling = Sampling::new(100);
+    admission.check(&sampling, || 0).ok()?;
+    Some(admission.admit(|| 0).wants_sample)
+}
+
+/// The last sample for the time being, and messages at the same moment: if any came after it began,
+/// one of them is told to ask for the next one, or the sampler sees that it is due.
+#[test]
+fn no_wake_up_is_lost() {
+    loom::model(|| {
+        let admission = shard(100);
+        let threads = [(); 2].map(|()| {
+            let admission = Arc::clone(&admission);
+            thread::spawn(move || route(&admission))
+        });
+        let began = admission.begin_sample();
+        let sampled = admission.sampled(began, 0, true, 0);
+        let asked = threads.map(|t| t.join().unwrap() == Some(true));
+        let asked = asked.into_iter().filter(|asked| *asked).count();
+        assert!(asked <= 1, "asked twice");
+        let came = admission.begin_sample() - began;
+        assert_eq!(came > 0, asked == 1 || sampled.is_used_up);
+    });
+}
+
+/// The same while the threshold is changed, which makes the next message ask.
+#[test]
+fn a_new_threshold_loses_no_wake_up() {
+    loom::model(|| {
+        let admission = shard(100);
+        // As after the last sample for the time being: the next message asks.
+        admission.sampled(admission.begin_sample(), 0, true, 0);
+        let threads = [(); 2].map(|()| {
+            let admission = Arc::clone(&admission);
+            thread::spawn(move || route(&admission))
+        });
+        admission.set_threshold(Some(50));
+        let asked = threads.map(|t| t.join().unwrap() == Some(true));
+        let next = route(&admission) == Some(true);
+        assert!(next || asked.contains(&true), "nobody has asked");
+    });
+}
+
+/// Without another sample no more are admitted than there is room for, and one for each further
+/// caller that was between looking and counting. One of them enters overload.
+#[test]
+fn a_full_shard_admits_no_more() {
+    loom::model(|| {
+        let admission = shard(2);
+        let send = {
+            let admission = Arc::clone(&admission);
+            move || {
+                let sampling = Sampling::new(100);
+                let mut entered = 0;
+                for _ in 0..2 {
+                    match admission.check(&sampling, || 0) {
+                        Ok(()) => {
+                            admission.admit(|| 0);
+                        }
+                        Err(overloaded) => entered += usize::from(overloaded.has_entered),
+                    }
+                }
+                entered
+            }
+        };
+        let other = thread::spawn(send.clone());
+        let entered = send() + other.join().unwrap();
+        let admitted = admission.admitted();
+        assert!((2..=3).contains(&admitted), "{admitted} admitted");
+        assert_eq!(entered, usize::from(admission.is_overloaded()));
+        assert_eq!(admission.depth(), admitted);
+    });
+}
+
+/// A sample that ends while the threshold is changed does not bring the former one back.
+#[test]
+fn a_new_threshold_stays() {
+    for (former, later) in [(Some(9), Some(1)), (None, Some(1)), (Some(1), None)] {
+        loom::model(move || {
+            let admission = Arc::new(Admission::new());
+            admission.set_threshold(former);
+            admission.sampled(admission.begin_sample(), 0, false, 0);
+            let sampler = {
+                let admission = Arc::clone(&admission);
+                thread::spawn(move || {
+                    let began = admission.begin_sample();
+                    admission.sampled(began, 0, false, 0);
+                })
+            };
+            admission.set_threshold(later);
+            sampler.join().unwrap();
+            assert_eq!(admission.threshold(), later);
+            let admitted = (0..5).filter(|_| route(&admission).is_some()).count();
+            assert_eq!(admitted, if later.is_some() { 1 } else { 5 });
+        });
+    }
 }
