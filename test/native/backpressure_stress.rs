@@ -1,0 +1,708 @@
+//! Token buckets, admission control, circuit breaker and the guarded route under real contention,
+//! by the real clock. Each test asserts what must hold and that threads did get into each other's
+//! way; otherwise it proves nothing.
+//!
+//! Takes about ten seconds on two cores in release.
+#![cfg(not(loom))]
+
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use erlmcp_core::admission::{Admission, Sampling};
+use erlmcp_core::circuit_breaker::{CircuitBreaker, Config, Permit, State};
+use erlmcp_core::clock::{Clock, FakeClock, TscClock};
+use erlmcp_core::registry::{
+    self, BucketError, Charged, EntryLimits, Events, Namespace, Refusal, Registry,
+};
+use erlmcp_core::token_bucket::{Limits, Refused, TokenBucket};
+
+const THREADS: usize = 8;
+const TRIALS: usize = if cfg!(miri) { 1 } else { 100 };
+const ROUNDS: u64 = if cfg!(miri) { 20 } else { 20_000 };
+/// How long tests go on that have no count of their own.
+const TIME: Duration = Duration::from_millis(if cfg!(miri) { 20 } else { 1500 });
+
+/// Runs `f` on all threads at once, and `beside` on this one until they are done.
+fn on_threads<R: Send>(f: impl Fn(usize) -> R + Sync, mut beside: impl FnMut()) -> Vec<R> {
+    let (barrier, running) = (Barrier::new(THREADS), AtomicUsize::new(THREADS));
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..THREADS)
+            .map(|n| {
+                let (f, barrier, running) = (&f, &barrier, &running);
+                scope.spawn(move || {
+                    barrier.wait();
+                    // Counted down also when an assertion has failed.
+                    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| f(n)));
+                    running.fetch_sub(1, Ordering::AcqRel);
+                    result
+                })
+            })
+            .collect();
+        while running.load(Ordering::Acquire) > 0 {
+            beside();
+            thread::yield_now();
+        }
+        let results = threads.into_iter().map(|t| t.join().unwrap());
+        results
+            .map(|result| result.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
+    })
+}
+
+fn limits(capacity: u64, rate_per_second: f64) -> Limits {
+    Limits::new(capacity, rate_per_second).unwrap()
+}
+
+// ---- Token buckets ----
+
+/// Takes one token after the other until the bucket has refused so many times. Returns the tokens
+/// taken, and how often the one before was taken by another thread.
+fn empty(
+    bucket: &TokenBucket,
+    clock: &TscClock,
+    refusals: u64,
+    me: usize,
+    latest: &AtomicUsize,
+) -> (u64, u64) {
+    let (mut taken, mut refused, mut crossed) = (0, 0, 0);
+    while refused < refusals {
+        if bucket.take(clock, 1).is_ok() {
+            taken += 1;
+            crossed += u64::from(latest.swap(me, Ordering::Relaxed) != me);
+        } else {
+            refused += 1;
+        }
+    }
+    (taken, crossed)
+}
+
+fn sums(counts: Vec<(u64, u64)>) -> (u64, u64) {
+    counts
+        .into_iter()
+        .fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1))
+}
+
+#[test]
+fn a_bucket_is_never_overdrawn() {
+    let clock = TscClock::new();
+    let mut trials_crossed = 0;
+    for trial in 0..TRIALS {
+        // Every other one is refilled as fast as it is emptied.
+        let limits = limits(200_000, if trial % 2 == 0 { 1000.0 } else { 3_000_000.7 });
+        let bucket = TokenBucket::new(Some(limits), &clock);
+        let began = clock.now_ns();
+        let latest = AtomicUsize::new(0);
+        let counts = on_threads(|n| empty(&bucket, &clock, 200, n, &latest), || ());
+        let (taken, crossed) = sums(counts);
+        let seconds = (clock.now_ns() - began) as f64 / 1e9;
+        let most = limits.capacity() as f64 + limits.rate_per_second() * seconds;
+        assert!(taken as f64 <= most, "{taken} of {most}");
+        assert!(taken >= 199_999, "only {taken}");
+        trials_crossed += usize::from(crossed > THREADS as u64);
+    }
+    if !cfg!(miri) {
+        assert!(trials_crossed >= TRIALS / 4, "no contention");
+    }
+}
+
+/// Whatever limits are in force, no more than under the largest of them.
+#[test]
+fn a_bucket_is_not_overdrawn_while_its_limits_change() {
+    let clock = TscClock::new();
+    let all = [
+        limits(3000, 1000.0),
+        limits(5000, 1e6),
+        limits(2, 0.5),
+        limits(4999, 999_999.5),
+    ];
+    let (mut changes, mut crossed) = (0, 0);
+    for _ in 0..TRIALS.div_ceil(10) {
+        let bucket = TokenBucket::new(Some(all[1]), &clock);
+        let (began, latest) = (clock.now_ns(), AtomicUsize::new(0));
+        let counts = on_threads(
+            |n| empty(&bucket, &clock, ROUNDS * 20, n, &latest),
+            || {
+                bucket.set_limits(Some(all[changes % 4]), &clock).unwrap();
+                changes += 1;
+                thread::sleep(Duration::from_micros(changes as u64 % 7 * 100));
+            },
+        );
+        let sums = sums(counts);
+        let seconds = (clock.now_ns() - began) as f64 / 1e9;
+        let most = 5000.0 + 1e6 * seconds;
+        assert!(sums.0 as f64 <= most, "{} of {most}", sums.0);
+        crossed += sums.1;
+    }
+    if !cfg!(miri) {
+        assert!(changes > 40, "{changes} changes");
+        assert!(crossed > 10 * THREADS as u64, "no contention: {crossed}");
+    }
+}
+
+/// Nobody is refused what the limits before and after a change would both give, and a bucket that
+/// holds something never looks empty.
+#[test]
+fn a_change_of_limits_refuses_nobody() {
+    let clock = TscClock::new();
+    let most = (1 << 32) - 1;
+    let all = [
+        limits(most, 1e9),
+        limits(most - 1, 0.9e9),
+        limits(most, 7e8),
+    ];
+    let bucket = TokenBucket::new(Some(all[0]), &clock);
+    let mut changes = 0;
+    let counts = on_threads(
+        |_| {
+            let mut changed = 0;
+            for round in 0..ROUNDS * 10 {
+                let taken = bucket.take(&clock, round % 2);
+                let left = taken.expect("not refused").expect("limits");
+                assert!(left > most / 2, "{left} left");
+                changed += u64::from(bucket.limits() != Some(all[0]));
+            }
+            changed
+        },
+        || {
+            let next = all[changes % all.len()];
+            bucket.set_limits(Some(next), &clock).unwrap();
+            // Of buckets that nobody takes from, only some changes are remembered.
+            bucket.take(&clock, 1).expect("not refused");
+            changes += 1;
+        },
+    );
+    if !cfg!(miri) {
+        assert!(
+            counts.iter().sum::<u64>() > 0 && changes > 3,
+            "no contention"
+        );
+    }
+}
+
+// ---- Buckets of entries ----
+
+fn registry(clock: &impl Clock) -> Registry<u64> {
+    Registry::new(registry::Limits::new(4, 1 << 16, 100).unwrap(), clock)
+}
+
+fn register(registry: &Registry<u64>, namespace: Namespace, bytes: &[u8], address: u64) -> bool {
+    let shard = (address % 4) as u16;
+    let id = registry.id(0, bytes);
+    registry
+        .register(namespace, id, shard, address, None, |_| address)
+        .is_ok()
+}
+
+/// An entry whose limits are exchanged for those of all and back always has some.
+#[test]
+fn an_entry_is_never_without_limits() {
+    let clock = TscClock::new();
+    let registry = registry(&clock);
+    registry.set_limits(Some(limits(5, 1.0)), &clock).unwrap();
+    register(&registry, Namespace::Connection, b"a", 1);
+    let id = registry.id(0, b"a");
+    let (namespace, done) = (Namespace::Connection, AtomicBool::new(false));
+    let mut changes = 0u64;
+    let started = Instant::now();
+    let refusals = on_threads(
+        |n| {
+            let mut refusals = 0u64;
+            while !done.load(Ordering::Relaxed) {
+                match registry.take_tokens(namespace, &id, (n % 2) as u64, &clock) {
+                    Ok(left) => assert!(left.is_some(), "no limits"),
+                    Err(BucketError::Refused(Refused::RateLimited { .. })) => refusals += 1,
+                    Err(error) => panic!("{error:?}"),
+                }
+            }
+            refusals
+        },
+        || {
+            for limits in [EntryLimits::Own(Some(limits(7, 1.0))), EntryLimits::Shared] {
+                let changed = registry.set_entry_limits(namespace, &id, limits, &clock);
+                changed.unwrap();
+            }
+            changes += 1;
+            done.store(started.elapsed() > TIME / 2, Ordering::Relaxed);
+        },
+    );
+    if !cfg!(miri) {
+        assert!(
+            refusals.into_iter().sum::<u64>() > 0 && changes > 10,
+            "no contention"
+        );
+    }
+}
+
+/// Two who change the limits of all at the same time: what is in force is what is enforced.
+#[test]
+fn limits_that_are_set_are_in_use() {
+    let clock = FakeClock::at_ns(0);
+    let registry = registry(&clock);
+    let (mut on, mut off) = (0, 0);
+    for _ in 0..ROUNDS.div_ceil(40) {
+        on_threads(
+            |n| {
+                let limits = (n % 2 == 0).then(|| limits(1, 1.0));
+                registry.set_limits(limits, &clock).unwrap();
+            },
+            || (),
+        );
+        match registry.shared_limits() {
+            None => off += 1,
+            Some(_) => {
+                assert!(registry.has_token_buckets(), "limits are not enforced");
+                on += 1;
+            }
+        }
+    }
+    if !cfg!(miri) {
+        assert!(on > 0 && off > 0, "no contention");
+    }
+}
+
+// ---- Circuit breaker ----
+
+#[test]
+fn probes_under_way_are_bounded() {
+    let clock = FakeClock::at_ns(0);
+    let config = Config {
+        probe_limit: 3,
+        success_threshold: 1000,
+        timeout_ms: 10,
+        ..Config::default()
+    };
+    let (mut refused, most) = (0, AtomicU64::new(0));
+    for _ in 0..TRIALS {
+        let circuit = CircuitBreaker::new(Some(config), &clock).unwrap();
+        assert!(circuit.force(true, &clock));
+        clock.advance_ns(10_000_000);
+        let under_way = AtomicU64::new(0);
+        let told = on_threads(
+            |n| {
+                let (mut half_opened, mut closed, mut refused) = (0, 0, 0);
+                for turn in n.. {
+                    let permit = match circuit.check(&clock) {
+                        Ok(Permit::Free) => break,
+                        Ok(permit) => permit,
+                        Err(_) => {
+                            refused += 1;
+                            thread::yield_now();
+                            continue;
+                        }
+                    };
+                    half_opened += u64::from(permit == Permit::Probe { is_first: true });
+                    let probes = under_way.fetch_add(1, Ordering::AcqRel) + 1;
+                    assert!(probes <= 3, "{probes} probes under way");
+                    most.fetch_max(probes, Ordering::Relaxed);
+                    thread::yield_now();
+                    under_way.fetch_sub(1, Ordering::AcqRel);
+                    if turn % 4 == 0 {
+                        circuit.release_probe();
+                    } else {
+                        closed += u64::from(circuit.record_success(&clock));
+                    }
+                }
+                (half_opened, closed, refused)
+            },
+            || (),
+        );
+        assert_eq!(told.iter().map(|told| told.0).sum::<u64>(), 1);
+        assert_eq!(told.iter().map(|told| told.1).sum::<u64>(), 1);
+        assert_eq!(circuit.stats(&clock).state, State::Closed);
+        refused += told.iter().map(|told| told.2).sum::<u64>();
+    }
+    if !cfg!(miri) {
+        assert!(refused > 0 && most.into_inner() == 3, "no contention");
+    }
+}
+
+/// Each opening is told to the one whose failure it was, and none to nobody.
+#[test]
+fn one_failure_opens_the_circuit() {
+    let clock = FakeClock::at_ns(0);
+    let mut openers = [0; THREADS];
+    for _ in 0..TRIALS * 5 {
+        let circuit = CircuitBreaker::new(Some(Config::default()), &clock).unwrap();
+        let told = on_threads(
+            |_| (0..10).filter(|_| circuit.record_failure(&clock)).count(),
+            || (),
+        );
+        assert_eq!(told.iter().sum::<usize>(), 1);
+        assert_eq!(circuit.state(), State::Open);
+        for (opener, times) in openers.iter_mut().zip(told) {
+            *opener += times;
+        }
+    }
+    if !cfg!(miri) {
+        let threads = openers.iter().filter(|times| **times > 0).count();
+        assert!(threads > 1, "no contention");
+    }
+}
+
+/// Openings, closings and all else at random: whoever has made the circuit half open, closed or
+/// open is told, so that the changes that were told lead from one to the next.
+#[test]
+fn changes_that_are_told_add_up() {
+    let clock = TscClock::new();
+    let config = Config {
+        failure_threshold: 3,
+        success_threshold: 2,
+        timeout_ms: 0,
+        probe_limit: 2,
+        ..Config::default()
+    };
+    let circuit = CircuitBreaker::new(Some(config), &clock).unwrap();
+    let told = on_threads(
+        |n| {
+            let (mut half_opened, mut closed, mut opened) = (0, 0, 0);
+            for round in 0..ROUNDS {
+                if (round + n as u64) % 5 < 2 {
+                    opened += i64::from(circuit.record_failure(&clock));
+                } else if let Ok(Permit::Probe { is_first }) = circuit.check(&clock) {
+                    half_opened += i64::from(is_first);
+                    if round % 7 == 0 {
+                        thread::yield_now();
+                    }
+                    closed += i64::from(circuit.record_success(&clock));
+                }
+            }
+            (half_opened, closed, opened)
+        },
+        || (),
+    );
+    let (half_opened, closed, opened) = told
+        .into_iter()
+        .fold((0, 0, 0), |a, b| (a.0 + b.0, a.1 + b.1, a.2 + b.2));
+    // Closed is left by an opening alone, open by a probe alone, and half open by either: so as
+    // many openings as closings lead to and from closed, and all others from half open to open.
+    let (now_open, now_half_open) = match circuit.state() {
+        State::Open => (1, 0),
+        State::HalfOpen => (0, 1),
+        State::Closed | State::Off => (0, 0),
+    };
+    assert_eq!(opened - half_opened, now_open, "openings");
+    let from_half_open = half_opened - closed - now_half_open;
+    assert!(from_half_open >= 0 && from_half_open <= opened);
+    if !cfg!(miri) {
+        assert!(closed > 0 && from_half_open > 0, "no contention");
+    }
+}
+
+// ---- Admission control ----
+
+/// A shard whose receivers' mailboxes are one counter.
+struct Shard {
+    sampling: Sampling,
+    admission: Admission,
+    clock: TscClock,
+    queued: AtomicI64,
+    is_asked: AtomicBool,
+}
+
+const THRESHOLD: i64 = 500;
+
+impl Shard {
+    fn new() -> Self {
+        let shard = Self {
+            sampling: Sampling::new(600_000),
+            admission: Admission::new(),
+            clock: TscClock::new(),
+            queued: AtomicI64::new(0),
+            is_asked: AtomicBool::new(false),
+        };
+        shard.admission.set_threshold(Some(THRESHOLD as u64));
+        shard.sample(false);
+        shard
+    }
+
+    /// Takes a sample, and the next one if that is due at once.
+    fn sample(&self, is_last: bool) {
+        loop {
+            let began = self.admission.begin_sample();
+            let queued = self.queued.load(Ordering::Acquire);
+            let now_ms = self.clock.now_ms();
+            let sampled = self
+                .admission
+                .sampled(began, queued as u64, is_last, now_ms);
+            if !sampled.is_used_up {
+                return;
+            }
+        }
+    }
+
+    /// Sends a message if there is room. Returns how many are queued then.
+    fn send(&self) -> Option<i64> {
+        let now_ms = || self.clock.now_ms();
+        self.admission.check(&self.sampling, now_ms).ok()?;
+        if self.admission.admit(now_ms).wants_sample {
+            self.is_asked.store(true, Ordering::Release);
+        }
+        let queued = self.queued.fetch_add(1, Ordering::AcqRel) + 1;
+        // One for each caller between admission and sending when a sample began, and one for each
+        // that had looked at the count before it was at the limit.
+        let most = THRESHOLD + 2 * THREADS as i64;
+        assert!(queued <= most, "{queued} are queued");
+        Some(queued)
+    }
+
+    fn receive(&self) {
+        let some = |queued| (queued > 0).then(|| queued - 1);
+        let _ = self
+            .queued
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, some);
+    }
+}
+
+/// Receivers that now keep up and now stand still, and a sampler that samples all the time.
+#[test]
+fn a_shard_stops_at_its_threshold() {
+    let shard = Shard::new();
+    let started = Instant::now();
+    let refused = on_threads(
+        |n| {
+            let mut refused = 0u64;
+            while started.elapsed() < TIME {
+                let is_slow = started.elapsed().as_millis() / 50 % 2 == 0;
+                if n < 4 {
+                    refused += u64::from(shard.send().is_none());
+                } else if !is_slow {
+                    shard.receive();
+                }
+            }
+            refused
+        },
+        || shard.sample(false),
+    );
+    if !cfg!(miri) {
+        assert!(refused.into_iter().sum::<u64>() > 0, "no contention");
+        assert!(
+            shard.admission.admitted() > 2 * THRESHOLD as u64,
+            "stood still"
+        );
+    }
+    // Nobody receives any more: it is filled up to its threshold, and stays so.
+    while shard.send().is_some() {}
+    shard.sample(false);
+    while shard.send().is_some() {}
+    assert!(shard.queued.into_inner() >= THRESHOLD);
+    assert!(shard.admission.is_overloaded());
+}
+
+/// Nobody samples unless asked, and receivers take at once what they get: no refusal lasts.
+#[test]
+fn a_shard_that_keeps_up_is_never_refused_for_long() {
+    let shard = Shard::new();
+    shard.sample(true);
+    let (started, mut samples) = (Instant::now(), 0);
+    let last_sent = AtomicU64::new(shard.clock.now_ns());
+    let counts = on_threads(
+        |_| {
+            let (mut sent, mut refused, mut longest) = (0u64, 0u64, 0);
+            while started.elapsed() < TIME {
+                if shard.send().is_some() {
+                    shard.receive();
+                    let now = shard.clock.now_ns();
+                    let before = last_sent.swap(now, Ordering::AcqRel);
+                    longest = longest.max(now.saturating_sub(before));
+                    sent += 1;
+                } else {
+                    refused += 1;
+                    thread::sleep(Duration::from_micros(10));
+                }
+            }
+            (sent, refused, longest)
+        },
+        || {
+            if shard.is_asked.swap(false, Ordering::AcqRel) {
+                shard.sample(samples % 2 == 0);
+                samples += 1;
+            }
+        },
+    );
+    let since = shard.clock.now_ns() - last_sent.into_inner();
+    let longest = counts.iter().map(|count| count.2).fold(since, u64::max);
+    let sent: u64 = counts.iter().map(|count| count.0).sum();
+    if !cfg!(miri) {
+        let longest = Duration::from_nanos(longest);
+        assert!(longest < TIME / 2, "refused for {longest:?}");
+        let refused: u64 = counts.iter().map(|count| count.1).sum();
+        assert!(refused > 0 && samples > 10, "no contention");
+        assert!(sent > 10 * THRESHOLD as u64, "stood still");
+    }
+}
+
+/// As it is, and while the threshold changes: an overload is told once, and its end once.
+#[test]
+fn overloads_are_told_in_turn() {
+    let shard = Shard::new();
+    let (mut recoveries, started) = (0u64, Instant::now());
+    let entered: u64 = on_threads(
+        |_| {
+            let mut entered = 0;
+            while started.elapsed() < TIME / 3 {
+                let checked = shard.admission.check(&shard.sampling, || 0);
+                match checked {
+                    Ok(()) => {
+                        shard.admission.admit(|| 0);
+                    }
+                    Err(overloaded) => entered += u64::from(overloaded.has_entered),
+                }
+            }
+            entered
+        },
+        || {
+            let began = shard.admission.begin_sample();
+            let sampled = shard.admission.sampled(began, 0, false, 0);
+            recoveries += u64::from(sampled.has_recovered);
+        },
+    )
+    .into_iter()
+    .sum();
+    let is_overloaded = u64::from(shard.admission.is_overloaded());
+    assert_eq!(entered, recoveries + is_overloaded);
+    if !cfg!(miri) {
+        assert!(recoveries > 0, "no contention");
+    }
+}
+
+// ---- All layers ----
+
+/// Routes through all three layers while their settings change and entries come and go. Every
+/// address is the right one, what has limits of its own keeps to them, and in the end all is open.
+#[test]
+fn routes_go_right_while_everything_changes() {
+    let clock = TscClock::new();
+    let registry = registry(&clock);
+    registry.sampling().set_interval_ms(1);
+    let circuit = CircuitBreaker::new(Some(Config::default()), &clock).unwrap();
+    let names: Vec<[u8; 8]> = (0..64u64).map(u64::to_le_bytes).collect();
+    for (address, name) in (0..).zip(&names) {
+        assert!(register(&registry, Namespace::Connection, name, address));
+        assert!(register(&registry, Namespace::Transport, name, address));
+        assert!(register(&registry, Namespace::Server, name, address));
+    }
+    // Number 0 has limits of its own, and the test takes nothing else from it.
+    let own = limits(50, 1000.0);
+    let metered = registry.id(0, &names[0]);
+    let began = clock.now_ns();
+    registry
+        .set_entry_limits(
+            Namespace::Connection,
+            &metered,
+            EntryLimits::Own(Some(own)),
+            &clock,
+        )
+        .unwrap();
+    let (started, mut changes) = (Instant::now(), 0u64);
+    let counts = on_threads(
+        |thread| {
+            // Permitted on the metered connection, and each kind of refusal.
+            let mut counts = [0u64; 5];
+            for round in thread.. {
+                if started.elapsed() >= TIME {
+                    break;
+                }
+                // The last sixteen come and go.
+                let n = round * 7 % names.len();
+                let name = registry.id(0, &names[n]);
+                if n >= 48 && round % 3 == 0 {
+                    let namespace = Namespace::ALL[round % 5 % 3];
+                    if registry.remove(namespace, &name).is_none() {
+                        register(&registry, namespace, &names[n], n as u64);
+                    }
+                }
+                let (namespace, charged) = match round % 4 {
+                    0 => (Namespace::Server, Charged::Transport(name)),
+                    1 => (Namespace::Transport, Charged::Nobody),
+                    _ => (Namespace::Connection, Charged::Target),
+                };
+                let (target, n) = if round % 16 == 3 {
+                    (metered, 0)
+                } else {
+                    (name, n)
+                };
+                let mut events = Events::default();
+                let routed =
+                    registry.route(namespace, &target, charged, &circuit, &clock, &mut events);
+                match routed {
+                    Ok(address) => {
+                        assert_eq!(address, n as u64);
+                        counts[0] += u64::from(n == 0 && namespace == Namespace::Connection);
+                    }
+                    Err(Refusal::NotFound) => {
+                        assert!(n >= 48, "{n} was not found");
+                        counts[1] += 1;
+                    }
+                    Err(Refusal::CircuitOpen) => counts[2] += 1,
+                    Err(Refusal::ShardOverloaded) => counts[3] += 1,
+                    Err(Refusal::RateLimited) => counts[4] += 1,
+                }
+                for shard in [events.sample, events.overloaded].into_iter().flatten() {
+                    assert!(shard < 4);
+                }
+                if round % 1000 == 0 {
+                    circuit.record_failure(&clock);
+                }
+            }
+            counts
+        },
+        || {
+            changes += 1;
+            let shard = (changes % 4) as u16;
+            let admission = registry.admission(shard);
+            let sampled = admission.begin_sample();
+            admission.sampled(sampled, changes % 3, changes % 7 == 0, clock.now_ms());
+            let threshold = [Some(1), Some(20), Some(10_000), None][(changes / 8 % 4) as usize];
+            admission.set_threshold(threshold);
+            let shared = [Some(limits(5, 10.0)), Some(limits(1000, 1e6)), None];
+            let shared = shared[(changes / 16 % 3) as usize];
+            registry.set_limits(shared, &clock).unwrap();
+            let config = Config {
+                failure_threshold: 1 + changes as u32 % 3,
+                timeout_ms: changes % 3,
+                probe_limit: 1 + changes as u32 % 5,
+                success_threshold: 1 + changes as u32 % 4,
+                ..Config::default()
+            };
+            let config = (changes % 11 != 0).then_some(config);
+            if changes % 4 == 0 {
+                circuit.configure(config, &clock).unwrap();
+            }
+        },
+    );
+    let total = |kind: usize| counts.iter().map(|counts| counts[kind]).sum::<u64>();
+    let most = 50.0 + 1000.0 * (clock.now_ns() - began) as f64 / 1e9;
+    assert!(total(0) as f64 <= most, "{} of {most}", total(0));
+    if !cfg!(miri) {
+        let seen = (0..5).map(total).collect::<Vec<_>>();
+        assert!(changes > 100, "no contention: {changes} changes");
+        assert!(
+            seen.iter().all(|times| *times > 0),
+            "no contention: {seen:?}"
+        );
+    }
+    // All off: everything that is registered is reached.
+    circuit.configure(None, &clock).unwrap();
+    registry.set_limits(None, &clock).unwrap();
+    for shard in 0..4 {
+        registry.admission(shard).set_threshold(None);
+    }
+    for (n, name) in (1..48).zip(&names[1..]) {
+        let id = registry.id(0, name);
+        let mut events = Events::default();
+        for namespace in Namespace::ALL {
+            let routed = registry.route(
+                namespace,
+                &id,
+                Charged::Target,
+                &circuit,
+                &clock,
+                &mut events,
+            );
+            assert_eq!(routed, Ok(n));
+        }
+        assert!(!events.is_some());
+    }
+}
