@@ -1,0 +1,712 @@
+%%% Token buckets through erlmcp_token_bucket, and what routes take from them.
+%%%
+%%% The contract: in every window of time t at most capacity + rate * t tokens are taken, by however
+%%% many processes; a time to wait is enough, and no millisecond too long; limits change while
+%%% buckets are in use, and tokens that are held stay; limits of one's own go with the
+%%% registration; wrong arguments raise an error and change nothing.
+%%%
+%%% All runs on the default registry, with the application and without it.
+-module(token_bucket_SUITE).
+
+-include_lib("stdlib/include/assert.hrl").
+
+-export([all/0, suite/0, init_per_suite/1, end_per_suite/1]).
+-export([init_per_testcase/2, end_per_testcase/2]).
+
+-export([full_at_first_and_never_negative/1,
+         defaults_complete_limits/1,
+         nothing_and_more_than_capacity/1,
+         without_limits/1,
+         refilled_at_the_rate/1,
+         wait_time_is_honoured/1,
+         slow_bucket/1,
+         limits_of_a_bucket_change_live/1,
+         bucket_lives_as_long_as_its_reference/1,
+         bucket_of_an_entry/1,
+         namespaces_are_apart/1,
+         own_limits_and_default_again/1,
+         own_limits_go_with_the_entry/1,
+         references_that_are_no_buckets_are_ids/1,
+         unknown_ids/1,
+         routes_take_from_the_bucket/1,
+         shared_limits_change_live/1,
+         shared_limits_infinity/1,
+         wrong_tokens_change_nothing/1,
+         wrong_limits_change_nothing/1,
+         wrong_namespaces/1,
+         sixteen_processes_on_one_bucket/1,
+         sixteen_processes_on_one_connection/1,
+         limits_change_under_load/1]).
+
+-define(M,       erlmcp_token_bucket).
+-define(DEFAULT, #{capacity => 1000, rate_per_second => 10000}).
+%% One token an hour: tokens that come back do not disturb.
+-define(SLOW, 1 / 3600).
+
+
+suite() ->
+    [{timetrap, {minutes, 2}}].
+
+
+all() ->
+    [full_at_first_and_never_negative,
+     defaults_complete_limits,
+     nothing_and_more_than_capacity,
+     without_limits,
+     refilled_at_the_rate,
+     wait_time_is_honoured,
+     slow_bucket,
+     limits_of_a_bucket_change_live,
+     bucket_lives_as_long_as_its_reference,
+     bucket_of_an_entry,
+     namespaces_are_apart,
+     own_limits_and_default_again,
+     own_limits_go_with_the_entry,
+     references_that_are_no_buckets_are_ids,
+     unknown_ids,
+     routes_take_from_the_bucket,
+     shared_limits_change_live,
+     shared_limits_infinity,
+     wrong_tokens_change_nothing,
+     wrong_limits_change_nothing,
+     wrong_namespaces,
+     sixteen_processes_on_one_bucket,
+     sixteen_processes_on_one_connection,
+     limits_change_under_load].
+
+
+init_per_suite(Config) ->
+    none = erlmcp_nif:load_error(),
+    Config.
+
+
+end_per_suite(_Config) ->
+    ok.
+
+
+init_per_testcase(_Case, Config) ->
+    {ok, Registry} = gen_server:start({local, erlmcp_registry}, erlmcp_registry, [], []),
+    [{registry, Registry} | Config].
+
+
+end_per_testcase(_Case, Config) ->
+    ok = gen_server:stop(proplists:get_value(registry, Config)),
+    ok = application:unset_env(erlmcp_native, token_bucket),
+    ok = erlmcp_backpressure:configure(),
+    await(fun() -> erlmcp_shard_registry:count() =:= 0 end).
+
+
+%%% Buckets
+
+
+full_at_first_and_never_negative(_Config) ->
+    Bucket = ?M:new(#{capacity => 5, rate_per_second => ?SLOW}),
+    ?assertEqual(#{tokens => 5, capacity => 5, rate_per_second => ?SLOW}, ?M:get_state(Bucket)),
+    ?assertEqual({ok, 3}, ?M:consume(Bucket, 2)),
+    ?assertEqual({ok, 2}, ?M:consume_or_wait_time(Bucket, 1)),
+    ?assertEqual({error, rate_limited}, ?M:consume(Bucket, 3)),
+    %% What was refused has taken nothing.
+    ?assertEqual({ok, 0}, ?M:consume(Bucket, 2)),
+    ?assertEqual({error, rate_limited}, ?M:consume(Bucket, 1)),
+    ?assertMatch({error, {rate_limited, Ms}} when Ms > 0, ?M:consume_or_wait_time(Bucket, 1)),
+    ?assertMatch(#{tokens := 0}, ?M:get_state(Bucket)).
+
+
+defaults_complete_limits(_Config) ->
+    ?assertMatch(#{tokens := 1000, capacity := 1000, rate_per_second := 10000.0},
+                 ?M:get_state(?M:new(#{}))),
+    ?assertMatch(#{tokens := 7, capacity := 7, rate_per_second := 10000.0},
+                 ?M:get_state(?M:new(#{capacity => 7}))),
+    ?assertMatch(#{tokens := 1000, capacity := 1000, rate_per_second := 7.0},
+                 ?M:get_state(?M:new(#{rate_per_second => 7}))),
+    %% At the bounds.
+    _ = [ ?assertMatch(#{tokens := Capacity, capacity := Capacity},
+                       ?M:get_state(?M:new(#{capacity => Capacity, rate_per_second => Rate})))
+          || {Capacity, Rate} <- [{1, 1 / 3600}, {1, 1.0e9}, {(1 bsl 32) - 1, 1.0e9}, {(1 bsl 32) - 1, 477}] ],
+    ok.
+
+
+nothing_and_more_than_capacity(_Config) ->
+    Bucket = ?M:new(#{capacity => 5, rate_per_second => ?SLOW}),
+    ?assertEqual({ok, 5}, ?M:consume(Bucket, 0)),
+    ?assertEqual({ok, 5}, ?M:consume_or_wait_time(Bucket, 0)),
+    _ = [ begin
+              ?assertEqual({error, exceeds_capacity}, ?M:consume(Bucket, N)),
+              ?assertEqual({error, exceeds_capacity}, ?M:consume_or_wait_time(Bucket, N))
+          end || N <- more_than_five() ],
+    ?assertEqual({ok, 0}, ?M:consume(Bucket, 5)),
+    %% Nothing is there even in an empty one.
+    ?assertEqual({ok, 0}, ?M:consume(Bucket, 0)),
+    _ = [ ?assertEqual({error, exceeds_capacity}, ?M:consume(Bucket, N)) || N <- more_than_five() ],
+    ok.
+
+
+more_than_five() ->
+    [6, 1000, 1 bsl 32, (1 bsl 63) - 1, 1 bsl 63, (1 bsl 64) - 1, 1 bsl 64, 1 bsl 1000].
+
+
+without_limits(_Config) ->
+    Bucket = ?M:new(infinity),
+    Infinite = #{tokens => infinity, capacity => infinity, rate_per_second => infinity},
+    ?assertEqual(Infinite, ?M:get_state(Bucket)),
+    _ = [ begin
+              ?assertEqual({ok, infinity}, ?M:consume(Bucket, N)),
+              ?assertEqual({ok, infinity}, ?M:consume_or_wait_time(Bucket, N))
+          end || N <- [0, 1 | more_than_five()] ],
+    ?assertEqual(Infinite, ?M:get_state(Bucket)).
+
+
+refilled_at_the_rate(_Config) ->
+    Bucket = ?M:new(#{capacity => 1000, rate_per_second => 2000}),
+    {ok, 0} = ?M:consume(Bucket, 1000),
+    Emptied = now_us(),
+    timer:sleep(100),
+    Before = now_us(),
+    #{tokens := Tokens} = ?M:get_state(Bucket),
+    After = now_us(),
+    %% A token or two are held back for rounding.
+    ?assert(Tokens >= (Before - Emptied) * 2000 div 1_000_000 - 2, Tokens),
+    ?assert(Tokens =< (After - Emptied) * 2000 div 1_000_000 + 2, Tokens),
+    %% It does not run over.
+    timer:sleep(600),
+    ?assertMatch(#{tokens := 1000}, ?M:get_state(Bucket)),
+    ?assertEqual({ok, 999}, ?M:consume(Bucket, 1)).
+
+
+wait_time_is_honoured(_Config) ->
+    lists:foreach(
+      fun({Capacity, Rate, N}) ->
+              Bucket = ?M:new(#{capacity => Capacity, rate_per_second => Rate}),
+              {ok, 0} = ?M:consume(Bucket, Capacity),
+              {error, {rate_limited, WaitMs}} = ?M:consume_or_wait_time(Bucket, N),
+              ?assert(WaitMs =< ceil(N / Rate * 1000) + 1, {WaitMs, N, Rate}),
+              %% Asking costs nothing.
+              {error, {rate_limited, Again}} = ?M:consume_or_wait_time(Bucket, N),
+              ?assert(Again =< WaitMs),
+              Asked = now_us(),
+              timer:sleep(WaitMs div 2),
+              Halfway = ?M:consume_or_wait_time(Bucket, N),
+              %% Unless this process had to wait for a processor.
+              now_us() - Asked < (WaitMs - 1) * 1000 andalso
+              ?assertMatch({error, {rate_limited, Left}} when Left > 0, Halfway),
+              sleep_until(Asked + WaitMs * 1000),
+              case Halfway of
+                  {ok, _} -> ok;
+                  _ -> ?assertMatch({ok, _}, ?M:consume_or_wait_time(Bucket, N))
+              end
+      end,
+      [{1, 100, 1}, {10, 100, 10}, {100, 1000, 37}, {1000, 5000, 1000}, {3, 7.5, 1}, {50, 333.3, 50}]).
+
+
+slow_bucket(_Config) ->
+    Bucket = ?M:new(#{capacity => 1, rate_per_second => ?SLOW}),
+    {ok, 0} = ?M:consume(Bucket, 1),
+    {error, {rate_limited, WaitMs}} = ?M:consume_or_wait_time(Bucket, 1),
+    ?assert(WaitMs =< 3_600_000),
+    ?assert(WaitMs > 3_590_000).
+
+
+limits_of_a_bucket_change_live(_Config) ->
+    Bucket = ?M:new(#{capacity => 10, rate_per_second => ?SLOW}),
+    {ok, 7} = ?M:consume(Bucket, 3),
+    %% What it holds stays,
+    ok = ?M:set_limits(Bucket, #{capacity => 100, rate_per_second => ?SLOW}),
+    ?assertEqual(#{tokens => 7, capacity => 100, rate_per_second => ?SLOW}, ?M:get_state(Bucket)),
+    %% as far as there is room for it.
+    ok = ?M:set_limits(Bucket, #{capacity => 5, rate_per_second => ?SLOW}),
+    ?assertMatch(#{tokens := 5, capacity := 5}, ?M:get_state(Bucket)),
+    ok = ?M:set_limits(Bucket, infinity),
+    ?assertEqual({ok, infinity}, ?M:consume(Bucket, 1000)),
+    ok = ?M:set_limits(Bucket, #{capacity => 5, rate_per_second => 1000}),
+    timer:sleep(20),
+    ?assertMatch(#{tokens := 5}, ?M:get_state(Bucket)),
+    %% Keys that are not given have their defaults, as with new/1.
+    ok = ?M:set_limits(Bucket, #{rate_per_second => 1000}),
+    ?assertMatch(#{capacity := 1000, rate_per_second := 1000.0}, ?M:get_state(Bucket)),
+    %% Buckets are apart.
+    ?assertMatch(#{capacity := 1000, rate_per_second := 10000.0}, ?M:get_state(?M:new(#{}))).
+
+
+bucket_lives_as_long_as_its_reference(_Config) ->
+    Self = self(),
+    {Maker, Monitor} = spawn_monitor(fun() ->
+                                             Bucket = ?M:new(#{capacity => 5, rate_per_second => ?SLOW}),
+                                             {ok, 4} = ?M:consume(Bucket, 1),
+                                             Self ! {bucket, Bucket}
+                                     end),
+    receive {'DOWN', Monitor, process, Maker, normal} -> ok end,
+    receive {bucket, Bucket} -> ?assertEqual({ok, 3}, ?M:consume(Bucket, 1)) end,
+    %% Many, without a trace.
+    Before = erlang:memory(total),
+    _ = [ ?M:new(#{}) || _ <- lists:seq(1, 200_000) ],
+    garbage_collect(),
+    ?assert(erlang:memory(total) - Before < 10_000_000).
+
+
+%%% Buckets of entries
+
+
+bucket_of_an_entry(_Config) ->
+    ok = erlmcp_shard_registry:register_connection(c, self(), #{}),
+    ok = erlmcp_registry:register_transport(t, self(), #{}),
+    _ = [ begin
+              ?assertMatch(#{tokens := 1000, capacity := 1000, rate_per_second := 10000.0},
+                           ?M:get_state(NS, Id)),
+              ?assertEqual({ok, 400}, ?M:consume(NS, Id, 600)),
+              ?assertMatch({error, {rate_limited, Ms}} when Ms > 0 andalso Ms =< 60,
+                           ?M:consume_or_wait_time(NS, Id, 1000)),
+              ?assertEqual({error, exceeds_capacity}, ?M:consume(NS, Id, 1001)),
+              ?assertEqual({error, exceeds_capacity}, ?M:consume_or_wait_time(NS, Id, 1001))
+          end || {NS, Id} <- [{connection, c}, {transport, t}] ],
+    %% An id alone is a connection's.
+    ok = ?M:set_limits(c, #{capacity => 10, rate_per_second => ?SLOW}),
+    ?assertEqual({ok, 8}, ?M:consume(c, 2)),
+    ?assertEqual({ok, 7}, ?M:consume_or_wait_time(c, 1)),
+    ?assertEqual({ok, 6}, ?M:consume(connection, c, 1)),
+    ?assertEqual({ok, 5}, ?M:consume_or_wait_time(connection, c, 1)),
+    ?assertEqual(?M:get_state(connection, c), ?M:get_state(c)),
+    ?assertEqual(#{tokens => 5, capacity => 10, rate_per_second => ?SLOW}, ?M:get_state(c)),
+    ok = ?M:set_limits(connection, c, #{capacity => 3, rate_per_second => ?SLOW}),
+    ?assertMatch(#{tokens := 3}, ?M:get_state(c)),
+    ok = erlmcp_shard_registry:unregister_connection(c).
+
+
+%% The same id is a connection, a transport and a server, which has none.
+namespaces_are_apart(_Config) ->
+    ok = erlmcp_shard_registry:register_connection(x, self(), #{}),
+    ok = erlmcp_registry:register_transport(x, self(), #{}),
+    ok = erlmcp_registry:register_server(x, self(), #{}),
+    ok = ?M:set_limits(connection, x, #{capacity => 2, rate_per_second => ?SLOW}),
+    ok = ?M:set_limits(transport, x, #{capacity => 4, rate_per_second => ?SLOW}),
+    {ok, 1} = ?M:consume(connection, x, 1),
+    {ok, 1} = ?M:consume(transport, x, 3),
+    ?assertMatch(#{tokens := 1, capacity := 2}, ?M:get_state(connection, x)),
+    ?assertMatch(#{tokens := 1, capacity := 4}, ?M:get_state(transport, x)),
+    ok = ?M:set_limits(transport, x, default),
+    ?assertMatch(#{tokens := 1, capacity := 2}, ?M:get_state(x)),
+    ok = erlmcp_shard_registry:unregister_connection(x),
+    ?assertEqual({error, not_found}, ?M:get_state(x)),
+    ?assertMatch(#{capacity := 1000}, ?M:get_state(transport, x)).
+
+
+own_limits_and_default_again(_Config) ->
+    _ = [ ok = erlmcp_shard_registry:register_connection(Id, self(), #{}) || Id <- [own, other] ],
+    ok = ?M:set_limits(own, #{capacity => 3, rate_per_second => ?SLOW}),
+    ?assertEqual(#{tokens => 3, capacity => 3, rate_per_second => ?SLOW}, ?M:get_state(own)),
+    ?assertMatch(#{tokens := 1000, capacity := 1000}, ?M:get_state(other)),
+    {ok, 1} = ?M:consume(own, 2),
+    %% Tokens stay when limits of its own change, or go.
+    ok = ?M:set_limits(own, #{capacity => 50, rate_per_second => ?SLOW}),
+    ?assertMatch(#{tokens := 1, capacity := 50}, ?M:get_state(own)),
+    ok = erlmcp_backpressure:set(token_bucket, #{capacity => 20, rate_per_second => ?SLOW}),
+    %% Limits of its own are not those of the configuration.
+    ?assertMatch(#{tokens := 1, capacity := 50}, ?M:get_state(own)),
+    ok = ?M:set_limits(own, default),
+    ?assertEqual(#{tokens => 1, capacity => 20, rate_per_second => ?SLOW}, ?M:get_state(own)),
+    %% Again nothing happens.
+    ok = ?M:set_limits(own, default),
+    ?assertMatch(#{tokens := 1}, ?M:get_state(own)),
+    %% From then on it follows the configuration.
+    ok = erlmcp_backpressure:set(token_bucket, #{capacity => 30, rate_per_second => ?SLOW}),
+    ?assertMatch(#{tokens := 1, capacity := 30}, ?M:get_state(own)),
+    %% No limits at all.
+    ok = ?M:set_limits(own, infinity),
+    ?assertEqual(#{tokens => infinity, capacity => infinity, rate_per_second => infinity}, ?M:get_state(own)),
+    ?assertEqual({ok, infinity}, ?M:consume(own, 1_000_000)),
+    _ = [ ok = erlmcp_shard_registry:unregister_connection(Id) || Id <- [own, other] ],
+    ok.
+
+
+%% The next connection of that name begins with a full bucket and the limits of the configuration.
+own_limits_go_with_the_entry(_Config) ->
+    Strict = #{capacity => 2, rate_per_second => ?SLOW},
+    Ends = [{connection, fun(_Pid) -> erlmcp_shard_registry:unregister_connection(x) end},
+            {connection, fun(Pid) -> exit(Pid, kill) end},
+            {transport, fun(_Pid) -> erlmcp_registry:unregister_transport(x) end},
+            {transport, fun(Pid) -> exit(Pid, kill) end}],
+    lists:foreach(fun({NS, End}) ->
+                          Pid = process(),
+                          ok = register(NS, x, Pid),
+                          ok = ?M:set_limits(NS, x, Strict),
+                          {ok, 0} = ?M:consume(NS, x, 2),
+                          _ = End(Pid),
+                          await(fun() -> ?M:get_state(NS, x) =:= {error, not_found} end),
+                          ok = register(NS, x, self()),
+                          ?assertMatch(#{tokens := 1000, capacity := 1000, rate_per_second := 10000.0},
+                                       ?M:get_state(NS, x)),
+                          ?assertEqual({ok, 0}, ?M:consume(NS, x, 1000)),
+                          _ = erlmcp_registry:unregister_transport(x),
+                          ok = erlmcp_shard_registry:unregister_connection(x)
+                  end,
+                  Ends).
+
+
+references_that_are_no_buckets_are_ids(_Config) ->
+    References = [make_ref(),
+                  atomics:new(1, []),
+                  erlmcp_shard_registry:new(),
+                  erlang:alias(),
+                  ets:whereis(code)],
+    _ = [ begin
+              ?assertEqual({error, not_found}, ?M:consume(Ref, 1)),
+              ?assertEqual({error, not_found}, ?M:consume_or_wait_time(Ref, 1)),
+              ?assertEqual({error, not_found}, ?M:get_state(Ref)),
+              ?assertEqual({error, not_found}, ?M:set_limits(Ref, ?DEFAULT)),
+              ?assertEqual({error, not_found}, ?M:set_limits(Ref, default)),
+              ok = erlmcp_shard_registry:register_connection(Ref, self(), #{}),
+              ok = ?M:set_limits(Ref, #{capacity => 3, rate_per_second => ?SLOW}),
+              ?assertEqual({ok, 2}, ?M:consume(Ref, 1)),
+              ?assertEqual({ok, 1}, ?M:consume_or_wait_time(Ref, 1)),
+              ?assertMatch(#{tokens := 1}, ?M:get_state(Ref)),
+              ok = erlmcp_shard_registry:unregister_connection(Ref)
+          end || Ref <- References ],
+    %% A bucket is none, even if a connection has it for its id.
+    Bucket = ?M:new(#{capacity => 5, rate_per_second => ?SLOW}),
+    ok = erlmcp_shard_registry:register_connection(Bucket, self(), #{}),
+    ?assertEqual({ok, 4}, ?M:consume(Bucket, 1)),
+    ?assertMatch(#{tokens := 1000}, ?M:get_state(connection, Bucket)),
+    ok = erlmcp_shard_registry:unregister_connection(Bucket).
+
+
+unknown_ids(_Config) ->
+    ok = erlmcp_registry:register_server(s, self(), #{}),
+    _ = [ begin
+              ?assertEqual({error, not_found}, ?M:consume(Id, 1)),
+              ?assertEqual({error, not_found}, ?M:consume(Id, 0)),
+              ?assertEqual({error, not_found}, ?M:consume_or_wait_time(Id, 1)),
+              ?assertEqual({error, not_found}, ?M:get_state(Id)),
+              ?assertEqual({error, not_found}, ?M:set_limits(Id, infinity)),
+              [ begin
+                    ?assertEqual({error, not_found}, ?M:consume(NS, Id, 1)),
+                    ?assertEqual({error, not_found}, ?M:consume_or_wait_time(NS, Id, 1)),
+                    ?assertEqual({error, not_found}, ?M:get_state(NS, Id)),
+                    ?assertEqual({error, not_found}, ?M:set_limits(NS, Id, ?DEFAULT)),
+                    ?assertEqual({error, not_found}, ?M:set_limits(NS, Id, default))
+                end || NS <- [connection, transport] ]
+          end || Id <- [s, unknown, <<"unknown">>, {a, 1}, infinity, default, 1.0] ],
+    ok.
+
+
+%%% Routes
+
+
+%% A message to a connection is one token of its own; one to a server is one of the transport's.
+routes_take_from_the_bucket(_Config) ->
+    Limits = #{capacity => 3, rate_per_second => ?SLOW},
+    ok = erlmcp_shard_registry:register_connection(c, self(), #{}),
+    ok = ?M:set_limits(c, Limits),
+    ?assertEqual([ok, ok, ok, {error, rate_limited}, {error, rate_limited}],
+                 [ erlmcp_shard_manager:route_message(c, {n, N}) || N <- lists:seq(1, 5) ]),
+    ?assertEqual([{n, 1}, {n, 2}, {n, 3}], flush()),
+    ok = erlmcp_registry:register_server(s, self(), #{}),
+    ok = erlmcp_registry:register_transport(t, self(), #{}),
+    ok = ?M:set_limits(transport, t, Limits),
+    ?assertEqual([ok, ok, ok, {error, rate_limited}],
+                 [ erlmcp_registry:route_to_server(s, t, N) || N <- lists:seq(1, 4) ]),
+    ?assertEqual([ {mcp_message, t, N} || N <- lists:seq(1, 3) ], flush()),
+    %% Answers are paced by what was asked.
+    ?assertEqual([ ok || _ <- lists:seq(1, 20) ],
+                 [ erlmcp_registry:route_to_transport(t, s, N) || N <- lists:seq(1, 20) ]),
+    %% What is consumed by hand counts with what is routed.
+    ok = ?M:set_limits(c, default),
+    ok = ?M:set_limits(c, #{capacity => 100, rate_per_second => ?SLOW}),
+    #{tokens := Tokens} = ?M:get_state(c),
+    {ok, 0} = ?M:consume(c, Tokens),
+    ?assertEqual({error, rate_limited}, erlmcp_shard_manager:route_message(c, x)),
+    _ = flush(),
+    ok = erlmcp_shard_registry:unregister_connection(c).
+
+
+%%% The limits of the configuration
+
+
+shared_limits_change_live(_Config) ->
+    Ids = lists:seq(1, 200),
+    _ = [ ok = erlmcp_shard_registry:register_connection(Id, self(), #{}) || Id <- Ids ],
+    ok = erlmcp_registry:register_transport(t, self(), #{}),
+    ok = erlmcp_backpressure:set(token_bucket, #{capacity => 10, rate_per_second => ?SLOW}),
+    ?assertEqual({ok, #{capacity => 10, rate_per_second => ?SLOW}},
+                 application:get_env(erlmcp_native, token_bucket)),
+    Expected = #{tokens => 10, capacity => 10, rate_per_second => ?SLOW},
+    _ = [ ?assertEqual(Expected, ?M:get_state(Id)) || Id <- Ids ],
+    ?assertEqual(Expected, ?M:get_state(transport, t)),
+    %% What has come later has them too.
+    ok = erlmcp_shard_registry:register_connection(later, self(), #{}),
+    ?assertEqual(Expected, ?M:get_state(later)),
+    _ = [ ?assertEqual({ok, 10 - Id rem 10}, ?M:consume(Id, Id rem 10)) || Id <- Ids ],
+    ok = erlmcp_backpressure:set(token_bucket, #{capacity => 5, rate_per_second => ?SLOW}),
+    _ = [ ?assertEqual({Id, min(5, 10 - Id rem 10)}, {Id, maps:get(tokens, ?M:get_state(Id))}) || Id <- Ids ],
+    %% Wrong ones change nothing.
+    _ = [ begin
+              ?assertMatch({error, {bad_option, token_bucket, Wrong, [_ | _]}},
+                           erlmcp_backpressure:set(token_bucket, Wrong)),
+              ?assertEqual({ok, #{capacity => 5, rate_per_second => ?SLOW}},
+                           application:get_env(erlmcp_native, token_bucket)),
+              ?assertMatch(#{capacity := 5}, ?M:get_state(later))
+          end || Wrong <- wrong_limits() ],
+    %% A few changes later that is still so.
+    ok = change_shared(5),
+    _ = [ ?assertEqual({Id, min(5, 10 - Id rem 10)}, {Id, maps:get(tokens, ?M:get_state(Id))}) || Id <- Ids ],
+    %% After very many at once tokens may be lost, but none are made.
+    ok = change_shared(1000),
+    _ = [ ?assertEqual({Id, true}, {Id, maps:get(tokens, ?M:get_state(Id)) =< min(5, 10 - Id rem 10)}) || Id <- Ids ],
+    %% Who comes now begins with a full bucket.
+    ok = erlmcp_shard_registry:register_connection(last, self(), #{}),
+    ok = erlmcp_registry:register_transport(last, self(), #{}),
+    ?assertMatch(#{tokens := 5, capacity := 5}, ?M:get_state(last)),
+    ?assertMatch(#{tokens := 5, capacity := 5}, ?M:get_state(transport, last)),
+    %% Who had limits of its own and has two tokens keeps these two.
+    ok = ?M:set_limits(last, #{capacity => 2, rate_per_second => ?SLOW}),
+    ok = ?M:set_limits(last, default),
+    ?assertMatch(#{tokens := 2, capacity := 5}, ?M:get_state(last)),
+    _ = [ ok = erlmcp_shard_registry:unregister_connection(Id) || Id <- [last, later | Ids] ],
+    ok.
+
+
+change_shared(Times) ->
+    lists:foreach(fun(N) ->
+                          Limits = #{capacity => 5 + N rem 2, rate_per_second => ?SLOW},
+                          ok = erlmcp_backpressure:set(token_bucket, Limits)
+                  end,
+                  lists:seq(Times, 0, -1)).
+
+
+shared_limits_infinity(_Config) ->
+    ok = erlmcp_shard_registry:register_connection(c, self(), #{}),
+    ok = erlmcp_backpressure:set(token_bucket, infinity),
+    ?assertEqual(#{tokens => infinity, capacity => infinity, rate_per_second => infinity}, ?M:get_state(c)),
+    ?assertEqual([], [ E || E <- [ erlmcp_shard_manager:route_message(c, x) || _ <- lists:seq(1, 5000) ], E =/= ok ]),
+    ?assertEqual(5000, length(flush())),
+    %% A connection can have limits all the same.
+    ok = ?M:set_limits(c, #{capacity => 1, rate_per_second => ?SLOW}),
+    ?assertEqual([ok, {error, rate_limited}], [ erlmcp_shard_manager:route_message(c, x) || _ <- [1, 2] ]),
+    [x] = flush(),
+    ok = erlmcp_backpressure:set(token_bucket, ?DEFAULT),
+    ?assertEqual({error, rate_limited}, erlmcp_shard_manager:route_message(c, x)),
+    ok = erlmcp_shard_registry:unregister_connection(c).
+
+
+%%% Wrong arguments
+
+
+wrong_tokens_change_nothing(_Config) ->
+    Limits = #{capacity => 5, rate_per_second => ?SLOW},
+    Bucket = ?M:new(Limits),
+    ok = erlmcp_shard_registry:register_connection(c, self(), #{}),
+    ok = erlmcp_registry:register_transport(t, self(), #{}),
+    ok = ?M:set_limits(c, Limits),
+    ok = ?M:set_limits(transport, t, Limits),
+    _ = [ begin
+              ?assertError(badarg, ?M:F(Of, Wrong)),
+              ?assertError(badarg, ?M:F(connection, c, Wrong)),
+              ?assertError(badarg, ?M:F(transport, t, Wrong))
+          end || F <- [consume, consume_or_wait_time],
+                 Of <- [Bucket, c, unknown],
+                 Wrong <- [-1, -(1 bsl 64), -(1 bsl 63), 1.0, 0.0, one, "1", <<1>>, [], {1}, #{}, self(), infinity] ],
+    _ = [ ?assertMatch(#{tokens := 5}, State)
+          || State <- [?M:get_state(Bucket), ?M:get_state(c), ?M:get_state(transport, t)] ],
+    %% Ids that are too long to be registered.
+    Long = binary:copy(<<0>>, 70_000),
+    _ = [ ?assertError(badarg, Call())
+          || Call <- [fun() -> ?M:consume(Long, 1) end,
+                      fun() -> ?M:consume_or_wait_time(Long, 1) end,
+                      fun() -> ?M:get_state(Long) end,
+                      fun() -> ?M:set_limits(Long, infinity) end,
+                      fun() -> ?M:consume(transport, Long, 1) end] ],
+    ok = erlmcp_shard_registry:unregister_connection(c).
+
+
+wrong_limits_change_nothing(_Config) ->
+    Limits = #{capacity => 5, rate_per_second => ?SLOW},
+    Bucket = ?M:new(Limits),
+    ok = erlmcp_shard_registry:register_connection(c, self(), #{}),
+    ok = ?M:set_limits(c, Limits),
+    _ = [ begin
+              ?assertError({bad_option, token_bucket, Wrong, [_ | _]}, ?M:new(Wrong)),
+              ?assertError({bad_option, token_bucket, Wrong, [_ | _]}, ?M:set_limits(Bucket, Wrong)),
+              ?assertError({bad_option, token_bucket, Wrong, [_ | _]}, ?M:set_limits(c, Wrong)),
+              ?assertError({bad_option, token_bucket, Wrong, [_ | _]}, ?M:set_limits(connection, c, Wrong)),
+              ?assertError({bad_option, token_bucket, Wrong, [_ | _]}, ?M:set_limits(transport, unknown, Wrong))
+          end || Wrong <- wrong_limits() ],
+    ?assertError({bad_option, token_bucket, default, [_ | _]}, ?M:new(default)),
+    ?assertError({bad_option, token_bucket, default, [_ | _]}, ?M:set_limits(Bucket, default)),
+    Expected = #{tokens => 5, capacity => 5, rate_per_second => ?SLOW},
+    ?assertEqual(Expected, ?M:get_state(Bucket)),
+    ?assertEqual(Expected, ?M:get_state(c)),
+    ok = erlmcp_shard_registry:unregister_connection(c).
+
+
+wrong_limits() ->
+    [ #{capacity => Wrong} || Wrong <- [0, -1, 1.0, 1 bsl 32, 1 bsl 100, many, infinity, "5", undefined] ] ++
+    [ #{rate_per_second => Wrong}
+      || Wrong <- [0, 0.0, -1, -0.5, 1 / 3601, 1.0e9 + 1, 1 bsl 100, 1.0e300, 1 bsl 5000, fast, infinity, <<"9">>] ] ++
+    %% Would not be full for months.
+    [#{capacity => (1 bsl 32) - 1, rate_per_second => 1 / 3600},
+     #{capacity => (1 bsl 32) - 1, rate_per_second => 476},
+     #{capacity => 5, rate => 5},
+     #{capacity => 5, rate_per_second => 5, burst => 1},
+     #{"capacity" => 5},
+     unlimited,
+     off,
+     undefined,
+     5,
+     {5, 5.0},
+     [{capacity, 5}],
+     "infinity",
+     self()].
+
+
+wrong_namespaces(_Config) ->
+    ok = erlmcp_registry:register_server(s, self(), #{}),
+    _ = [ begin
+              ?assertError(_, ?M:consume(NS, s, 1)),
+              ?assertError(_, ?M:consume_or_wait_time(NS, s, 1)),
+              ?assertError(_, ?M:get_state(NS, s)),
+              ?assertError(_, ?M:set_limits(NS, s, infinity)),
+              ?assertError(_, ?M:set_limits(NS, s, default))
+          end || NS <- [server, connections, <<"connection">>, 1, self()] ],
+    ok.
+
+
+%%% Many processes
+
+
+sixteen_processes_on_one_bucket(_Config) ->
+    never_exceeded(fun(Limits) ->
+                           Bucket = ?M:new(Limits),
+                           fun(N) -> ?M:consume(Bucket, N) end
+                   end).
+
+
+sixteen_processes_on_one_connection(_Config) ->
+    ok = erlmcp_shard_registry:register_connection(c, self(), #{}),
+    never_exceeded(fun(Limits) ->
+                           %% A full bucket each time.
+                           ok = erlmcp_shard_registry:unregister_connection(c),
+                           ok = erlmcp_shard_registry:register_connection(c, self(), #{}),
+                           ok = ?M:set_limits(c, infinity),
+                           ok = ?M:set_limits(c, Limits),
+                           fun(N) -> ?M:consume(c, N) end
+                   end),
+    ok = erlmcp_shard_registry:unregister_connection(c).
+
+
+%% In 100 trials, what all have taken against the time that has passed on the clock of the
+%% operating system, from before the first one to after the last one.
+never_exceeded(Make) ->
+    Trials = [ begin
+                   {Capacity, Rate, N} = lists:nth(Trial rem 4 + 1,
+                                                   [{100, 100_000, 1}, {1, 500_000, 1}, {1000, 1.0e6, 3}, {10, 5000, 2}]),
+                   Take = Make(#{capacity => Capacity, rate_per_second => Rate}),
+                   {Taken, Refused, Schedulers, Us} = trial(Take, N, 16, 5000),
+                   Allowed = Capacity + Rate * Us / 1_000_000,
+                   ?assert(Taken =< Allowed, {Trial, Taken, Allowed}),
+                   %% As many as were there for all.
+                   ?assert(Taken >= Capacity - N, {Trial, Taken}),
+                   {Refused > 0, Schedulers, Taken / Allowed}
+               end || Trial <- lists:seq(1, 100) ],
+    {Refusals, Schedulers, Shares} = lists:unzip3(Trials),
+    ct:log("share of what was allowed: ~p", [lists:sort(Shares)]),
+    %% They did get into each other's way: nearly always somebody was refused, and tokens went to
+    %% processes on different processors.
+    ?assert(length([ x || true <- Refusals ]) > 90),
+    erlang:system_info(schedulers_online) =:= 1 orelse
+    ?assert(length([ x || Number <- Schedulers, Number > 1 ]) > 50, Schedulers).
+
+
+trial(Take, N, Processes, Us) ->
+    Parent = self(),
+    Takers = [ spawn_link(fun() ->
+                                  receive {go, Until} -> Parent ! {self(), take_until(Take, N, Until, 0, 0, [])} end
+                          end) || _ <- lists:seq(1, Processes) ],
+    Start = os:perf_counter(microsecond),
+    _ = [ Pid ! {go, Start + Us} || Pid <- Takers ],
+    Results = [ receive {Pid, Result} -> Result end || Pid <- Takers ],
+    End = os:perf_counter(microsecond),
+    {Taken, Refused, Schedulers} = lists:unzip3(Results),
+    {lists:sum(Taken), lists:sum(Refused), length(lists:usort(lists:append(Schedulers))), End - Start}.
+
+
+take_until(Take, N, Until, Taken, Refused, Schedulers) ->
+    case os:perf_counter(microsecond) >= Until of
+        true ->
+            {Taken, Refused, Schedulers};
+        false ->
+            case Take(N) of
+                {ok, _} ->
+                    Here = erlang:system_info(scheduler_id),
+                    take_until(Take, N, Until, Taken + N, Refused, lists:umerge([Here], Schedulers));
+                {error, rate_limited} ->
+                    take_until(Take, N, Until, Taken, Refused + 1, Schedulers)
+            end
+    end.
+
+
+%% Whichever limits are in force, no more than the largest of them allow, and none is refused for
+%% good.
+limits_change_under_load(_Config) ->
+    ok = erlmcp_shard_registry:register_connection(c, self(), #{}),
+    ok = erlmcp_backpressure:set(token_bucket, #{capacity => 10, rate_per_second => 50_000}),
+    Changer = spawn_opt(fun() -> change_limits(0) end, [link, {priority, high}]),
+    {Taken, Refused, _Schedulers, Us} = trial(fun(N) -> ?M:consume(c, N) end, 1, 8, 1_000_000),
+    Changer ! {stop, self()},
+    Changes = receive {changed, Times} -> Times end,
+    ct:log("~b taken, ~b refused, ~b changes in ~b us", [Taken, Refused, Changes, Us]),
+    ?assert(Changes > 20, Changes),
+    ?assert(Refused > 0),
+    ?assert(Taken =< 100 + 50_000 * Us / 1_000_000, Taken),
+    ?assert(Taken > 5_000, Taken),
+    ok = erlmcp_shard_registry:unregister_connection(c).
+
+
+change_limits(N) ->
+    Capacity = lists:nth(N rem 3 + 1, [10, 1, 100]),
+    Rate = lists:nth(N rem 2 + 1, [50_000, 20_000]),
+    ok = erlmcp_backpressure:set(token_bucket, #{capacity => Capacity, rate_per_second => Rate}),
+    receive
+        {stop, From} -> From ! {changed, N}
+    after
+        2 ->
+            change_limits(N + 1)
+    end.
+
+
+%%% Instruments
+
+
+register(connection, Id, Pid) -> erlmcp_shard_registry:register_connection(Id, Pid, #{});
+register(transport, Id, Pid) -> erlmcp_registry:register_transport(Id, Pid, #{}).
+
+
+process() ->
+    spawn(fun() -> timer:sleep(infinity) end).
+
+
+flush() ->
+    receive Message -> [Message | flush()] after 0 -> [] end.
+
+
+now_us() ->
+    erlang:monotonic_time(microsecond).
+
+
+sleep_until(Us) ->
+    case Us - now_us() of
+        Left when Left > 0 -> timer:sleep(Left div 1000 + 1), sleep_until(Us);
+        _ -> ok
+    end.
+
+
+await(Condition) ->
+    await(Condition, now_us() + 10_000_000).
+
+
+await(Condition, Deadline) ->
+    case Condition() of
+        true ->
+            ok;
+        false ->
+            now_us() < Deadline orelse exit(deadline_passed),
+            timer:sleep(1),
+            await(Condition, Deadline)
+    end.
