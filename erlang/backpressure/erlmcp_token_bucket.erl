@@ -27,6 +27,8 @@
 
 -export_type([bucket/0, limits/0, state/0, namespace/0]).
 
+-define(MORE_THAN_ANY, (1 bsl 32)).
+
 -type bucket() :: erlmcp_nif:bucket().
 -type limits() :: #{capacity => pos_integer(), rate_per_second => number()} | infinity.
 -type state() :: #{
@@ -128,14 +130,20 @@ is_bucket(Of) ->
 -spec take(bucket() | term(), non_neg_integer()) -> erlmcp_nif:taken() | not_found.
 take(Of, N) ->
     case is_bucket(Of) of
-        true -> erlmcp_nif:bucket_take(Of, N);
-        false -> erlmcp_nif:entry_take(connection, Of, N)
+        true -> erlmcp_nif:bucket_take(Of, bounded(N));
+        false -> erlmcp_nif:entry_take(connection, Of, bounded(N))
     end.
 
 
 -spec entry_take(namespace(), term(), non_neg_integer()) -> erlmcp_nif:taken() | not_found.
 entry_take(Namespace, Id, N) when Namespace =:= connection; Namespace =:= transport ->
-    erlmcp_nif:entry_take(Namespace, Id, N).
+    erlmcp_nif:entry_take(Namespace, Id, bounded(N)).
+
+
+%% No bucket has so many tokens, and the native function takes no larger number.
+-spec bounded(non_neg_integer() | term()) -> non_neg_integer() | term().
+bounded(N) when is_integer(N), N > ?MORE_THAN_ANY -> ?MORE_THAN_ANY;
+bounded(N) -> N.
 
 
 -spec without_wait(erlmcp_nif:taken() | not_found) ->
