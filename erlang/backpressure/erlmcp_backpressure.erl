@@ -19,7 +19,7 @@
 -include_lib("kernel/include/logger.hrl").
 
 -export([set/2, configure/0, info/0]).
--export([deliver/2, refused/1, notify/1, sampler/1]).
+-export([deliver/2, refused/1, notify/1, sampler/1, sample_interval_ms/0]).
 
 -export_type([reason/0, info/0]).
 
@@ -29,6 +29,8 @@
                   overloaded_shards := [non_neg_integer()]
                  }.
 -type reason() :: not_found | circuit_open | shard_overloaded | rate_limited.
+
+-define(SAMPLE_INTERVAL, {?MODULE, sample_interval_ms}).
 
 %%% Configuration
 
@@ -89,10 +91,35 @@ set_token_bucket(Setting) ->
 
 -spec set_admission(boolean(), infinity | map()) -> ok.
 set_admission(true, #{threshold := Threshold, sample_interval_ms := IntervalMs}) ->
-    ok = erlmcp_nif:set_sample_interval(IntervalMs),
+    ok = set_sample_interval(IntervalMs),
     set_thresholds(Threshold);
 set_admission(_IsOn, _Setting) ->
     set_thresholds(infinity).
+
+
+%% The managers' interval is the one that was checked, whatever the application environment says
+%% meanwhile. Those who wait for the end of a former one are told.
+-spec set_sample_interval(pos_integer()) -> ok.
+set_sample_interval(IntervalMs) ->
+    ok = erlmcp_nif:set_sample_interval(IntervalMs),
+    case sample_interval_ms() of
+        IntervalMs ->
+            ok;
+        _Former ->
+            ok = persistent_term:put(?SAMPLE_INTERVAL, IntervalMs),
+            {Shards, _, _} = erlmcp_nif:limits(default),
+            lists:foreach(fun(Shard) -> tell_sampler(Shard, interval_changed) end, lists:seq(0, Shards - 1))
+    end.
+
+
+%% @private
+%% The interval in force; the default one until another one is set.
+-spec sample_interval_ms() -> pos_integer().
+sample_interval_ms() ->
+    case persistent_term:get(?SAMPLE_INTERVAL, none) of
+        none -> maps:get(sample_interval_ms, erlmcp_native_config:default(admission));
+        IntervalMs -> IntervalMs
+    end.
 
 
 -spec set_thresholds(pos_integer() | infinity) -> ok.
@@ -193,11 +220,16 @@ notify_one({circuit, State}) ->
 
 -spec request_sample(non_neg_integer()) -> ok.
 request_sample(Shard) ->
+    tell_sampler(Shard, sample).
+
+
+-spec tell_sampler(non_neg_integer(), sample | interval_changed) -> ok.
+tell_sampler(Shard, Message) ->
     case whereis(sampler(Shard)) of
         undefined ->
             ok;
         Manager ->
-            Manager ! sample,
+            Manager ! Message,
             ok
     end.
 

@@ -51,8 +51,8 @@
           %% 1: receivers looked at; 2: messages found there.
           progress :: counters:counters_ref(),
           receivers :: [pid()],
-          %% Progress at the last tick.
-          looked_at = 0 :: non_neg_integer(),
+          %% Progress at the last tick; `none' before the first one.
+          looked_at = none :: none | non_neg_integer(),
           %% What samplers before this one have found, and the bounds of those that were passed over.
           found = 0 :: non_neg_integer(),
           passed_over = #{} :: #{pid() => non_neg_integer()}
@@ -67,7 +67,7 @@
           %% Messages admitted, and the time, at the last tick.
           ticked :: {non_neg_integer(), Ms :: integer()},
           %% Messages admitted, and messages found, at the last sample.
-          sampled = {0, 0} :: {non_neg_integer(), non_neg_integer()},
+          sampled :: {non_neg_integer(), non_neg_integer()},
           messages_per_second = 0 :: non_neg_integer(),
           latencies_us = [] :: [non_neg_integer()],
           %% The bounds of receivers that were passed over in the last sample.
@@ -175,7 +175,11 @@ start_link(ShardId) ->
 init(Shard) ->
     %% Samples are short, and what they are needed for is overload.
     _ = process_flag(priority, high),
-    {ok, sample(#state{shard = Shard, ticked = {erlmcp_nif:sample_begin(Shard), now_ms()}})}.
+    %% What the manager before this one has left is a bound of what it would have found.
+    {Depth, _Threshold, _Admitted, _IsOverloaded, _Age} = erlmcp_nif:admission_stats(Shard),
+    Began = erlmcp_nif:sample_begin(Shard),
+    State = #state{shard = Shard, ticked = {Began, now_ms()}, sampled = {Began, Depth}},
+    {ok, start_timer(sample(State))}.
 
 
 %% @private
@@ -194,6 +198,8 @@ handle_cast(_Cast, State) ->
 -spec handle_info(term(), #state{}) -> {noreply, #state{}} | {noreply, #state{}, hibernate}.
 handle_info(sample, State) ->
     next(start_timer(sample(State)));
+handle_info(interval_changed, State) ->
+    next(start_timer(sample(cancel_timer(State))));
 handle_info({timeout, Timer, tick}, #state{timer = Timer} = State) ->
     next(tick(State#state{timer = idle}));
 handle_info({'DOWN', Monitor, process, _Sampler, Reason}, #state{sampling = #sampling{monitor = Monitor}} = State) ->
@@ -259,12 +265,18 @@ stop_ticking(#state{shard = Shard, sampled = {Admitted, 0}} = State) ->
 
 -spec start_timer(#state{}) -> #state{}.
 start_timer(#state{timer = idle} = State) ->
-    case erlmcp_native_config:get(admission) of
-        infinity -> State;
-        #{sample_interval_ms := IntervalMs} -> State#state{timer = erlang:start_timer(IntervalMs, self(), tick)}
-    end;
+    State#state{timer = erlang:start_timer(erlmcp_backpressure:sample_interval_ms(), self(), tick)};
 start_timer(State) ->
     State.
+
+
+%% A tick that is under way is ignored.
+-spec cancel_timer(#state{}) -> #state{}.
+cancel_timer(#state{timer = idle} = State) ->
+    State;
+cancel_timer(#state{timer = Timer} = State) ->
+    _ = erlang:cancel_timer(Timer),
+    State#state{timer = idle}.
 
 
 %%% Samples
@@ -341,24 +353,27 @@ sampled(_Killed, State) ->
 %% it waits for is passed over.
 -spec pass_over(#state{}) -> #state{}.
 pass_over(#state{sampling = Sampling} = State) ->
-    #sampling{progress = Progress, receivers = Receivers, looked_at = LookedAt} = Sampling,
+    #sampling{progress = Progress, receivers = Receivers, looked_at = Before} = Sampling,
+    %% Read once: the sampler may get on at any time.
     case counters:get(Progress, 1) of
-        LookedAt when LookedAt < length(Receivers) ->
-            State#state{sampling = without_next(Sampling, State)};
-        Further ->
-            State#state{sampling = Sampling#sampling{looked_at = Further}}
+        Before when Before < length(Receivers) ->
+            State#state{sampling = without_next(Before, Sampling, State)};
+        LookedAt ->
+            State#state{sampling = Sampling#sampling{looked_at = LookedAt}}
     end.
 
 
--spec without_next(#sampling{}, #state{}) -> #sampling{}.
-without_next(Sampling, #state{sampled = {SampledAt, Queued}, passed_over = Bounds}) ->
+-spec without_next(non_neg_integer(), #sampling{}, #state{}) -> #sampling{}.
+without_next(LookedAt, Sampling, #state{sampled = {SampledAt, Queued}, passed_over = Bounds}) ->
     #sampling{sampler = Sampler, monitor = Monitor, began = Began, progress = Progress, receivers = Receivers} = Sampling,
     true = demonitor(Monitor, [flush]),
     true = exit(Sampler, kill),
-    [Busy | Others] = lists:nthtail(counters:get(Progress, 1), Receivers),
+    [Busy | Others] = lists:nthtail(LookedAt, Receivers),
     Bound = maps:get(Busy, Bounds, Queued) + max(0, Began - SampledAt),
     Next = start_sampler(Began, Others),
     Next#sampling{
+      %% It has the whole interval until the next tick.
+      looked_at = 0,
       found = Sampling#sampling.found + counters:get(Progress, 2) + Bound,
       passed_over = (Sampling#sampling.passed_over)#{Busy => Bound}
      }.
