@@ -79,7 +79,9 @@ fn route<'a>(
             // Without limits nobody needs to know who pays.
             Some(payer) if registry.has_token_buckets() => id::with(registry, payer, |payer| {
                 pass(Charged::Transport(*payer), &mut events)
-            })?,
+            })
+            // Too long to be registered, so it has no bucket.
+            .unwrap_or_else(|_| pass(Charged::Nobody, &mut events)),
             None if namespace == Namespace::Connection => pass(Charged::Target, &mut events),
             _ => pass(Charged::Nobody, &mut events),
         };
