@@ -140,7 +140,7 @@ sender(Name, Ids, EachPeriod, End) ->
                                          until => End,
                                          accepted => 0,
                                          refused => 0,
-                                         last_refused => 0
+                                         last_refused => now_us()
                                         },
                                        [ {Id, 1} || Id <- Ids ],
                                        now_us()),

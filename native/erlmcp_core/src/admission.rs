@@ -243,7 +243,8 @@ impl Admission {
         }
         let limit = began.saturating_sub(queued).saturating_add(threshold);
         let left = limit.saturating_sub(began);
-        let sample_at = began + if is_last { 1 } else { (left / 2).max(1) };
+        // Rounded up: or else the last place would be used up before anybody took it.
+        let sample_at = began + if is_last { 1 } else { left.div_ceil(2) };
         self.sample_at.store(sample_at, Ordering::Relaxed);
         self.limit.swap(limit, Ordering::AcqRel);
         // A change of the word that callers count in: one who counts later sees `sample_at`, and
