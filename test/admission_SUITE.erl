@@ -84,9 +84,9 @@ init_per_testcase(_Case, Config) ->
 end_per_testcase(_Case, _Config) ->
     _ = [ exit(Pid, kill) || Shard <- lists:seq(0, 63), {_, {Pid, receiver}} <- erlmcp_shard_registry:list_connections(Shard) ],
     Cleared = await(fun() -> erlmcp_shard_registry:count() =:= 0 end),
-    ok = application:stop(erlmcp_native),
     _ = [ application:unset_env(erlmcp_native, Key) || Key <- [admission, token_bucket, circuit_breaker, backpressure] ],
     ok = erlmcp_backpressure:configure(),
+    ok = application:stop(erlmcp_native),
     ?assert(Cleared).
 
 
@@ -102,7 +102,8 @@ start() ->
 
 
 is_sampled(Shard) ->
-    maps:get(sample_age_ms, ?M:get_shard_stats(Shard)) =/= infinity.
+    #{sample_age_ms := Age, queue_depth := Depth} = ?M:get_shard_stats(Shard),
+    Age =/= infinity andalso Depth =:= 0.
 
 
 %%% The threshold

@@ -49,7 +49,8 @@ init_per_testcase(_Case, Config) ->
 end_per_testcase(_Case, _Config) ->
     _ = application:stop(erlmcp_native),
     _ = [ application:unset_env(erlmcp_native, Key) || {Key, _} <- application:get_all_env(erlmcp_native) ],
-    erlmcp_backpressure:configure().
+    ok = application:start(erlmcp_native),
+    application:stop(erlmcp_native).
 
 
 %% Key, value, and a part of what was expected.

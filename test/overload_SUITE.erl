@@ -39,9 +39,9 @@ init_per_suite(Config) ->
 
 
 end_per_suite(_Config) ->
-    ok = application:stop(erlmcp_native),
     _ = [ application:unset_env(erlmcp_native, Key) || Key <- [admission, token_bucket, circuit_breaker] ],
-    erlmcp_backpressure:configure().
+    ok = erlmcp_backpressure:configure(),
+    application:stop(erlmcp_native).
 
 
 tenfold_load(_Config) ->

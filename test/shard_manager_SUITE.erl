@@ -35,10 +35,11 @@
          broadcast_admits_each_by_itself/1,
          backpressure_off/1,
          long_transport_id/1,
-         without_the_application/1]).
+         without_the_application/1,
+         after_the_application/1]).
 
 %% Called in peer nodes
--export([in_without_application/0]).
+-export([in_without_application/0, in_after_application/0]).
 
 -define(M,     erlmcp_shard_manager).
 -define(A,     erlmcp_admission_control).
@@ -84,7 +85,8 @@ all() ->
      broadcast_admits_each_by_itself,
      backpressure_off,
      long_transport_id,
-     without_the_application].
+     without_the_application,
+     after_the_application].
 
 
 init_per_suite(Config) ->
@@ -109,10 +111,10 @@ init_per_testcase(_Case, Config) ->
 
 end_per_testcase(_Case, Config) ->
     ok = gen_server:stop(proplists:get_value(registry, Config)),
-    ok = application:stop(erlmcp_native),
     _ = [ application:unset_env(erlmcp_native, Key) || Key <- [backpressure, token_bucket, admission, circuit_breaker] ],
     ok = erlmcp_backpressure:configure(),
     _ = erlmcp_nif:breaker_set(closed),
+    ok = application:stop(erlmcp_native),
     _ = [ erlmcp_shard_registry:unregister_connection(Id)
           || Shard <- lists:seq(0, 63), {Id, _} <- erlmcp_shard_registry:list_connections(Shard) ],
     ok.
@@ -609,6 +611,25 @@ in_without_application() ->
     [ok] = lists:usort([ ?M:route_message(c, x) || _ <- lists:seq(1, 3000) ]),
     ok = erlmcp_backpressure:set(backpressure, off),
     [ok] = lists:usort([ ?M:route_message(c, x) || _ <- lists:seq(1, 3000) ]),
+    ok.
+
+
+%% It samples no more, so nobody is refused for the state of a shard from then on.
+after_the_application(_Config) ->
+    ?assertEqual(ok, in_peer(in_after_application)).
+
+
+in_after_application() ->
+    ok = application:start(erlmcp_native),
+    {ok, _} = erlmcp_registry:start_link(),
+    Receiver = spawn(fun() -> timer:sleep(infinity) end),
+    ok = ?R:register_server(s, Receiver, #{}),
+    _ = [ ?R:route_to_server(s, t, N) || N <- lists:seq(1, 5000) ],
+    ok = application:stop(erlmcp_native),
+    [] = [ E || E <- [ ?R:route_to_server(s, t, N) || N <- lists:seq(1, 50_000) ], E =/= ok ],
+    %% And again when it is back.
+    ok = application:start(erlmcp_native),
+    true = await(fun() -> ?R:route_to_server(s, t, x) =:= {error, shard_overloaded} end),
     ok.
 
 

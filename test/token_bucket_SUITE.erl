@@ -91,8 +91,8 @@ init_per_testcase(_Case, Config) ->
 
 end_per_testcase(_Case, Config) ->
     ok = gen_server:stop(proplists:get_value(registry, Config)),
+    ok = erlmcp_backpressure:set(token_bucket, ?DEFAULT),
     ok = application:unset_env(erlmcp_native, token_bucket),
-    ok = erlmcp_backpressure:configure(),
     await(fun() -> erlmcp_shard_registry:count() =:= 0 end).
 
 
