@@ -71,5 +71,6 @@ show_logs() ->
 
 -spec stop(term()) -> ok.
 stop(_State) ->
+    ok = erlmcp_backpressure:admit_everything(),
     _ = logger:remove_handler_filter(default, erlmcp_native),
     ok.

@@ -18,7 +18,7 @@
 
 -include_lib("kernel/include/logger.hrl").
 
--export([set/2, configure/0, info/0]).
+-export([set/2, configure/0, admit_everything/0, info/0]).
 -export([deliver/2, refused/1, notify/1, sampler/1, sample_interval_ms/0]).
 
 -export_type([reason/0, info/0]).
@@ -56,6 +56,14 @@ set(Key, Value) ->
 -spec configure() -> ok.
 configure() ->
     apply_setting(backpressure).
+
+
+%% @private
+%% Nobody samples any more. Without this a shard would refuse for ten intervals what nobody finds
+%% gone.
+-spec admit_everything() -> ok.
+admit_everything() ->
+    set_thresholds(infinity).
 
 
 -spec apply_setting(erlmcp_native_config:key()) -> ok.
