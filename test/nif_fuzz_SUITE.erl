@@ -740,7 +740,9 @@ million() ->
               term => Ids,
               pid => {Pid},
               number => {0, 1, 17, 63},
-              boolean => {true, false}
+              boolean => {true, false},
+              bucket => {?NIF:bucket_new({1000, 1.0e4})},
+              limits => {infinity, {1000, 1.0e4}}
              },
     Calls = [ begin
                   Arguments = [ pick(maps:get(Kind, Pools)) || Kind <- Kinds ],
