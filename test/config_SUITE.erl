@@ -17,10 +17,11 @@
          maps_are_completed/1,
          only_some_keys_change_live/1,
          environment_is_in_force_after_the_start/1,
-         native_defaults_are_the_documented_ones/1]).
+         native_defaults_are_the_documented_ones/1,
+         too_many_changes_are_an_error_and_change_nothing/1]).
 
 %% Called in peer nodes
--export([in_native_defaults/0]).
+-export([in_native_defaults/0, in_too_many_changes/0]).
 
 -define(C,    erlmcp_native_config).
 -define(KEYS, [backpressure, token_bucket, admission, circuit_breaker]).
@@ -38,7 +39,8 @@ all() ->
      maps_are_completed,
      only_some_keys_change_live,
      environment_is_in_force_after_the_start,
-     native_defaults_are_the_documented_ones].
+     native_defaults_are_the_documented_ones,
+     too_many_changes_are_an_error_and_change_nothing].
 
 
 init_per_testcase(_Case, Config) ->
@@ -230,6 +232,31 @@ native_defaults_are_the_documented_ones(_Config) ->
 
 in_native_defaults() ->
     in_force().
+
+
+%% Limits that take months to fill use up the room for changes soon. In a node of its own, since there is
+%% no way back.
+too_many_changes_are_an_error_and_change_nothing(_Config) ->
+    ?assertEqual(ok, in_peer(in_too_many_changes)).
+
+
+in_too_many_changes() ->
+    {ok, _} = application:ensure_all_started(erlmcp_native),
+    Slow = fun(N) -> #{capacity => 4_294_967_295 - N rem 2, rate_per_second => 477} end,
+    Change = fun Change(N) when N < 10_000 ->
+                     case erlmcp_backpressure:set(token_bucket, Slow(N)) of
+                         ok -> Change(N + 1);
+                         Error -> {N, Error}
+                     end
+             end,
+    {N, {error, too_many_changes}} = Change(1),
+    true = N > 100,
+    Kept = Slow(N - 1),
+    {ok, Kept} = application:get_env(erlmcp_native, token_bucket),
+    {Capacity, 477.0} = erlmcp_nif:shared_limits(),
+    Capacity = maps:get(capacity, Kept),
+    {error, too_many_changes} = erlmcp_backpressure:set(token_bucket, Slow(N)),
+    ok.
 
 
 %%% Instruments

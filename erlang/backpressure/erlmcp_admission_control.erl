@@ -74,7 +74,8 @@ get_shard_stats(ShardId) ->
 
 
 %% @doc Changes the threshold of all shards, and of the configuration.
--spec set_threshold(pos_integer() | infinity) -> ok | {error, erlmcp_native_config:error()}.
+-spec set_threshold(pos_integer() | infinity) ->
+          ok | {error, erlmcp_native_config:error() | too_many_changes}.
 set_threshold(infinity) ->
     erlmcp_backpressure:set(admission, infinity);
 set_threshold(Threshold) ->

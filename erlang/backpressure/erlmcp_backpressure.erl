@@ -40,20 +40,36 @@
 %%
 %% Tokens that buckets hold stay, up to the new capacity; the state of the circuit stays, and its
 %% failures are counted anew. Messages under way are judged by the former values or the new ones.
--spec set(erlmcp_native_config:key(), term()) -> ok | {error, erlmcp_native_config:error()}.
+%%
+%% `{error, too_many_changes}' changes nothing. It comes after some hundred changes of limits with which
+%% a bucket takes months to fill, and after many millions where it takes minutes.
+-spec set(erlmcp_native_config:key(), term()) ->
+          ok | {error, erlmcp_native_config:error() | too_many_changes}.
 set(Key, Value) ->
     case erlmcp_native_config:check_live(Key, Value) of
         ok ->
+            Former = application:get_env(erlmcp_native, Key),
             ok = application:set_env(erlmcp_native, Key, Value),
-            apply_setting(Key);
+            case apply_setting(Key) of
+                ok ->
+                    ok;
+                {error, too_many_changes} = Error ->
+                    restore(Key, Former),
+                    Error
+            end;
         Error ->
             Error
     end.
 
 
+-spec restore(erlmcp_native_config:key(), {ok, term()} | undefined) -> ok.
+restore(Key, {ok, Former}) -> application:set_env(erlmcp_native, Key, Former);
+restore(Key, undefined) -> application:unset_env(erlmcp_native, Key).
+
+
 %% @private
 %% Makes the native layers be what the application environment says.
--spec configure() -> ok.
+-spec configure() -> ok | {error, too_many_changes}.
 configure() ->
     apply_setting(backpressure).
 
@@ -66,10 +82,12 @@ admit_everything() ->
     set_thresholds(infinity).
 
 
--spec apply_setting(erlmcp_native_config:key()) -> ok.
+-spec apply_setting(erlmcp_native_config:key()) -> ok | {error, too_many_changes}.
 apply_setting(backpressure) ->
     ok = erlmcp_nif:enforce_limits(is_on()),
-    lists:foreach(fun apply_setting/1, [token_bucket, admission, circuit_breaker]);
+    ok = apply_setting(admission),
+    ok = apply_setting(circuit_breaker),
+    apply_setting(token_bucket);
 apply_setting(token_bucket) ->
     set_token_bucket(erlmcp_native_config:get(token_bucket));
 apply_setting(admission) ->
@@ -84,7 +102,7 @@ is_on() ->
 
 
 %% What has not changed is left alone, since a change has a price: positions (see the native module).
--spec set_token_bucket(infinity | map()) -> ok.
+-spec set_token_bucket(infinity | map()) -> ok | {error, too_many_changes}.
 set_token_bucket(Setting) ->
     Limits =
         case Setting of
@@ -92,8 +110,13 @@ set_token_bucket(Setting) ->
             #{capacity := Capacity, rate_per_second := Rate} -> {Capacity, float(Rate)}
         end,
     case erlmcp_nif:shared_limits() of
-        Limits -> ok;
-        _ -> ok = erlmcp_nif:set_shared_limits(Limits)
+        Limits ->
+            ok;
+        _ ->
+            case erlmcp_nif:set_shared_limits(Limits) of
+                ok -> ok;
+                too_many_changes -> {error, too_many_changes}
+            end
     end.
 
 

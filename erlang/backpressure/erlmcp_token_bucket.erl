@@ -102,7 +102,8 @@ get_state(Namespace, Id) when Namespace =:= connection; Namespace =:= transport 
 %% connection those of the configuration again.
 %%
 %% Tokens that it holds stay, up to the new capacity. A key that is not given has its default, as
-%% with {@link new/1}. `{error, too_many_changes}' comes after hundreds of millions of changes only.
+%% with {@link new/1}. For `{error, too_many_changes}' see
+%% {@link erlmcp_backpressure:set/2}.
 -spec set_limits(bucket() | Id :: term(), limits() | default) ->
           ok | {error, not_found | too_many_changes}.
 set_limits(Of, Limits) ->
