@@ -118,7 +118,7 @@ impl Model {
         };
         self.depth = queued + (self.admitted - began);
         let left = threshold.saturating_sub(queued);
-        self.asks = Some(began + if is_last { 1 } else { (left / 2).max(1) });
+        self.asks = Some(began + if is_last { 1 } else { left.div_ceil(2) });
         let has_recovered = was_overloaded && left > threshold / 2;
         self.is_overloaded &= !has_recovered;
         Sampled {

@@ -235,30 +235,76 @@ fn an_entry_is_never_without_limits() {
     }
 }
 
-/// Two who change the limits of all at the same time: what is in force is what is enforced.
+/// Own limits that are exchanged for others are those of the same bucket.
+#[test]
+fn an_entry_is_not_overdrawn_while_its_own_limits_change() {
+    let clock = TscClock::new();
+    let registry = registry(&clock);
+    register(&registry, Namespace::Connection, b"a", 1);
+    let (id, namespace) = (registry.id(0, b"a"), Namespace::Connection);
+    let capacity = ROUNDS * 100;
+    let changes = AtomicU64::new(0);
+    let change = || {
+        let n = changes.fetch_add(1, Ordering::Relaxed);
+        let own = EntryLimits::Own(Some(limits(capacity + n % 2, 1.0)));
+        let changed = registry.set_entry_limits(namespace, &id, own, &clock);
+        changed.unwrap();
+    };
+    change();
+    let began = clock.now_ns();
+    let counts = on_threads(
+        |_| {
+            let (mut taken, mut refused) = (0u64, 0u64);
+            while refused < 1000 {
+                if taken % 1000 == 0 {
+                    change();
+                }
+                match registry.take_tokens(namespace, &id, 1, &clock) {
+                    Ok(_) => taken += 1,
+                    Err(_) => refused += 1,
+                }
+            }
+            (taken, refused)
+        },
+        || (),
+    );
+    let threads = counts.iter().filter(|count| count.0 > 0).count();
+    let (taken, _) = sums(counts);
+    let most = capacity + 2 + (clock.now_ns() - began) / 1_000_000_000;
+    assert!(taken <= most, "{taken} of {most}");
+    if !cfg!(miri) {
+        assert!(threads > 1 && changes.into_inner() > 100, "no contention");
+    }
+}
+
+/// Some who change the limits of all at the same time: what is in force is what is enforced.
 #[test]
 fn limits_that_are_set_are_in_use() {
     let clock = FakeClock::at_ns(0);
     let registry = registry(&clock);
-    let (mut on, mut off) = (0, 0);
-    for _ in 0..ROUNDS.div_ceil(40) {
-        on_threads(
-            |n| {
+    let turn = Barrier::new(THREADS);
+    let counts = on_threads(
+        |n| {
+            let mut counts = [0; 2];
+            for _ in 0..ROUNDS.div_ceil(4) {
+                turn.wait();
                 let limits = (n % 2 == 0).then(|| limits(1, 1.0));
                 registry.set_limits(limits, &clock).unwrap();
-            },
-            || (),
-        );
-        match registry.shared_limits() {
-            None => off += 1,
-            Some(_) => {
-                assert!(registry.has_token_buckets(), "limits are not enforced");
-                on += 1;
+                turn.wait();
+                let is_limited = registry.shared_limits().is_some();
+                assert!(
+                    registry.has_token_buckets() || !is_limited,
+                    "limits are not enforced"
+                );
+                counts[usize::from(is_limited)] += 1;
             }
-        }
-    }
+            counts
+        },
+        || (),
+    );
     if !cfg!(miri) {
-        assert!(on > 0 && off > 0, "no contention");
+        let both = |counts: &[i32; 2]| counts.iter().all(|times| *times > 0);
+        assert!(counts.iter().all(both), "no contention");
     }
 }
 
@@ -568,6 +614,69 @@ fn overloads_are_told_in_turn() {
 }
 
 // ---- All layers ----
+
+/// What a layer has let through and a later one refuses is given back: no probe is under way after
+/// a refusal by the bucket, no token is gone after one by the shard, and no message is counted
+/// after either. A probe that its shard refuses is a failure.
+#[test]
+fn a_refusal_leaves_no_trace_in_other_layers() {
+    let clock = FakeClock::at_ns(0);
+    let registry = registry(&clock);
+    register(&registry, Namespace::Connection, b"a", 1);
+    let (id, namespace) = (registry.id(0, b"a"), Namespace::Connection);
+    registry.set_limits(Some(limits(1, 0.001)), &clock).unwrap();
+    let admission = registry.admission(1);
+    admission.set_threshold(Some(10));
+    admission.sampled(admission.begin_sample(), 0, false, 0);
+    let config = Config {
+        timeout_ms: 0,
+        probe_limit: 1,
+        ..Config::default()
+    };
+    let circuit = CircuitBreaker::new(Some(config), &clock).unwrap();
+    let route = || {
+        let mut events = Events::default();
+        let routed = registry.route(
+            namespace,
+            &id,
+            Charged::Target,
+            &circuit,
+            &clock,
+            &mut events,
+        );
+        (routed, events)
+    };
+    circuit.force(true, &clock);
+    let (routed, events) = route();
+    assert_eq!((routed, events.circuit), (Ok(1), Some(State::HalfOpen)));
+    assert_eq!(route().0, Err(Refusal::RateLimited));
+    let stats = circuit.stats(&clock);
+    assert_eq!((stats.probes, stats.successes), (0, 1));
+    assert_eq!(admission.admitted(), 1);
+    // As many tokens again; the shard is full.
+    let own = EntryLimits::Own(Some(limits(9, 0.001)));
+    registry
+        .set_entry_limits(namespace, &id, EntryLimits::Own(None), &clock)
+        .unwrap();
+    registry
+        .set_entry_limits(namespace, &id, own, &clock)
+        .unwrap();
+    admission.adjust(100);
+    let before = registry.bucket_state(namespace, &id, &clock);
+    let (routed, events) = route();
+    assert_eq!(routed, Err(Refusal::ShardOverloaded));
+    assert_eq!(events.circuit, Some(State::Open));
+    assert_eq!(events.overloaded, Some(1));
+    assert_eq!(registry.bucket_state(namespace, &id, &clock), before);
+    assert_eq!(admission.admitted(), 1);
+    // Where the shard is overloaded already, refusing a probe opens the circuit all the same.
+    let (routed, events) = route();
+    assert_eq!(routed, Err(Refusal::ShardOverloaded));
+    assert_eq!(
+        (events.circuit, events.overloaded),
+        (Some(State::Open), None)
+    );
+}
 
 /// Routes through all three layers while their settings change and entries come and go. Every
 /// address is the right one, what has limits of its own keeps to them, and in the end all is open.

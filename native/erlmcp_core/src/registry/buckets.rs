@@ -167,13 +167,16 @@ impl Buckets {
 
     fn set_shared(&self, limits: Option<Limits>, clock: &impl Clock) -> Result<(), LimitsError> {
         self.shared.set_limits(limits, clock)?;
-        if limits.is_some() {
-            self.in_use.fetch_or(SHARED_LIMITS, Ordering::Release);
-        } else {
-            self.in_use.fetch_and(!SHARED_LIMITS, Ordering::Acquire);
-            // Another thread may have set limits before this.
-            if !self.shared.is_off() {
-                self.in_use.fetch_or(SHARED_LIMITS, Ordering::Relaxed);
+        loop {
+            let is_off = self.shared.is_off();
+            if is_off {
+                self.in_use.fetch_and(!SHARED_LIMITS, Ordering::AcqRel);
+            } else {
+                self.in_use.fetch_or(SHARED_LIMITS, Ordering::AcqRel);
+            }
+            // Others may be about the same: the last one sees here what all before it have set.
+            if self.shared.is_off() == is_off {
+                break;
             }
         }
         Ok(())
