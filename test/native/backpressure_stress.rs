@@ -510,7 +510,7 @@ fn a_shard_stops_at_its_threshold() {
         |n| {
             let mut refused = 0u64;
             while started.elapsed() < TIME {
-                let is_slow = started.elapsed().as_millis() / 50 % 2 == 0;
+                let is_slow = (started.elapsed().as_millis() / 50).is_multiple_of(2);
                 if n < 4 {
                     refused += u64::from(shard.send().is_none());
                 } else if !is_slow {

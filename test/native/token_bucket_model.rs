@@ -481,7 +481,14 @@ fn changes_come_to_an_end_with_an_error() {
     let other = Limits::new(9_000_000, 1.5).unwrap();
     let mut changes = 0u64;
     let error = loop {
-        match bucket.set_limits(Some(if changes % 2 == 0 { other } else { limits }), &clock) {
+        match bucket.set_limits(
+            Some(if changes.is_multiple_of(2) {
+                other
+            } else {
+                limits
+            }),
+            &clock,
+        ) {
             Ok(()) => changes += 1,
             Err(error) => break error,
         }
@@ -489,7 +496,14 @@ fn changes_come_to_an_end_with_an_error() {
     assert_eq!(error, LimitsError::TooManyChanges);
     assert!(changes > 100);
     let held = bucket.limits();
-    assert_eq!(held, Some(if changes % 2 == 0 { limits } else { other }));
+    assert_eq!(
+        held,
+        Some(if changes.is_multiple_of(2) {
+            limits
+        } else {
+            other
+        })
+    );
     let Ok(Some(before)) = bucket.take(&clock, 0) else {
         panic!("no tokens");
     };

@@ -1,4 +1,4 @@
-//! A small value beside its [`Snapshot`](crate::snapshot::Snapshot): read by loads alone, where an
+//! A small value beside its snapshot: read by loads alone, where an
 //! epoch guard would cost more than all the rest.
 //!
 //! # Algorithm
@@ -11,7 +11,7 @@
 //!
 //! # Protocol
 //!
-//! `sequence` is twice the number of changes, with the last bit ([`VALID`]) set while the words are valid.
+//! `sequence` is twice the number of changes, with the last bit (`VALID`) set while the words are valid.
 //! Whoever changes the source
 //!
 //! 1. changes it, then counts the change in `sequence`, which makes the words invalid;

@@ -17,7 +17,7 @@
 //! of threads. A taking belongs to the moment at which its clock was read. *Proof*: a word never
 //! moves back, and each taking moves it by what it takes. The first taking in a window leaves the
 //! word at least `n` ahead of the position `P1` at its beginning, and one unit more: either it was
-//! ahead of `P1` before (positions are integers) or the bucket was full and [`Terms::take`] adds the
+//! ahead of `P1` before (positions are integers) or the bucket was full and its taking adds the
 //! unit. The last one leaves it `capacity` ahead of the position `P2` at the end at most. So what is
 //! taken between is at most `capacity + P2 - P1 - 1`, and rounding the positions down has made
 //! `P2 - P1` less than one unit too large. (If the bucket was full at the last one again, the same
@@ -29,7 +29,7 @@
 //!
 //! # When limits change
 //!
-//! Limits are exchanged as a whole ([`crate::snapshot`]), and words stay as they are. New [`Terms`]
+//! Limits are exchanged as a whole (`snapshot.rs`), and words stay as they are. New [`Terms`]
 //! begin at a position that no word has reached under the former ones, so a word tells which terms
 //! it was written under, and whoever next takes from the bucket converts it: the tokens that it held
 //! when the terms changed stay, as far as the new capacity goes. A taking that overlaps a change is
