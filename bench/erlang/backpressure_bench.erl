@@ -22,7 +22,7 @@
 -spec run(registry_bench:options()) -> [bench_report:row()].
 run(#{connections := Count, rounds := Rounds, lookups := Lookups, progress := Progress}) ->
     {_, Connections} = Population =
-        bench_population:start(Count, fun() -> receive stop -> ok end end),
+        bench_population:start(Count, fun receiver/0),
     Table = ets:new(?MODULE, [set, public, {read_concurrency, true}]),
     lists:foreach(fun({Id, Pid}) ->
                           ok = erlmcp_shard_registry:register_connection(Id, Pid, #{}),
@@ -87,13 +87,36 @@ measure(Work, Layers, Connections, Ids, Table, Passes) ->
     max(0.1, (Whole - Loop) / (length(Ids) * Passes)).
 
 
+%% Leaves messages where they are until it is told to take them.
+-spec receiver() -> ok.
+receiver() ->
+    receive
+        stop -> ok;
+        take -> take()
+    end.
+
+
+-spec take() -> ok.
+take() ->
+    receive
+        waiting -> take()
+    after
+        0 ->
+            receiver()
+    end.
+
+
 %% The layers do what the case is about.
 -spec expect(work(), layers(), binary()) -> ok.
 expect(lookup_element, _Layers, _Id) -> ok;
 expect(_Work, no_tokens, Id) -> rate_limited = route_once(Id), ok;
 expect(_Work, no_room, Id) -> shard_overloaded = route_once(Id), ok;
 expect(_Work, circuit_open, Id) -> circuit_open = route_once(Id), ok;
-expect(_Work, _Admitting, Id) -> true = is_pid(route_once(Id)), ok.
+expect(_Work, Layers, Id) ->
+    case route_once(Id) of
+        Pid when is_pid(Pid) -> ok;
+        Refused -> error({refused, Layers, Refused})
+    end.
 
 
 -spec route_once(binary()) -> erlmcp_nif:route().
@@ -131,8 +154,9 @@ reset(no_tokens, _Connections) ->
     ok = erlmcp_backpressure:set(token_bucket, erlmcp_native_config:default(token_bucket)),
     %% Until the buckets are full again.
     timer:sleep(150);
-reset(no_room, _Connections) ->
+reset(no_room, Connections) ->
     #{threshold := Threshold} = erlmcp_native_config:default(admission),
+    lists:foreach(fun({_Id, Pid}) -> Pid ! take end, Connections),
     ok = erlmcp_admission_control:set_threshold(Threshold),
     ok = erlmcp_backpressure:set(circuit_breaker, erlmcp_native_config:default(circuit_breaker));
 reset(circuit_open, _Connections) ->
