@@ -1,6 +1,7 @@
 %%% @private
-%%% The application: checks the configuration, makes the default registry with it and sets the
-%%% layers of backpressure.
+%%% The application: checks the configuration, makes the default registry with it, sets the layers of
+%%% backpressure and switches to the configured mode. Without the native library it does the last of these
+%%% alone.
 -module(erlmcp_native_app).
 
 -behaviour(application).
@@ -12,22 +13,32 @@
 
 -spec start(application:start_type(), []) -> {ok, pid()} | {error, term()}.
 start(_Type, []) ->
-    case erlmcp_native_registry:load_error() of
-        none -> configure();
-        LoadError -> {error, {nif_not_loaded, LoadError}}
+    case erlmcp_native_config:check() of
+        {ok, Limits} ->
+            case erlmcp_rollout:wanted() of
+                {ok, _Mode} -> start_with(erlmcp_native_registry:load_error(), Limits);
+                {error, LoadError} -> {error, {nif_not_loaded, LoadError}}
+            end;
+        {error, _} = Error ->
+            Error
     end.
 
 
--spec configure() -> {ok, pid()} | {error, term()}.
-configure() ->
-    case erlmcp_native_config:check() of
-        {ok, Limits} ->
-            make_default_registry(Limits),
-            ok = erlmcp_backpressure:configure(),
-            show_logs(),
-            erlmcp_native_sup:start_link();
-        {error, _} = Error ->
-            Error
+-spec start_with(none | erlmcp_nif:load_error(), erlmcp_native_config:limits()) -> {ok, pid()} | {error, term()}.
+start_with(none, Limits) ->
+    make_default_registry(Limits),
+    ok = erlmcp_backpressure:configure(),
+    start_supervisor();
+start_with(_LoadError, _Limits) ->
+    start_supervisor().
+
+
+-spec start_supervisor() -> {ok, pid()} | {error, term()}.
+start_supervisor() ->
+    show_logs(),
+    case erlmcp_rollout:configure() of
+        ok -> erlmcp_native_sup:start_link();
+        {error, _} = Error -> Error
     end.
 
 
@@ -71,6 +82,6 @@ show_logs() ->
 
 -spec stop(term()) -> ok.
 stop(_State) ->
-    ok = erlmcp_backpressure:admit_everything(),
+    _ = erlmcp_native_registry:load_error() =:= none andalso erlmcp_backpressure:admit_everything(),
     _ = logger:remove_handler_filter(default, erlmcp_native),
     ok.

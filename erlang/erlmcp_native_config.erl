@@ -5,6 +5,11 @@
 %%% <tr><td>`shards'</td><td>64</td><td>a power of two from 1 to 1024</td></tr>
 %%% <tr><td>`max_entries'</td><td>2,000,000</td><td>1 to 2^28</td></tr>
 %%% <tr><td>`max_id_bytes'</td><td>65,535</td><td>1 to 2^24</td></tr>
+%%% <tr><td>`architecture_version' *</td><td>`` '100x' ''</td><td>`current', `` '100x' '' or `{percent,
+%%% 0..100}': which registry routes; see {@link erlmcp_rollout}. If it is not set, that of the application
+%%% `erlmcp' counts</td></tr>
+%%% <tr><td>`require_native'</td><td>`false'</td><td>`true' or `false': whether to refuse to start where
+%%% the native library cannot be loaded, instead of starting with `current'</td></tr>
 %%% <tr><td>`same_pid'</td><td>`already_registered'</td><td>`already_registered' or `ok': what
 %%% registering a server or transport answers if the id has the same process already</td></tr>
 %%% <tr><td>`backpressure' *</td><td>`on'</td><td>`on' or `off': whether messages are refused at
@@ -19,11 +24,12 @@
 %%% </table>
 %%%
 %%% The first three are the bounds of the default registry and cannot be changed once it exists.
-%%% `same_pid' is read whenever it is needed. What has a star is changed in a running system by {@link
-%%% erlmcp_backpressure:set/2}; `application:set_env/3' alone takes effect with the next start.
+%%% `same_pid' is read whenever it is needed. What has a star is changed in a running system, by {@link
+%%% erlmcp_rollout:set/1} and {@link erlmcp_backpressure:set/2}; `application:set_env/3' alone takes effect
+%%% with the next start.
 -module(erlmcp_native_config).
 
--export([check/0, check_live/2, registry_limits/1, token_bucket/1, default/1, get/1]).
+-export([check/0, check_live/2, check_mode/1, registry_limits/1, token_bucket/1, default/1, get/1]).
 
 -export_type([limits/0, error/0, key/0]).
 
@@ -33,6 +39,8 @@
                max_entries |
                max_id_bytes |
                same_pid |
+               architecture_version |
+               require_native |
                backpressure |
                token_bucket |
                admission |
@@ -42,19 +50,37 @@
 -define(MAX_FILL_SECONDS, 9_007_199).
 -define(REGISTRY_KEYS,    [shards, max_entries, max_id_bytes]).
 -define(LIVE_KEYS,        [backpressure, token_bucket, admission, circuit_breaker]).
--define(KEYS,             (?REGISTRY_KEYS ++ [same_pid | ?LIVE_KEYS])).
+-define(ROLLOUT_KEYS,     [architecture_version, require_native]).
+-define(KEYS,             (?REGISTRY_KEYS ++ ?ROLLOUT_KEYS ++ [same_pid | ?LIVE_KEYS])).
 
 
 %% @doc The value in force of a key: from the application environment, completed by defaults.
 -spec get(key()) -> term().
 get(Key) ->
-    complete(Key, application:get_env(erlmcp_native, Key, default(Key))).
+    complete(Key, application:get_env(erlmcp_native, Key, default_or_of_erlmcp(Key))).
 
 
-%% @doc Checks one setting that can be changed in a running system (those with a star).
+%% erlmcp itself has this one too.
+-spec default_or_of_erlmcp(key()) -> term().
+default_or_of_erlmcp(architecture_version) ->
+    application:get_env(erlmcp, architecture_version, default(architecture_version));
+default_or_of_erlmcp(Key) ->
+    default(Key).
+
+
+%% @doc Checks one setting of backpressure.
 -spec check_live(term(), term()) -> ok | {error, error()}.
 check_live(Key, Value) ->
     case first_error([{Key, Value}], ?LIVE_KEYS) of
+        none -> ok;
+        Error -> {error, Error}
+    end.
+
+
+%% @doc Checks a value of `architecture_version'.
+-spec check_mode(term()) -> ok | {error, error()}.
+check_mode(Mode) ->
+    case first_error([{architecture_version, Mode}], ?ROLLOUT_KEYS) of
         none -> ok;
         Error -> {error, Error}
     end.
@@ -64,8 +90,10 @@ check_live(Key, Value) ->
 -spec check() -> {ok, limits()} | {error, error()}.
 check() ->
     %% `included_applications' is added to every application's environment by some releases of OTP.
-    Environment = [ Setting
-                    || {Key, _} = Setting <- application:get_all_env(erlmcp_native), Key =/= included_applications ],
+    Own = [ Setting
+            || {Key, _} = Setting <- application:get_all_env(erlmcp_native), Key =/= included_applications ],
+    Environment = [{architecture_version, ?MODULE:get(architecture_version)} |
+                   lists:keydelete(architecture_version, 1, Own)],
     case first_error(Environment, ?KEYS) of
         none ->
             registry_limits(maps:with(?REGISTRY_KEYS, maps:from_list(Environment)));
@@ -98,6 +126,8 @@ default(shards) -> 64;
 default(max_entries) -> 2_000_000;
 default(max_id_bytes) -> 65_535;
 default(same_pid) -> already_registered;
+default(architecture_version) -> '100x';
+default(require_native) -> false;
 default(backpressure) -> on;
 default(token_bucket) -> #{capacity => 1000, rate_per_second => 10000};
 default(admission) -> #{threshold => 10000, sample_interval_ms => 100};
@@ -141,6 +171,12 @@ validate(max_id_bytes, _) -> {expected, "an integer from 1 to 16777216"};
 validate(same_pid, ok) -> ok;
 validate(same_pid, already_registered) -> ok;
 validate(same_pid, _) -> {expected, "already_registered or ok"};
+validate(architecture_version, current) -> ok;
+validate(architecture_version, '100x') -> ok;
+validate(architecture_version, {percent, P}) when is_integer(P), P >= 0, P =< 100 -> ok;
+validate(architecture_version, _) -> {expected, "current, '100x' or {percent, P} with an integer P from 0 to 100"};
+validate(require_native, Boolean) when is_boolean(Boolean) -> ok;
+validate(require_native, _) -> {expected, "true or false"};
 validate(backpressure, on) -> ok;
 validate(backpressure, off) -> ok;
 validate(backpressure, _) -> {expected, "on or off"};

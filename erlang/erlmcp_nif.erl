@@ -1,7 +1,8 @@
 %%% @private
 %%% The functions of the native library: stubs, and loading it.
 %%%
-%%% A `Registry' is the atom `default' or a reference from {@link new/3}; a namespace is `server',
+%%% A `Registry' is the atom `default', a reference from {@link new/3}, or `exclusive' for the default
+%%% one in the hands of whoever has diverted all others ({@link divert/0}). A namespace is `server',
 %%% `transport' or `connection'. Every function raises `badarg' for arguments of the wrong kind and
 %%% for ids that take more than the registry's `max_id_bytes', and changes nothing then.
 %%%
@@ -10,11 +11,11 @@
 %%% that for all of them.
 %%%
 %%% Without the library every function raises `{nif_not_loaded, Info}', where `Info' names path,
-%%% target, NIF version, reason and remedy.
+%%% target, NIF version, reason and remedy; only those that can be diverted are so instead.
 -module(erlmcp_nif).
 
 %% Registries
--export([new/3, make_default/3, limits/1, close/1, open/1]).
+-export([new/3, make_default/3, limits/1, close/1, open/1, divert/0, undivert/0]).
 %% Look-up
 -export([whereis_connection/1, whereis_server/1, whereis_transport/1, whereis/3]).
 -export([find/3, find_dirty/3]).
@@ -24,11 +25,12 @@
 -export([bind/4, unbind/2, bound_server/2, bindings/1]).
 -export([bound_transports/2, bound_transports_dirty/2]).
 %% Listing and counting
--export([list/2, list_dirty/2, list_shard/2, list_shard_dirty/2]).
+-export([list/2, list_dirty/2, list_shard/2, list_shard_dirty/2, list_ids/2]).
 -export([count/2, count_shard/2, shard/2, distinct_configs/0]).
 %% Routing
 -export([route_connection/1, route_server/2, route_transport/1, route_batch/1]).
--export([route_bound/1, route_bound_dirty/1]).
+-export([route_server_exclusive/2, route_transport_exclusive/1]).
+-export([route_bound/1, route_bound_dirty/1, route_bound_exclusive/1]).
 %% Token buckets
 -export([bucket_new/1, is_bucket/1, bucket_take/2, bucket_state/1, bucket_set_limits/2]).
 -export([entry_take/3, entry_bucket_state/2, entry_set_limits/3]).
@@ -54,6 +56,8 @@
        limits/1,
        close/1,
        open/1,
+       divert/0,
+       undivert/0,
        whereis_connection/1,
        whereis_server/1,
        whereis_transport/1,
@@ -75,6 +79,7 @@
        list_dirty/2,
        list_shard/2,
        list_shard_dirty/2,
+       list_ids/2,
        count/2,
        count_shard/2,
        shard/2,
@@ -82,9 +87,12 @@
        route_connection/1,
        route_server/2,
        route_transport/1,
+       route_server_exclusive/2,
+       route_transport_exclusive/1,
        route_batch/1,
        route_bound/1,
        route_bound_dirty/1,
+       route_bound_exclusive/1,
        bucket_new/1,
        is_bucket/1,
        bucket_take/2,
@@ -115,7 +123,7 @@
        breaker_configure/1,
        breaker_stats/0]).
 
--type registry() :: default | reference().
+-type registry() :: default | exclusive | reference().
 -type namespace() :: server | transport | connection.
 -type load_error() :: #{
                         path := file:filename(),
@@ -187,6 +195,12 @@ load_error() ->
 
 
 -define(NOT_LOADED, erlang:nif_error({nif_not_loaded, load_error()})).
+%% Without the library. (With it none of these lines is ever run.)
+-define(DIVERTED,
+        case load_error() of
+            none -> ?NOT_LOADED;
+            _ -> diverted
+        end).
 
 %%% Registries
 
@@ -213,6 +227,17 @@ close(_Registry) -> ?NOT_LOADED.
 %% Takes servers and transports again.
 -spec open(registry()) -> ok.
 open(_Registry) -> ?NOT_LOADED.
+
+
+%% Turns away, with `diverted', whoever wants to change servers, transports or bindings of `default',
+%% or to route by them; who says `exclusive' instead still can. `ok' if all changes that began before
+%% have been made; until then `busy'.
+-spec divert() -> ok | busy.
+divert() -> ?NOT_LOADED.
+
+
+-spec undivert() -> ok.
+undivert() -> ?NOT_LOADED.
 
 
 %%% Look-up
@@ -249,25 +274,25 @@ find_dirty(_Registry, _Namespace, _Id) -> ?NOT_LOADED.
 %% `Monitored' is the local process whose end removes the entry: `Pid' itself, or for a process of
 %% another node its sentinel.
 -spec register(registry(), namespace(), term(), pid(), pid(), term()) ->
-          ok | {already_registered, pid()} | registry_full | registry_closed | dirty.
+          ok | {already_registered, pid()} | registry_full | registry_closed | diverted | dirty.
 register(_Registry, _Namespace, _Id, _Pid, _Monitored, _Config) -> ?NOT_LOADED.
 
 
 -spec register_dirty(registry(), namespace(), term(), pid(), pid(), term()) ->
-          ok | {already_registered, pid()} | registry_full | registry_closed.
+          ok | {already_registered, pid()} | registry_full | registry_closed | diverted.
 register_dirty(_Registry, _Namespace, _Id, _Pid, _Monitored, _Config) -> ?NOT_LOADED.
 
 
 %% Returns the sentinel to end, if the entry had one.
--spec unregister(registry(), namespace(), term()) -> ok | {ok, pid()}.
+-spec unregister(registry(), namespace(), term()) -> ok | {ok, pid()} | diverted.
 unregister(_Registry, _Namespace, _Id) -> ?NOT_LOADED.
 
 
--spec update_server(registry(), term(), term()) -> ok | {error, not_found} | dirty.
+-spec update_server(registry(), term(), term()) -> ok | {error, not_found} | diverted | dirty.
 update_server(_Registry, _Id, _Config) -> ?NOT_LOADED.
 
 
--spec update_server_dirty(registry(), term(), term()) -> ok | {error, not_found}.
+-spec update_server_dirty(registry(), term(), term()) -> ok | {error, not_found} | diverted.
 update_server_dirty(_Registry, _Id, _Config) -> ?NOT_LOADED.
 
 
@@ -276,11 +301,11 @@ update_server_dirty(_Registry, _Id, _Config) -> ?NOT_LOADED.
 
 %% `false' makes a binding like an automatic one, also to a server that does not exist.
 -spec bind(registry(), Transport :: term(), Server :: term(), ServerMustExist :: boolean()) ->
-          ok | {error, server_not_found | transport_not_found}.
+          ok | {error, server_not_found | transport_not_found} | diverted.
 bind(_Registry, _Transport, _Server, _ServerMustExist) -> ?NOT_LOADED.
 
 
--spec unbind(registry(), Transport :: term()) -> ok.
+-spec unbind(registry(), Transport :: term()) -> ok | diverted.
 unbind(_Registry, _Transport) -> ?NOT_LOADED.
 
 
@@ -313,6 +338,11 @@ list_dirty(_Registry, _Namespace) -> ?NOT_LOADED.
 
 
 %% The connections of one shard.
+%% The ids of all entries. Dirty.
+-spec list_ids(registry(), namespace()) -> [term()].
+list_ids(_Registry, _Namespace) -> ?NOT_LOADED.
+
+
 -spec list_shard(registry(), non_neg_integer()) -> [{term(), {pid(), term()}}] | dirty.
 list_shard(_Registry, _Shard) -> ?NOT_LOADED.
 
@@ -342,6 +372,8 @@ distinct_configs() -> ?NOT_LOADED.
 
 
 %%% Routing, in the default registry
+%%
+%% Without the library nothing is routed here: everything is `diverted'.
 
 
 %% The process of a connection, if a message may be sent to it; the connection's bucket pays.
@@ -350,13 +382,22 @@ route_connection(_Id) -> ?NOT_LOADED.
 
 
 %% The process of a server, if a message may be sent to it; the transport's bucket pays.
--spec route_server(Server :: term(), Transport :: term()) -> routed().
-route_server(_Server, _Transport) -> ?NOT_LOADED.
+-spec route_server(Server :: term(), Transport :: term()) -> routed() | diverted.
+route_server(_Server, _Transport) -> ?DIVERTED.
 
 
 %% The process of a transport, if a message may be sent to it; no bucket pays.
--spec route_transport(term()) -> routed().
-route_transport(_Id) -> ?NOT_LOADED.
+-spec route_transport(term()) -> routed() | diverted.
+route_transport(_Id) -> ?DIVERTED.
+
+
+%% The same two, for those who know that the native registry is to be used although it is diverted.
+-spec route_server_exclusive(Server :: term(), Transport :: term()) -> routed().
+route_server_exclusive(_Server, _Transport) -> ?NOT_LOADED.
+
+
+-spec route_transport_exclusive(term()) -> routed().
+route_transport_exclusive(_Id) -> ?NOT_LOADED.
 
 
 %% As {@link route_connection/1} for the first messages of the list, some hundreds, and the rest of
@@ -367,12 +408,17 @@ route_batch(_Messages) -> ?NOT_LOADED.
 
 %% The processes of the transports bound to a server that a message may be sent to, and why it was
 %% refused for others, if it was.
--spec route_bound(Server :: term()) -> {[pid()], none | refusal(), [event()]} | dirty.
-route_bound(_Server) -> ?NOT_LOADED.
+-spec route_bound(Server :: term()) -> {[pid()], none | refusal(), [event()]} | diverted | dirty.
+route_bound(_Server) -> ?DIVERTED.
 
 
--spec route_bound_dirty(Server :: term()) -> {[pid()], none | refusal(), [event()]}.
-route_bound_dirty(_Server) -> ?NOT_LOADED.
+-spec route_bound_dirty(Server :: term()) -> {[pid()], none | refusal(), [event()]} | diverted.
+route_bound_dirty(_Server) -> ?DIVERTED.
+
+
+%% As {@link route_server_exclusive/2}. Dirty.
+-spec route_bound_exclusive(Server :: term()) -> {[pid()], none | refusal(), [event()]}.
+route_bound_exclusive(_Server) -> ?NOT_LOADED.
 
 
 %%% Token buckets

@@ -214,6 +214,7 @@ counted_by_shard(Registry, NS) ->
 %% Unregisters everything, and then enough more for what was removed to be freed: that happens some
 %% removals later, of the same thread.
 clear(Registries) ->
+    ok = ?NIF:undivert(),
     [ begin
           ok = ?NIF:open(Registry),
           [ ?NIF:unregister(Registry, NS, Id)
@@ -449,7 +450,7 @@ pools(#{own := Own, closing := Closing, heavy := Heavy}) ->
                || Node <- [<<"other@host">>, <<"another@host">>, atom_to_binary(node())],
                   N <- [1, 100] ],
     Right = #{
-              registry => list_to_tuple([default, Closing | Own]),
+              registry => list_to_tuple([default, exclusive, Closing | Own]),
               namespace => list_to_tuple(?NAMESPACES),
               term => list_to_tuple(Ids ++ Configs),
               id => list_to_tuple(Ids),
@@ -759,7 +760,7 @@ million() ->
 
 
 is_dirty(Name) ->
-    lists:suffix("_dirty", atom_to_list(Name)) orelse lists:member(Name, [close, bindings]).
+    lists:suffix("_dirty", atom_to_list(Name)) orelse lists:member(Name, [close, bindings, list_ids, route_bound_exclusive]).
 
 
 %% The tables grow a little with each registration and never all at once. Of a million calls a busy

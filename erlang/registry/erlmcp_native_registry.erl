@@ -8,6 +8,9 @@
 %%% as it would for a local process.
 %%%
 %%% Everything runs in the calling process. Nothing here is a server.
+%%%
+%%% Changes of servers, transports and bindings of `default' return `diverted', and change nothing,
+%%% while they are diverted ({@link erlmcp_nif:divert/0}).
 -module(erlmcp_native_registry).
 
 -export([register/6,
@@ -16,6 +19,7 @@
          find/3,
          list/2,
          list_shard/2,
+         list_ids/2,
          bound_transports/2,
          close/1]).
 -export([load_error/0, make_default/3, bindings/1, distinct_configs/0]).
@@ -30,7 +34,7 @@
 %% `Owner' is the process that the registry ends with, if there is one: a sentinel then ends with it
 %% too, since nobody unregisters the entries of a registry that is gone.
 -spec register(erlmcp_nif:registry(), erlmcp_nif:namespace(), term(), pid(), term(), Owner :: pid() | none) ->
-          ok | {error, {already_registered, pid()} | registry_full | registry_closed}.
+          ok | {error, {already_registered, pid()} | registry_full | registry_closed} | diverted.
 register(Registry, Namespace, Id, Pid, Config, _Owner) when node(Pid) =:= node() ->
     register_monitored(Registry, Namespace, Id, Pid, Pid, Config);
 register(Registry, Namespace, Id, Pid, Config, Owner) when is_pid(Pid) ->
@@ -51,7 +55,7 @@ register(_Registry, _Namespace, _Id, _Pid, _Config, _Owner) ->
 
 
 -spec register_monitored(erlmcp_nif:registry(), erlmcp_nif:namespace(), term(), pid(), pid(), term()) ->
-          ok | {error, {already_registered, pid()} | registry_full | registry_closed}.
+          ok | {error, {already_registered, pid()} | registry_full | registry_closed} | diverted.
 register_monitored(Registry, Namespace, Id, Pid, Monitored, Config) ->
     Result =
         case erlmcp_nif:register(Registry, Namespace, Id, Pid, Monitored, Config) of
@@ -62,21 +66,22 @@ register_monitored(Registry, Namespace, Id, Pid, Monitored, Config) ->
         end,
     case Result of
         ok -> ok;
+        diverted -> diverted;
         Reason -> {error, Reason}
     end.
 
 
 %% @doc Removes `Id' if it is registered.
--spec unregister(erlmcp_nif:registry(), erlmcp_nif:namespace(), term()) -> ok.
+-spec unregister(erlmcp_nif:registry(), erlmcp_nif:namespace(), term()) -> ok | diverted.
 unregister(Registry, Namespace, Id) ->
     case erlmcp_nif:unregister(Registry, Namespace, Id) of
-        ok -> ok;
-        {ok, Sentinel} -> end_sentinel(Sentinel)
+        {ok, Sentinel} -> end_sentinel(Sentinel);
+        Done -> Done
     end.
 
 
 %% @doc Exchanges the config of a server; its process and its bindings stay.
--spec update_server(erlmcp_nif:registry(), term(), term()) -> ok | {error, not_found}.
+-spec update_server(erlmcp_nif:registry(), term(), term()) -> ok | {error, not_found} | diverted.
 update_server(Registry, Id, Config) ->
     case erlmcp_nif:update_server(Registry, Id, Config) of
         dirty -> erlmcp_nif:update_server_dirty(Registry, Id, Config);
@@ -101,6 +106,12 @@ list(Registry, Namespace) ->
         dirty -> erlmcp_nif:list_dirty(Registry, Namespace);
         Done -> Done
     end.
+
+
+%% @doc The ids of all entries of a namespace, on a dirty scheduler.
+-spec list_ids(erlmcp_nif:registry(), erlmcp_nif:namespace()) -> [term()].
+list_ids(Registry, Namespace) ->
+    erlmcp_nif:list_ids(Registry, Namespace).
 
 
 %% @doc The connections of a shard.

@@ -24,8 +24,6 @@
 
 -behaviour(gen_server).
 
--include_lib("kernel/include/logger.hrl").
-
 %% Registration
 -export([start_link/0]).
 -export([register_server/3, register_server/4]).
@@ -48,7 +46,8 @@
 %% Names
 -export([validate_tool_name/1, validate_transport_name/1, normalize_name/1]).
 %% gen_server
--export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2, code_change/3]).
+-export([init/1, handle_continue/2, handle_call/3, handle_cast/2, handle_info/2]).
+-export([terminate/2, code_change/3]).
 -export([format_status/1]).
 
 -export_type([server_id/0, transport_id/0, scope/0, entry/0, global_entry/0, saved_state/0]).
@@ -59,10 +58,6 @@
 -type entry() :: {pid(), Config :: term()}.
 -type global_entry() :: {node(), pid(), Config :: term()}.
 -type saved_state() :: {registry_state, #{transport_id() => server_id()}}.
-
--record(state, {
-          registry :: erlmcp_nif:registry()
-         }).
 
 -define(SHUTDOWN_MS, 1000).
 
@@ -87,7 +82,7 @@ start_link() ->
 -spec register_server(server_id(), pid(), term()) ->
           ok | {error, already_registered | registry_full}.
 register_server(Id, Pid, Config) when is_pid(Pid) ->
-    local({register_server, Id, Pid, Config}).
+    erlmcp_registry_detour:request({register_server, Id, Pid, Config}).
 
 
 %% @doc Registers a server on this node, or in the whole cluster
@@ -107,7 +102,7 @@ register_server(global, Id, Pid, Config) when is_pid(Pid) ->
 -spec register_transport(transport_id(), pid(), term()) ->
           ok | {error, already_registered | registry_full}.
 register_transport(Id, Pid, Config) when is_pid(Pid) ->
-    local({register_transport, Id, Pid, Config}).
+    erlmcp_registry_detour:request({register_transport, Id, Pid, Config}).
 
 
 %% @doc Registers a transport on this node, or in the whole cluster (without bindings).
@@ -124,7 +119,7 @@ register_transport(global, Id, Pid, Config) when is_pid(Pid) ->
 %% For an unknown server nothing changes, not even automatic bindings that name it.
 -spec unregister_server(server_id()) -> ok.
 unregister_server(Id) ->
-    local({unregister_server, Id}).
+    erlmcp_registry_detour:request({unregister_server, Id}).
 
 
 %% @doc Removes a server of this node, or of the cluster.
@@ -138,7 +133,7 @@ unregister_server(global, Id) ->
 %% @doc Removes a transport with its binding.
 -spec unregister_transport(transport_id()) -> ok.
 unregister_transport(Id) ->
-    local({unregister_transport, Id}).
+    erlmcp_registry_detour:request({unregister_transport, Id}).
 
 
 %% @doc Removes a transport of this node, or of the cluster.
@@ -152,7 +147,7 @@ unregister_transport(global, Id) ->
 %% @doc Exchanges the config of a server; its process and its bindings stay.
 -spec update_server(server_id(), term()) -> ok | {error, not_found}.
 update_server(Id, Config) ->
-    local({update_server, Id, Config}).
+    erlmcp_registry_detour:request({update_server, Id, Config}).
 
 
 %%% Lookup
@@ -161,7 +156,7 @@ update_server(Id, Config) ->
 %% @doc The process and the config of a server; never a process of this node that has ended.
 -spec find_server(server_id()) -> {ok, entry()} | {error, not_found}.
 find_server(Id) ->
-    local({find_server, Id}).
+    erlmcp_registry_detour:request({find_server, Id}).
 
 
 %% @doc The process and the config of a server of this node, or of the cluster, then with its node.
@@ -175,7 +170,7 @@ find_server(global, Id) ->
 %% @doc The process and the config of a transport; never a process of this node that has ended.
 -spec find_transport(transport_id()) -> {ok, entry()} | {error, not_found}.
 find_transport(Id) ->
-    local({find_transport, Id}).
+    erlmcp_registry_detour:request({find_transport, Id}).
 
 
 %% @doc The process and the config of a transport of this node, or of the cluster, then with its
@@ -191,7 +186,7 @@ find_transport(global, Id) ->
 %% @doc All servers, in no particular order. More than a few hundred are listed on a dirty scheduler.
 -spec list_servers() -> [{server_id(), entry()}].
 list_servers() ->
-    local(list_servers).
+    erlmcp_registry_detour:request(list_servers).
 
 
 %% @doc All servers of this node, or of the cluster, then with their nodes.
@@ -205,7 +200,7 @@ list_servers(global) ->
 %% @doc All transports, in no particular order. See {@link list_servers/0}.
 -spec list_transports() -> [{transport_id(), entry()}].
 list_transports() ->
-    local(list_transports).
+    erlmcp_registry_detour:request(list_transports).
 
 
 %% @doc All transports of this node, or of the cluster, then with their nodes.
@@ -229,19 +224,19 @@ get_servers() ->
 -spec bind_transport_to_server(transport_id(), server_id()) ->
           ok | {error, server_not_found | transport_not_found}.
 bind_transport_to_server(TransportId, ServerId) ->
-    local({bind_transport_to_server, TransportId, ServerId}).
+    erlmcp_registry_detour:request({bind_transport_to_server, TransportId, ServerId}).
 
 
 %% @doc Ends the binding of a transport; `ok' also if there is none.
 -spec unbind_transport(transport_id()) -> ok.
 unbind_transport(TransportId) ->
-    local({unbind_transport, TransportId}).
+    erlmcp_registry_detour:request({unbind_transport, TransportId}).
 
 
 %% @doc The server that a transport is bound to. Bound to the id `undefined' is `not_found'.
 -spec get_server_for_transport(transport_id()) -> {ok, server_id()} | {error, not_found}.
 get_server_for_transport(TransportId) ->
-    local({get_server_for_transport, TransportId}).
+    erlmcp_registry_detour:request({get_server_for_transport, TransportId}).
 
 
 %%% Routing
@@ -260,8 +255,8 @@ route_to_server(ServerId, TransportId, Message) ->
             Pid ! {mcp_message, TransportId, Message},
             ok;
         Other ->
-            case erlmcp_backpressure:deliver(Other, {mcp_message, TransportId, Message}) of
-                {error, not_found} -> unknown_target(server, ServerId);
+            case deliver(Other, {server, ServerId}, TransportId, Message, {mcp_message, TransportId, Message}) of
+                {error, not_found} -> erlmcp_registry_native:unknown_target(server, ServerId);
                 Result -> Result
             end
     end.
@@ -279,7 +274,7 @@ route_to_transport(broadcast, ServerId, Message) ->
     broadcast(ServerId, Message);
 route_to_transport(TransportId, ServerId, Message) ->
     case route_to_transport_id(TransportId, ServerId, Message) of
-        {error, not_found} -> unknown_target(transport, TransportId);
+        {error, not_found} -> erlmcp_registry_native:unknown_target(transport, TransportId);
         Result -> Result
     end.
 
@@ -292,7 +287,30 @@ route_to_transport_id(TransportId, ServerId, Message) ->
             Pid ! {mcp_response, ServerId, Message},
             ok;
         Other ->
-            erlmcp_backpressure:deliver(Other, {mcp_response, ServerId, Message})
+            deliver(Other, {transport, TransportId}, ServerId, Message, {mcp_response, ServerId, Message})
+    end.
+
+
+%% What is not there natively may be in the classic registry by now.
+-spec deliver(erlmcp_nif:routed() | diverted, erlmcp_registry_pair:entry(), term(), term(), term()) ->
+          ok | {error, erlmcp_backpressure:reason()}.
+deliver(diverted, Entry, Sender, Content, Message) ->
+    erlmcp_registry_detour:route(Entry, Sender, Content, Message);
+deliver(undefined, Entry, Sender, Content, Message) ->
+    erlmcp_registry_detour:route(Entry, Sender, Content, Message);
+deliver(Routed, _Entry, _Sender, _Content, Message) ->
+    erlmcp_backpressure:deliver(Routed, Message).
+
+
+-spec broadcast(server_id(), term()) -> ok | {error, erlmcp_backpressure:reason()}.
+broadcast(ServerId, Message) ->
+    Routed = case erlmcp_nif:route_bound(ServerId) of
+                 dirty -> erlmcp_nif:route_bound_dirty(ServerId);
+                 Done -> Done
+             end,
+    case Routed of
+        diverted -> erlmcp_registry_detour:broadcast(ServerId, Message);
+        _ -> erlmcp_registry_detour:deliver(Routed, ServerId, Message)
     end.
 
 
@@ -348,14 +366,14 @@ get_queue_depth() ->
 %% @doc All bindings, in the form that {@link restore_state/1} takes.
 -spec get_all_state() -> {ok, saved_state()}.
 get_all_state() ->
-    local(get_all_state).
+    erlmcp_registry_detour:request(get_all_state).
 
 
 %% @doc Makes the bindings be those of a saved state, as far as its transports are registered. Its
 %% servers need not be.
 -spec restore_state(saved_state() | term()) -> ok | {error, invalid_state}.
 restore_state(State) ->
-    local({restore_state, State}).
+    erlmcp_registry_detour:request({restore_state, State}).
 
 
 %% @doc Sends `{erlmcp_shutdown, Id, normal}' to every server and transport, and waits a second for
@@ -392,65 +410,54 @@ normalize_name(Name) ->
 
 
 %% @private
--spec init([]) -> {ok, #state{}}.
+-spec init([]) -> {ok, erlmcp_registry_server:state(), {continue, start}} | {stop, term()}.
 init([]) ->
     _ = process_flag(trap_exit, true),
     %% gen has registered the name by now, if there is one.
-    case process_info(self(), registered_name) of
-        {registered_name, ?MODULE} ->
-            ok = erlmcp_nif:open(default),
-            {ok, #state{registry = default}};
-        _ ->
-            {ok, #state{registry = erlmcp_shard_registry:new(#{})}}
+    Name = case process_info(self(), registered_name) of
+               {registered_name, ?MODULE} -> named;
+               _ -> anonymous
+           end,
+    case erlmcp_registry_server:init(Name) of
+        {ok, State} -> {ok, State, {continue, start}};
+        Stop -> Stop
     end.
 
 
 %% @private
--spec handle_call(term(), gen_server:from(), #state{}) -> {reply, term(), #state{}}.
-handle_call(Request, _From, #state{registry = Registry} = State) ->
-    Reply =
-        try
-            execute(Registry, Request)
-        catch
-            error:badarg -> {error, badarg}
-        end,
-    {reply, Reply, State}.
+-spec handle_continue(start, erlmcp_registry_server:state()) -> {noreply, erlmcp_registry_server:state()}.
+handle_continue(start, State) ->
+    {noreply, erlmcp_registry_server:continue(State)}.
 
 
 %% @private
--spec handle_cast(term(), #state{}) -> {noreply, #state{}}.
-handle_cast(Cast, #state{registry = Registry} = State) ->
-    try
-        route(Registry, Cast)
-    catch
-        %% The id is longer than any that can be registered.
-        error:badarg -> unknown_target(id, too_long)
-    end,
-    {noreply, State}.
+-spec handle_call(term(), gen_server:from(), erlmcp_registry_server:state()) ->
+          {reply, term(), erlmcp_registry_server:state()} | {noreply, erlmcp_registry_server:state()}.
+handle_call(Request, From, State) ->
+    erlmcp_registry_server:call(Request, From, State).
+
+
+%% @private
+-spec handle_cast(term(), erlmcp_registry_server:state()) -> {noreply, erlmcp_registry_server:state()}.
+handle_cast(Cast, State) ->
+    {noreply, erlmcp_registry_server:cast(Cast, State)}.
 
 
 %% @private
 %% Exit signals of others than the parent arrive here, and whatever erlmcp sends us.
--spec handle_info(term(), #state{}) -> {noreply, #state{}}.
-handle_info(_Info, State) ->
-    {noreply, State}.
+-spec handle_info(term(), erlmcp_registry_server:state()) -> {noreply, erlmcp_registry_server:state()}.
+handle_info(Info, State) ->
+    {noreply, erlmcp_registry_server:info(Info, State)}.
 
 
 %% @private
-%% An orderly end clears the registry. Anything else leaves it to the next one under the name. An
-%% anonymous instance's registry goes with the last reference to it.
--spec terminate(term(), #state{}) -> ok.
-terminate(Reason, #state{registry = Registry}) ->
-    case Reason of
-        normal -> erlmcp_native_registry:close(Registry);
-        shutdown -> erlmcp_native_registry:close(Registry);
-        {shutdown, _} -> erlmcp_native_registry:close(Registry);
-        _ -> ok
-    end.
+-spec terminate(term(), erlmcp_registry_server:state()) -> ok.
+terminate(Reason, State) ->
+    erlmcp_registry_server:terminate(Reason, State).
 
 
 %% @private
--spec code_change(term(), #state{}, term()) -> {ok, #state{}}.
+-spec code_change(term(), erlmcp_registry_server:state(), term()) -> {ok, erlmcp_registry_server:state()}.
 code_change(_OldVsn, State, _Extra) ->
     {ok, State}.
 
@@ -460,18 +467,10 @@ code_change(_OldVsn, State, _Extra) ->
 -spec format_status(gen_server:format_status()) -> gen_server:format_status().
 format_status(Status) ->
     maps:map(
-      fun(state, #state{registry = Registry}) ->
-              #{
-                servers => erlmcp_nif:count(Registry, server),
-                transports => erlmcp_nif:count(Registry, transport),
-                bindings => maps:from_list(erlmcp_nif:bindings(Registry))
-               };
-         (message, Message) ->
-              without_config(Message);
-         (log, _Events) ->
-              [];
-         (_Key, Value) ->
-              Value
+      fun(state, State) -> erlmcp_registry_server:summary(State);
+         (message, Message) -> without_config(Message);
+         (log, _Events) -> [];
+         (_Key, Value) -> Value
       end,
       Status).
 
@@ -482,193 +481,3 @@ without_config({register_server, Id, Pid, _Config}) -> {register_server, Id, Pid
 without_config({register_transport, Id, Pid, _Config}) -> {register_transport, Id, Pid, redacted};
 without_config({update_server, Id, _Config}) -> {update_server, Id, redacted};
 without_config(Message) -> Message.
-
-
-%%% Requests
-
-
-%% A request on the named instance, carried out here. `whereis/1' is what makes it fail as a call
-%% would while there is no process.
--spec local(term()) -> term().
-local(Request) ->
-    case whereis(?MODULE) of
-        undefined ->
-            not_running(Request);
-        _Pid ->
-            case execute(default, Request) of
-                {error, registry_closed} -> not_running(Request);
-                Result -> Result
-            end
-    end.
-
-
--spec not_running(term()) -> no_return().
-not_running(Request) ->
-    exit({noproc, {gen_server, call, [?MODULE, Request]}}).
-
-
--spec execute(erlmcp_nif:registry(), term()) -> term().
-execute(Registry, {register_server, Id, Pid, Config}) ->
-    register(Registry, server, Id, Pid, Config);
-execute(Registry, {register_transport, Id, Pid, Config}) ->
-    register(Registry, transport, Id, Pid, Config);
-execute(Registry, {unregister_server, Id}) ->
-    erlmcp_native_registry:unregister(Registry, server, Id);
-execute(Registry, {unregister_transport, Id}) ->
-    erlmcp_native_registry:unregister(Registry, transport, Id);
-execute(Registry, {update_server, Id, Config}) ->
-    erlmcp_native_registry:update_server(Registry, Id, Config);
-execute(Registry, {find_server, Id}) ->
-    erlmcp_native_registry:find(Registry, server, Id);
-execute(Registry, {find_transport, Id}) ->
-    erlmcp_native_registry:find(Registry, transport, Id);
-execute(Registry, list_servers) ->
-    erlmcp_native_registry:list(Registry, server);
-execute(Registry, list_transports) ->
-    erlmcp_native_registry:list(Registry, transport);
-execute(Registry, {bind_transport_to_server, TransportId, ServerId}) ->
-    erlmcp_nif:bind(Registry, TransportId, ServerId, true);
-execute(Registry, {unbind_transport, TransportId}) ->
-    erlmcp_nif:unbind(Registry, TransportId);
-execute(Registry, {get_server_for_transport, TransportId}) ->
-    case erlmcp_nif:bound_server(Registry, TransportId) of
-        {ok, undefined} -> {error, not_found};
-        Found -> Found
-    end;
-execute(Registry, get_all_state) ->
-    {ok, {registry_state, maps:from_list(erlmcp_nif:bindings(Registry))}};
-execute(Registry, {restore_state, {registry_state, Bindings}}) when is_map(Bindings) ->
-    restore(Registry, Bindings);
-execute(_Registry, {restore_state, _Invalid}) ->
-    {error, invalid_state};
-execute(_Registry, _Request) ->
-    {error, unknown_request}.
-
-
--spec register(erlmcp_nif:registry(), server | transport, term(), pid(), term()) ->
-          ok | {error, already_registered | registry_full | registry_closed}.
-register(Registry, Namespace, Id, Pid, Config) ->
-    case erlmcp_native_registry:register(Registry, Namespace, Id, Pid, Config, owner(Registry)) of
-        {error, {already_registered, Pid}} ->
-            case application:get_env(erlmcp_native, same_pid, already_registered) of
-                ok -> ok;
-                already_registered -> {error, already_registered}
-            end;
-        {error, {already_registered, _Other}} ->
-            {error, already_registered};
-        Result ->
-            Result
-    end.
-
-
-%% Requests on a registry of our own are carried out by our own process.
--spec owner(erlmcp_nif:registry()) -> pid() | none.
-owner(default) -> none;
-owner(_Own) -> self().
-
-
-%% One binding after the other: a transport that is registered meanwhile keeps its own.
--spec restore(erlmcp_nif:registry(), #{transport_id() => server_id()}) -> ok.
-restore(Registry, Bindings) ->
-    _ = [ erlmcp_nif:unbind(Registry, TransportId)
-          || {TransportId, _} <- erlmcp_nif:bindings(Registry), not is_map_key(TransportId, Bindings) ],
-    _ = [ erlmcp_nif:bind(Registry, TransportId, ServerId, false)
-          || {TransportId, ServerId} <- maps:to_list(Bindings) ],
-    ok.
-
-
--spec route(erlmcp_nif:registry(), term()) -> ok.
-route(Registry, {route_to_server, ServerId, TransportId, Message}) ->
-    send(Registry, server, ServerId, {mcp_message, TransportId, Message});
-route(Registry, {route_to_transport, broadcast, ServerId, Message}) ->
-    broadcast(Registry, ServerId, Message);
-route(Registry, {route_to_transport, TransportId, ServerId, Message}) ->
-    send(Registry, transport, TransportId, {mcp_response, ServerId, Message});
-route(_Registry, _Unknown) ->
-    ok.
-
-
--spec send(erlmcp_nif:registry(), server | transport, term(), term()) -> ok.
-send(Registry, Namespace, Id, Message) ->
-    case erlmcp_nif:whereis(Registry, Namespace, Id) of
-        undefined ->
-            unknown_target(Namespace, Id);
-        Pid ->
-            Pid ! Message,
-            ok
-    end.
-
-
-%% Each transport is admitted by itself.
--spec broadcast(server_id(), term()) -> ok | {error, erlmcp_backpressure:reason()}.
-broadcast(ServerId, Message) ->
-    {Pids, Refused, Events} =
-        case erlmcp_nif:route_bound(ServerId) of
-            dirty -> erlmcp_nif:route_bound_dirty(ServerId);
-            Done -> Done
-        end,
-    ok = send_all(Pids, {mcp_response, ServerId, Message}),
-    ok = erlmcp_backpressure:notify(Events),
-    case Refused of
-        none when Pids =:= [] -> unknown_target(transport_of, ServerId);
-        none -> ok;
-        Refusal -> erlmcp_backpressure:refused(Refusal)
-    end.
-
-
--spec send_all([pid()], term()) -> ok.
-send_all(Pids, Message) ->
-    lists:foreach(fun(Pid) -> Pid ! Message end, Pids).
-
-
--spec broadcast(erlmcp_nif:registry(), server_id(), term()) -> ok.
-broadcast(Registry, ServerId, Message) ->
-    case erlmcp_native_registry:bound_transports(Registry, ServerId) of
-        [] -> unknown_target(transport_of, ServerId);
-        Pids -> send_all(Pids, {mcp_response, ServerId, Message})
-    end.
-
-
-%%% Warnings
-
--define(WARNINGS,            {?MODULE, warnings}).
--define(WARNING_INTERVAL_MS, 1000).
-
-
-%% Logs a route without a target, at most once a second, with the number of those that were not
-%% logged since. The cell has the time of the last one (1) and that number (2).
--spec unknown_target(server | transport | transport_of | id, term()) -> ok.
-unknown_target(Kind, Id) ->
-    Cell = warning_cell(),
-    Now = erlang:monotonic_time(millisecond),
-    Last = atomics:get(Cell, 1),
-    case Now - Last >= ?WARNING_INTERVAL_MS andalso
-         atomics:compare_exchange(Cell, 1, Last, Now) =:= ok of
-        true ->
-            Suppressed = atomics:exchange(Cell, 2, 0),
-            ?LOG_WARNING(
-              "erlmcp_registry: no ~ts ~tP to route to (~b such warnings suppressed)",
-              [target_name(Kind), Id, 20, Suppressed],
-              #{domain => [erlmcp_native]});
-        false ->
-            atomics:add(Cell, 2, 1)
-    end.
-
-
--spec target_name(server | transport | transport_of | id) -> string().
-target_name(transport_of) -> "transport bound to server";
-target_name(Kind) -> atom_to_list(Kind).
-
-
-%% Two processes may both make the first cell. Then one warning more is logged.
--spec warning_cell() -> atomics:atomics_ref().
-warning_cell() ->
-    case persistent_term:get(?WARNINGS, undefined) of
-        undefined ->
-            Cell = atomics:new(2, [{signed, true}]),
-            atomics:put(Cell, 1, erlang:monotonic_time(millisecond) - ?WARNING_INTERVAL_MS),
-            persistent_term:put(?WARNINGS, Cell),
-            Cell;
-        Cell ->
-            Cell
-    end.

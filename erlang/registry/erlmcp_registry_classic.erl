@@ -58,8 +58,11 @@
          terminate/2,
          code_change/3,
          format_status/1]).
+%% As a part of another process
+-export([open/1, new/1, close/1, execute/2, route/2, info/2]).
+-export([ids/2, counts/1, members/2, row/3, put/4]).
 
--export_type([server_id/0, transport_id/0, saved_state/0]).
+-export_type([server_id/0, transport_id/0, saved_state/0, state/0]).
 
 -type server_id() :: term().
 -type transport_id() :: term().
@@ -89,10 +92,13 @@
           members = #{} :: #{server_id() => #{transport_id() => pid()}},
           mirror = none :: ets:table() | none,
           keeper = none :: reference() | none,
+          keeper_name = none :: atom(),
           % When the last warning was logged (monotonic ms), and how many were not since.
           warned = never :: integer() | never,
           suppressed = 0 :: non_neg_integer()
          }).
+
+-opaque state() :: #state{}.
 
 %% Positions in a row of the mirror.
 -define(CONFIG,  3).
@@ -422,69 +428,16 @@ init([]) ->
     % against 2.3 us a route, two senders and 15,000 transports on two cores.
     process_flag(message_queue_data, off_heap),
     case process_info(self(), registered_name) of
-        {registered_name, ?MODULE} -> {ok, adopt(open_mirror())};
-        _ -> {ok, #state{}}
+        {registered_name, ?MODULE} -> {ok, open(?KEEPER)};
+        _ -> {ok, open(none)}
     end.
 
 
 %% @private
 -spec handle_call(term(), gen_server:from(), #state{}) -> {reply, term(), #state{}}.
-handle_call({find_server, Id}, _From, State0) ->
-    State = reap(server, Id, State0),
-    {reply, find(Id, State#state.servers), State};
-handle_call({find_transport, Id}, _From, State0) ->
-    State = reap(transport, Id, State0),
-    {reply, find(Id, State#state.transports), State};
-handle_call({register_server, Id, Pid, Config}, _From, State) when is_pid(Pid) ->
-    register(server, Id, Pid, Config, State);
-handle_call({register_transport, Id, Pid, Config}, _From, State) when is_pid(Pid) ->
-    register(transport, Id, Pid, Config, State);
-handle_call({register_server, _Id, _NotPid, _Config}, _From, State) ->
-    {reply, {error, badarg}, State};
-handle_call({register_transport, _Id, _NotPid, _Config}, _From, State) ->
-    {reply, {error, badarg}, State};
-handle_call({unregister_server, Id}, _From, State) ->
-    {reply, ok, remove(server, Id, State)};
-handle_call({unregister_transport, Id}, _From, State) ->
-    {reply, ok, remove(transport, Id, State)};
-handle_call({update_server, Id, Config}, _From, State0) ->
-    case reap(server, Id, State0) of
-        #state{servers = #{Id := Entry} = Servers} = State ->
-            mirror_update(State, {server, Id}, {?CONFIG, Config}),
-            {reply, ok, State#state{servers = Servers#{Id := Entry#entry{config = Config}}}};
-        State ->
-            {reply, {error, not_found}, State}
-    end;
-handle_call({bind_transport_to_server, TransportId, ServerId}, _From, State0) ->
-    case reap(transport, TransportId, reap(server, ServerId, State0)) of
-        #state{servers = #{ServerId := _}, transports = #{TransportId := _}} = State ->
-            mirror_update(State, {transport, TransportId}, {?BINDING, {bound, ServerId}}),
-            {reply, ok, bind(TransportId, ServerId, State)};
-        #state{servers = #{ServerId := _}} = State ->
-            {reply, {error, transport_not_found}, State};
-        State ->
-            {reply, {error, server_not_found}, State}
-    end;
-handle_call({unbind_transport, TransportId}, _From, State) ->
-    {reply, ok, unbind(TransportId, State)};
-handle_call({get_server_for_transport, TransportId}, _From, State0) ->
-    State = reap_bound(TransportId, State0),
-    case State#state.bindings of
-        #{TransportId := ServerId} when ServerId =/= undefined -> {reply, {ok, ServerId}, State};
-        _ -> {reply, {error, not_found}, State}
-    end;
-handle_call(list_servers, _From, State) ->
-    {reply, list(State#state.servers), State};
-handle_call(list_transports, _From, State) ->
-    {reply, list(State#state.transports), State};
-handle_call(get_all_state, _From, State) ->
-    {reply, {ok, {registry_state, State#state.bindings}}, State};
-handle_call({restore_state, {registry_state, Bindings}}, _From, State) when is_map(Bindings) ->
-    {reply, ok, restore(Bindings, State)};
-handle_call({restore_state, _Invalid}, _From, State) ->
-    {reply, {error, invalid_state}, State};
-handle_call(_Request, _From, State) ->
-    {reply, {error, unknown_request}, State}.
+handle_call(Request, _From, State0) ->
+    {Reply, State} = execute(Request, State0),
+    {reply, Reply, State}.
 
 
 %% @private
@@ -528,7 +481,8 @@ handle_info({{down, Kind, Id}, Monitor, process, _Pid, _Reason}, State) ->
         _ -> {noreply, State}
     end;
 handle_info({'DOWN', Keeper, process, _Pid, _Reason}, #state{keeper = Keeper} = State) ->
-    {noreply, State#state{keeper = start_keeper(State#state.mirror)}};
+    #state{mirror = Mirror, keeper_name = Name} = State,
+    {noreply, State#state{keeper = start_keeper(Name, Mirror)}};
 handle_info(_Info, State) ->
     % Exit signals too: those of the parent do not come here.
     {noreply, State}.
@@ -582,22 +536,208 @@ redact({update_server, Id, _Config}) -> {update_server, Id, redacted};
 redact(Message) -> Message.
 
 
+%% Requests, for this process and for others that keep such a registry in their state
+
+
+%% @private
+-spec execute(term(), state()) -> {Reply :: term(), state()}.
+execute({find_server, Id}, State0) ->
+    State = reap(server, Id, State0),
+    {find(Id, State#state.servers), State};
+execute({find_transport, Id}, State0) ->
+    State = reap(transport, Id, State0),
+    {find(Id, State#state.transports), State};
+execute({register_server, Id, Pid, Config}, State) when is_pid(Pid) ->
+    register(server, Id, Pid, Config, State);
+execute({register_transport, Id, Pid, Config}, State) when is_pid(Pid) ->
+    register(transport, Id, Pid, Config, State);
+execute({register_server, _Id, _NotPid, _Config}, State) ->
+    {{error, badarg}, State};
+execute({register_transport, _Id, _NotPid, _Config}, State) ->
+    {{error, badarg}, State};
+execute({unregister_server, Id}, State) ->
+    {ok, remove(server, Id, State)};
+execute({unregister_transport, Id}, State) ->
+    {ok, remove(transport, Id, State)};
+execute({update_server, Id, Config}, State0) ->
+    case reap(server, Id, State0) of
+        #state{servers = #{Id := Entry} = Servers} = State ->
+            mirror_update(State, {server, Id}, {?CONFIG, Config}),
+            {ok, State#state{servers = Servers#{Id := Entry#entry{config = Config}}}};
+        State ->
+            {{error, not_found}, State}
+    end;
+execute({bind_transport_to_server, TransportId, ServerId}, State0) ->
+    case reap(transport, TransportId, reap(server, ServerId, State0)) of
+        #state{servers = #{ServerId := _}, transports = #{TransportId := _}} = State ->
+            mirror_update(State, {transport, TransportId}, {?BINDING, {bound, ServerId}}),
+            {ok, bind(TransportId, ServerId, State)};
+        #state{servers = #{ServerId := _}} = State ->
+            {{error, transport_not_found}, State};
+        State ->
+            {{error, server_not_found}, State}
+    end;
+execute({unbind_transport, TransportId}, State) ->
+    {ok, unbind(TransportId, State)};
+execute({get_server_for_transport, TransportId}, State0) ->
+    State = reap_bound(TransportId, State0),
+    case State#state.bindings of
+        #{TransportId := ServerId} when ServerId =/= undefined -> {{ok, ServerId}, State};
+        _ -> {{error, not_found}, State}
+    end;
+execute(list_servers, State) ->
+    {list(State#state.servers), State};
+execute(list_transports, State) ->
+    {list(State#state.transports), State};
+execute(get_all_state, State) ->
+    {{ok, {registry_state, State#state.bindings}}, State};
+execute({restore_state, {registry_state, Bindings}}, State) when is_map(Bindings) ->
+    {ok, restore(Bindings, State)};
+execute({restore_state, _Invalid}, State) ->
+    {{error, invalid_state}, State};
+execute(_Request, State) ->
+    {{error, unknown_request}, State}.
+
+
+%% @private
+-spec route(Cast :: term(), state()) -> state().
+route(Cast, State0) ->
+    {noreply, State} = handle_cast(Cast, State0),
+    State.
+
+
+%% @private
+-spec info(Info :: term(), state()) -> state().
+info(Info, State0) ->
+    {noreply, State} = handle_info(Info, State0),
+    State.
+
+
+%% @private
+%% An empty registry of the calling process, or with the name of a keeper the registrations of the
+%% process that had one with that keeper and was killed.
+-spec open(Keeper :: atom()) -> state().
+open(none) -> #state{};
+open(Keeper) -> adopt(open_mirror(Keeper)).
+
+
+%% @private
+%% An empty registry of the calling process, whatever the keeper has.
+-spec new(Keeper :: atom()) -> state().
+new(none) ->
+    #state{};
+new(Keeper) ->
+    ok = close(open_mirror(Keeper)),
+    new_mirror(Keeper).
+
+
+%% @private
+%% The process goes on without this registry, and nobody adopts it.
+-spec close(state()) -> ok.
+close(#state{mirror = Mirror, keeper = Monitor} = State) ->
+    Entries = maps:values(State#state.servers) ++ maps:values(State#state.transports),
+    lists:foreach(fun(#entry{monitor = Reference}) -> demonitor(Reference, [flush]) end, Entries),
+    case Mirror of
+        none ->
+            ok;
+        _ ->
+            ok = delete_mirror(Mirror),
+            true = demonitor(Monitor, [flush]),
+            end_keeper(State#state.keeper_name)
+    end.
+
+
+%% @private
+-spec ids(kind(), state()) -> [term()].
+ids(Kind, State) ->
+    maps:keys(entries(Kind, State)).
+
+
+%% @private
+-spec counts(state()) -> #{servers := non_neg_integer(), transports := non_neg_integer()}.
+counts(#state{servers = Servers, transports = Transports}) ->
+    #{servers => map_size(Servers), transports => map_size(Transports)}.
+
+
+%% @private
+%% The ids of the transports bound to a server.
+-spec members(server_id(), state()) -> [transport_id()].
+members(ServerId, #state{members = Members}) ->
+    maps:keys(maps:get(ServerId, Members, #{})).
+
+
+%% @private
+%% The entry of an id, if its process lives.
+-spec row(kind(), term(), state()) -> {erlmcp_registry_native:row() | none, state()}.
+row(Kind, Id, State0) ->
+    State = case Kind of
+                server -> reap(server, Id, State0);
+                transport -> reap_bound(Id, State0)
+            end,
+    case entries(Kind, State) of
+        #{Id := #entry{pid = Pid, config = Config}} -> {{Pid, Config, binding(Kind, Id, State)}, State};
+        _ -> {none, State}
+    end.
+
+
+-spec binding(kind(), term(), state()) -> binding().
+binding(transport, Id, #state{bindings = Bindings}) when is_map_key(Id, Bindings) -> {bound, map_get(Id, Bindings)};
+binding(_Kind, _Id, _State) -> unbound.
+
+
+%% @private
+%% Makes the entry of an id be this one, or none.
+-spec put(kind(), term(), erlmcp_registry_native:row() | none, state()) -> state().
+put(Kind, Id, none, State) ->
+    remove(Kind, Id, State);
+put(Kind, Id, {Pid, Config, Binding}, State0) ->
+    case entries(Kind, State0) of
+        #{Id := #entry{pid = Pid, config = Config}} ->
+            set_binding(Kind, Id, Binding, State0);
+        #{Id := #entry{pid = Pid} = Entry} = Entries ->
+            mirror_update(State0, {Kind, Id}, {?CONFIG, Config}),
+            State = set_entries(Kind, Entries#{Id := Entry#entry{config = Config}}, State0),
+            set_binding(Kind, Id, Binding, State);
+        _ ->
+            State = remove(Kind, Id, State0),
+            Row = {{Kind, Id}, Pid, Config, Binding},
+            mirror_insert(State, Row),
+            add(Row, State)
+    end.
+
+
+-spec set_binding(kind(), term(), binding(), state()) -> state().
+set_binding(server, _Id, unbound, State) ->
+    State;
+set_binding(transport, Id, unbound, State) ->
+    unbind(Id, State);
+set_binding(transport, Id, Binding, State) ->
+    case binding(transport, Id, State) of
+        Binding ->
+            State;
+        _ ->
+            {bound, ServerId} = Binding,
+            mirror_update(State, {transport, Id}, {?BINDING, Binding}),
+            bind(Id, ServerId, State)
+    end.
+
+
 %% Entries
 
 
 -spec register(kind(), term(), pid(), term(), #state{}) ->
-          {reply, ok | {error, already_registered}, #state{}}.
+          {ok | {error, already_registered}, #state{}}.
 register(Kind, Id, Pid, Config, State0) ->
     State = reap(Kind, Id, State0),
     case entries(Kind, State) of
         #{Id := #entry{pid = Pid}} ->
-            {reply, same_pid(), State};
+            {same_pid(), State};
         #{Id := _} ->
-            {reply, {error, already_registered}, State};
+            {{error, already_registered}, State};
         _ ->
             Row = {{Kind, Id}, Pid, Config, configured_binding(Kind, Config)},
             mirror_insert(State, Row),
-            {reply, ok, add(Row, reap_target(Row, State))}
+            {ok, add(Row, reap_target(Row, State))}
     end.
 
 
@@ -836,35 +976,35 @@ adopt(State0) ->
 
 
 %% The state of a registry with no entries yet, and the mirror of its predecessor or an empty one.
--spec open_mirror() -> #state{}.
-open_mirror() ->
-    case whereis(?KEEPER) of
+-spec open_mirror(atom()) -> #state{}.
+open_mirror(Name) ->
+    case whereis(Name) of
         undefined ->
-            new_mirror();
+            new_mirror(Name);
         Keeper ->
             Monitor = monitor(process, Keeper),
             Keeper ! {claim, self()},
             receive
                 {'ETS-TRANSFER', Mirror, Keeper, claimed} ->
-                    #state{mirror = Mirror, keeper = Monitor};
+                    #state{mirror = Mirror, keeper = Monitor, keeper_name = Name};
                 {'DOWN', Monitor, process, Keeper, _} ->
-                    new_mirror()
+                    new_mirror(Name)
             end
     end.
 
 
--spec new_mirror() -> #state{}.
-new_mirror() ->
+-spec new_mirror(atom()) -> #state{}.
+new_mirror(Name) ->
     Mirror = ets:new(?MODULE, [set, protected]),
-    #state{mirror = Mirror, keeper = start_keeper(Mirror)}.
+    #state{mirror = Mirror, keeper = start_keeper(Name, Mirror), keeper_name = Name}.
 
 
--spec start_keeper(ets:table()) -> reference().
-start_keeper(Mirror) ->
+-spec start_keeper(atom(), ets:table()) -> reference().
+start_keeper(Name, Mirror) ->
     Registry = self(),
     {Keeper, Monitor} = spawn_monitor(fun() -> keeper(Registry) end),
     % By this process: a registry that is started after this one was killed must see the keeper.
-    true = erlang:register(?KEEPER, Keeper),
+    true = erlang:register(Name, Keeper),
     true = ets:setopts(Mirror, {heir, Keeper, inherited}),
     Monitor.
 
@@ -874,12 +1014,29 @@ start_keeper(Mirror) ->
 -spec keeper(pid()) -> ok.
 keeper(Registry) ->
     Monitor = monitor(process, Registry),
-    receive {'DOWN', Monitor, process, Registry, _} -> ok end,
     receive
-        {'ETS-TRANSFER', Mirror, Registry, inherited} -> hand_over(Mirror)
-    after
-        0 ->
+        {'DOWN', Monitor, process, Registry, _} ->
+            receive
+                {'ETS-TRANSFER', Mirror, Registry, inherited} -> hand_over(Mirror)
+            after
+                0 ->
+                    ok
+            end;
+        {stop, Registry} ->
             ok
+    end.
+
+
+%% The name is free afterwards.
+-spec end_keeper(atom()) -> ok.
+end_keeper(Name) ->
+    case whereis(Name) of
+        undefined ->
+            ok;
+        Keeper ->
+            Monitor = monitor(process, Keeper),
+            Keeper ! {stop, self()},
+            receive {'DOWN', Monitor, process, Keeper, _} -> ok end
     end.
 
 

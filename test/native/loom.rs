@@ -11,6 +11,7 @@
 use erlmcp_core::admission::{Admission, Sampling};
 use erlmcp_core::circuit_breaker::{CircuitBreaker, Config, Permit, State};
 use erlmcp_core::clock::Clock;
+use erlmcp_core::diversion::Diversion;
 use erlmcp_core::gate::Gate;
 use erlmcp_core::registry::{self, Decision, Registry};
 use erlmcp_core::seqlock::SeqLock;
@@ -588,4 +589,44 @@ fn a_new_threshold_stays() {
             assert_eq!(admitted, if later.is_some() { 1 } else { 5 });
         });
     }
+}
+
+/// Writers of two stripes, and one who diverts them and then has everything for itself: loom finds
+/// any two of them at the same cell. A writer that is turned away writes nothing, and one that comes
+/// after the diversion was lifted passes.
+#[test]
+fn whoever_diverts_all_others_is_alone() {
+    use loom::cell::UnsafeCell;
+
+    loom::model(|| {
+        let diversion = Arc::new(Diversion::new());
+        let cells = Arc::new([UnsafeCell::new(0_u32), UnsafeCell::new(0)]);
+        let write = |stripe: usize| {
+            let (diversion, cells) = (Arc::clone(&diversion), Arc::clone(&cells));
+            move || {
+                let passage = diversion.enter(stripe as u64);
+                if passage.is_some() {
+                    // SAFETY: nobody else writes to this cell, but for the one who is alone.
+                    cells[stripe].with_mut(|cell| unsafe { *cell += 1 });
+                }
+                passage.is_some()
+            }
+        };
+        let writers = [thread::spawn(write(0)), thread::spawn(write(1))];
+        while !diversion.set() {
+            thread::yield_now();
+        }
+        let seen: u32 = cells
+            .iter()
+            // SAFETY: all who write here have been turned away or have gone.
+            .map(|cell| cell.with_mut(|cell| unsafe { *cell }))
+            .sum();
+        let passed: u32 = writers
+            .into_iter()
+            .map(|writer| u32::from(writer.join().unwrap()))
+            .sum();
+        assert_eq!(seen, passed);
+        diversion.lift();
+        assert!(write(0)());
+    });
 }

@@ -17,6 +17,8 @@
 pub mod admission;
 pub mod circuit_breaker;
 pub mod clock;
+#[doc(hidden)]
+pub mod diversion;
 pub mod error;
 #[doc(hidden)]
 pub mod gate;

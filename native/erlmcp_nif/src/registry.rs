@@ -13,7 +13,9 @@ use crate::config::{self, Config, MAX_WEIGHT_ON_NORMAL_SCHEDULER, Scheduler, Too
 use crate::id::{self, EncodedId};
 use crate::immediate;
 use crate::lookup::{self, REMOTE};
-use crate::resource::{Registry, RegistryResource, make_default_registry, registry};
+use crate::resource::{
+    Registry, RegistryResource, default_registry, make_default_registry, passage, registry,
+};
 use crate::watch::{Lease, Watch};
 
 /// Entries that are listed on a normal scheduler: about 300 microseconds.
@@ -213,6 +215,9 @@ fn register_on<'a>(
         .map(|server| encode_id(registry, server))
         .transpose()?;
     let bind_to = bind_to.as_ref().map(|server| as_id(registry, server));
+    let Ok(_passage) = passage(of, registry, namespace, &id) else {
+        return Ok(atoms::diverted().encode(env));
+    };
     if let Some(taken) = live_entry(env, registry, namespace, &id) {
         return Ok((atoms::already_registered(), pid_term(env, &taken)).encode(env));
     }
@@ -302,7 +307,11 @@ fn unregister<'a>(env: Env<'a>, of: Term<'a>, ns: Term<'a>, id: Term<'a>) -> Nif
     let registry = registry(of)?;
     let namespace = namespace(ns)?;
     let encoded = encode_id(registry, id)?;
-    let entry = registry.remove(namespace, &as_id(registry, &encoded));
+    let id = as_id(registry, &encoded);
+    let Ok(_passage) = passage(of, registry, namespace, &id) else {
+        return Ok(atoms::diverted().encode(env));
+    };
+    let entry = registry.remove(namespace, &id);
     Ok(match entry.as_ref().and_then(removed) {
         Some(sentinel) => (atoms::ok(), sentinel).encode(env),
         None => atoms::ok().encode(env),
@@ -319,6 +328,9 @@ fn update_server_on<'a>(
     let id = as_id(registry, &encoded);
     let Ok(config) = Config::keep(config, scheduler) else {
         return Ok(atoms::dirty().encode(env));
+    };
+    let Ok(_passage) = passage(of, registry, Namespace::Server, &id) else {
+        return Ok(atoms::diverted().encode(env));
     };
     loop {
         let Some(entry) = live_entry(env, registry, Namespace::Server, &id) else {
@@ -377,6 +389,23 @@ fn open(of: Term<'_>) -> NifResult<Atom> {
     Ok(atoms::ok())
 }
 
+/// `ok` when all changes of the default registry's servers, transports and bindings that were not
+/// diverted have been made; until then `busy`.
+#[rustler::nif]
+fn divert() -> Atom {
+    if default_registry().diversion().set() {
+        atoms::ok()
+    } else {
+        atoms::busy()
+    }
+}
+
+#[rustler::nif]
+fn undivert() -> Atom {
+    default_registry().diversion().lift();
+    atoms::ok()
+}
+
 // ---- Bindings ----
 
 #[rustler::nif]
@@ -392,6 +421,9 @@ fn bind<'a>(
     let transport = as_id(registry, &transport);
     let server = encode_id(registry, server)?;
     let server = as_id(registry, &server);
+    let Ok(_passage) = passage(of, registry, Namespace::Transport, &transport) else {
+        return Ok(atoms::diverted().encode(env));
+    };
     // Whoever has ended must not be bound, nor bound to, although its monitor is yet to fire.
     live_entry(env, registry, Namespace::Server, &server);
     live_entry(env, registry, Namespace::Transport, &transport);
@@ -408,7 +440,11 @@ fn bind<'a>(
 fn unbind<'a>(of: Term<'a>, transport: Term<'a>) -> NifResult<Atom> {
     let registry = registry(of)?;
     let transport = encode_id(registry, transport)?;
-    registry.unbind(&as_id(registry, &transport));
+    let transport = as_id(registry, &transport);
+    let Ok(_passage) = passage(of, registry, Namespace::Transport, &transport) else {
+        return Ok(atoms::diverted());
+    };
+    registry.unbind(&transport);
     Ok(atoms::ok())
 }
 
@@ -570,6 +606,26 @@ fn list<'a>(env: Env<'a>, of: Term<'a>, ns: Term<'a>) -> NifResult<Term<'a>> {
 #[rustler::nif(schedule = "DirtyCpu")]
 fn list_dirty<'a>(env: Env<'a>, of: Term<'a>, ns: Term<'a>) -> NifResult<Term<'a>> {
     list_on(env, of, ns, Scheduler::Dirty)
+}
+
+/// The ids alone, since the configs beside them may be large.
+#[rustler::nif(schedule = "DirtyCpu")]
+fn list_ids<'a>(env: Env<'a>, of: Term<'a>, ns: Term<'a>) -> NifResult<Term<'a>> {
+    let registry = registry(of)?;
+    let mut list = Term::list_new_empty(env);
+    let listed = registry.try_for_each(namespace(ns)?, |id, _entry| {
+        match id::decode(env, id.kind(), id.bytes()) {
+            Ok(id) => {
+                list = list.list_prepend(id);
+                ControlFlow::Continue(())
+            }
+            Err(error) => ControlFlow::Break(error),
+        }
+    });
+    match listed {
+        ControlFlow::Continue(()) => Ok(list),
+        ControlFlow::Break(error) => Err(error),
+    }
 }
 
 fn list_shard_on<'a>(

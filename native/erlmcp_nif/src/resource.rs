@@ -4,7 +4,8 @@ use std::ops::Deref;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
 
-use erlmcp_core::registry::{Limits, Namespace};
+use erlmcp_core::diversion::Passage;
+use erlmcp_core::registry::{Id, Limits, Namespace};
 use erlmcp_core::token_bucket;
 use once_cell::race::OnceBox;
 use papaya::HashMap;
@@ -128,13 +129,35 @@ pub(crate) fn make_default_registry(limits: Limits) -> bool {
     DEFAULT.set(Box::new(guarded(limits))).is_ok()
 }
 
-/// The registry that an argument names: the atom `default`, or a resource.
+/// The registry that an argument names: the atom `default`, or `exclusive` for the same one in the
+/// hands of whoever has diverted the others (see [`passage`]), or a resource.
 #[inline]
 pub(crate) fn registry<'a>(term: Term<'a>) -> NifResult<&'a Arc<Registry>> {
-    if atoms::default() == term {
+    if atoms::default() == term || atoms::exclusive() == term {
         return Ok(default_registry());
     }
     term.try_get_resource::<RegistryResource>()
         .and_then(|resource| resource.0.as_ref())
         .ok_or(rustler::Error::BadArg)
+}
+
+/// The changes of servers, transports and bindings of the default registry were diverted.
+pub(crate) struct Diverted;
+
+/// Lets a change of `id` pass that names its registry by `of`. The change is made while the result
+/// lives.
+pub(crate) fn passage<'a>(
+    of: Term<'_>,
+    registry: &'a Registry,
+    namespace: Namespace,
+    id: &Id<'_>,
+) -> Result<Option<Passage<'a>>, Diverted> {
+    if namespace == Namespace::Connection || atoms::default() != of {
+        return Ok(None);
+    }
+    registry
+        .diversion()
+        .enter(id.keyed_hash())
+        .map(Some)
+        .ok_or(Diverted)
 }

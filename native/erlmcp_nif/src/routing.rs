@@ -107,7 +107,11 @@ fn route<'a>(
 /// # Safety
 ///
 /// Called by the VM, with its environment and as many terms of it as the function has arguments.
-unsafe extern "C" fn route_raw<const NAMESPACE: usize, const ARITY: usize>(
+unsafe extern "C" fn route_raw<
+    const NAMESPACE: usize,
+    const ARITY: usize,
+    const IS_EXCLUSIVE: bool,
+>(
     env: *mut ErlNifEnv,
     _argc: c_int,
     argv: *const ErlNifTerm,
@@ -120,7 +124,14 @@ unsafe extern "C" fn route_raw<const NAMESPACE: usize, const ARITY: usize>(
     // SAFETY: read only if the function has a second argument.
     let payer = (ARITY == 2).then(|| unsafe { Term::new(caller, *argv.add(1)) });
     let namespace = Namespace::ALL[NAMESPACE];
-    match catch_unwind(|| route(caller, default_registry(), namespace, id, payer)) {
+    let routed = catch_unwind(|| {
+        let registry = default_registry();
+        if !IS_EXCLUSIVE && namespace != Namespace::Connection && registry.diversion().is_set() {
+            return Ok(atoms::diverted().encode(caller));
+        }
+        route(caller, registry, namespace, id, payer)
+    });
+    match routed {
         Ok(Ok(result)) => result.as_c_arg(),
         // SAFETY: the VM's environment. A panic ends as a badarg too.
         _ => unsafe { enif_make_badarg(env) },
@@ -128,27 +139,40 @@ unsafe extern "C" fn route_raw<const NAMESPACE: usize, const ARITY: usize>(
 }
 
 macro_rules! route {
-    ($name:literal, $namespace:expr, $arity:literal) => {
+    ($name:literal, $namespace:expr, $arity:literal, $is_exclusive:literal) => {
         inventory::submit!(rustler::Nif {
             name: $name.as_ptr(),
             arity: $arity,
             flags: rustler::SchedulerFlags::Normal as u32,
-            raw_func: route_raw::<{ $namespace as usize }, $arity>,
+            raw_func: route_raw::<{ $namespace as usize }, $arity, $is_exclusive>,
         });
     };
 }
 
-route!(c"route_connection", Namespace::Connection, 1);
-route!(c"route_server", Namespace::Server, 2);
-route!(c"route_transport", Namespace::Transport, 1);
+route!(c"route_connection", Namespace::Connection, 1, false);
+route!(c"route_server", Namespace::Server, 2, false);
+route!(c"route_transport", Namespace::Transport, 1, false);
+// Whether changes are diverted or not.
+route!(c"route_server_exclusive", Namespace::Server, 2, true);
+route!(c"route_transport_exclusive", Namespace::Transport, 1, true);
 
 // ---- One message to many ----
 
 /// The processes of the transports bound to a server that the message may be sent to; `none`, or why
 /// it was refused for others; and events.
-fn route_bound_on<'a>(env: Env<'a>, server: Term<'a>, scheduler: Scheduler) -> NifResult<Term<'a>> {
+fn route_bound_on<'a>(
+    env: Env<'a>,
+    server: Term<'a>,
+    scheduler: Scheduler,
+    is_exclusive: bool,
+) -> NifResult<Term<'a>> {
     let registry = default_registry();
     id::with(registry, server, |server| {
+        // Counted in as a change is: what is removed for whoever diverts must not be missing here.
+        let passage = registry.diversion().enter(server.keyed_hash());
+        if passage.is_none() && !is_exclusive {
+            return atoms::diverted().encode(env);
+        }
         if scheduler == Scheduler::Normal
             && u64::from(registry.bound_high_water(server)) > MAX_LISTED_ON_NORMAL_SCHEDULER
         {
@@ -177,12 +201,18 @@ fn route_bound_on<'a>(env: Env<'a>, server: Term<'a>, scheduler: Scheduler) -> N
 
 #[rustler::nif]
 fn route_bound<'a>(env: Env<'a>, server: Term<'a>) -> NifResult<Term<'a>> {
-    route_bound_on(env, server, Scheduler::Normal)
+    route_bound_on(env, server, Scheduler::Normal, false)
 }
 
 #[rustler::nif(schedule = "DirtyCpu")]
 fn route_bound_dirty<'a>(env: Env<'a>, server: Term<'a>) -> NifResult<Term<'a>> {
-    route_bound_on(env, server, Scheduler::Dirty)
+    route_bound_on(env, server, Scheduler::Dirty, false)
+}
+
+/// Whether changes are diverted or not.
+#[rustler::nif(schedule = "DirtyCpu")]
+fn route_bound_exclusive<'a>(env: Env<'a>, server: Term<'a>) -> NifResult<Term<'a>> {
+    route_bound_on(env, server, Scheduler::Dirty, true)
 }
 
 // ---- Many messages ----

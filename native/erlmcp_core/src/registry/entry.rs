@@ -32,6 +32,11 @@ impl<'a> Id<'a> {
     pub fn bytes(&self) -> &'a [u8] {
         self.bytes
     }
+
+    /// The hash by which the registry's maps find the id: keyed at random, of 62 bits.
+    pub fn keyed_hash(&self) -> u64 {
+        self.hash
+    }
 }
 
 impl fmt::Debug for Id<'_> {

@@ -56,6 +56,7 @@ pub use routing::{Charged, Events, Refusal};
 
 use crate::admission::{Admission, Sampling};
 use crate::clock::Clock;
+use crate::diversion::Diversion;
 use crate::error::LimitsError;
 use crate::gate::Gate;
 use crate::shard::Shard;
@@ -151,6 +152,7 @@ pub struct Registry<L> {
     reserved: AtomicU64,
     /// Closed while the namespaces of servers and transports take no registrations.
     gate: Gate,
+    diversion: Diversion,
 }
 
 impl<L> Registry<L>
@@ -174,7 +176,14 @@ where
             sampling: Sampling::new(DEFAULT_SAMPLE_INTERVAL_MS),
             reserved: AtomicU64::new(0),
             gate: Gate::new(),
+            diversion: Diversion::new(),
         }
+    }
+
+    /// The diversion of those who change servers, transports and bindings. The registry does not
+    /// look at it: whoever lets others write to it does.
+    pub fn diversion(&self) -> &Diversion {
+        &self.diversion
     }
 
     /// The bounds that the registry was made with.
