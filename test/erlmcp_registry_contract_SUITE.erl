@@ -1,5 +1,8 @@
 %% The contract of erlmcp_registry, case by case, for the native and for the pure-Erlang registry.
 %%
+%% `current', `mixed' and `verified' are erlmcp_registry in other modes of the rollout: by the process
+%% alone, half of the ids by either registry, and all of them natively with the other one kept equal.
+%%
 %% The cases of the groups `..._api' call the module's functions on the named instance; those of
 %% `..._raw' send the same requests to an anonymous instance. A case is written once, in terms of
 %% requests: request/2 makes a function call or a gen_server call of it. What concerns the module or
@@ -24,6 +27,12 @@ groups() ->
       || {Group, How} <- [{native_api, request},
                           {native_raw, request},
                           {native_module, module},
+                          {current_api, request},
+                          {current_raw, request},
+                          {current_module, module},
+                          {mixed_api, request},
+                          {mixed_module, module},
+                          {verified_api, request},
                           {classic_api, request},
                           {classic_raw, request},
                           {classic_module, module}] ].
@@ -130,15 +139,33 @@ end_per_suite(_Config) ->
 
 init_per_group(Group, Config) ->
     [Backend, How] = string:split(atom_to_list(Group), "_"),
-    Module = case Backend of
-                 "native" -> erlmcp_registry;
-                 "classic" -> erlmcp_registry_classic
-             end,
-    [{module, Module}, {how, list_to_atom(How)} | Config].
+    {Module, Mode} = case Backend of
+                         "classic" -> {erlmcp_registry_classic, '100x'};
+                         "native" -> {erlmcp_registry, '100x'};
+                         "current" -> {erlmcp_registry, current};
+                         "mixed" -> {erlmcp_registry, {percent, 50}};
+                         "verified" -> {erlmcp_registry, {percent, 100}}
+                     end,
+    undefined = whereis(erlmcp_registry),
+    ok = erlmcp_rollout:set(Mode),
+    [{module, Module}, {mode, Mode}, {how, list_to_atom(How)} | Config].
 
 
+%% The plan is that of the last process, until the next one.
 end_per_group(_Group, _Config) ->
-    ok.
+    ok = erlmcp_rollout:set('100x'),
+    {ok, Pid} = gen_server:start({local, erlmcp_registry}, erlmcp_registry, [], []),
+    ok = await_mode('100x'),
+    ok = gen_server:stop(Pid),
+    application:unset_env(erlmcp_native, architecture_version).
+
+
+%% A process switches to the mode after its start.
+await_mode(Mode) ->
+    case erlmcp_rollout:status() of
+        #{mode := Mode, switching_to := none} -> ok;
+        #{switching_to := Mode} -> await_mode(Mode)
+    end.
 
 
 %% Every case has an instance of its own, which has ended when the next one begins.
@@ -148,6 +175,10 @@ init_per_testcase(_Case, Config) ->
                    raw ->
                        {ok, Pid} = gen_server:start(Module, [], []),
                        Pid;
+                   _ when Module =:= erlmcp_registry ->
+                       Named = start(Module),
+                       ok = await_mode(proplists:get_value(mode, Config)),
+                       Named;
                    _ ->
                        start(Module)
                end,
@@ -1302,7 +1333,7 @@ start(Module) ->
                                               unlink(Pid),
                                               exit({started, Pid})
                                       end),
-    receive {'DOWN', Monitor, process, Parent, {started, Pid}} -> Pid end.
+    receive {'DOWN', Monitor, process, Parent, Reason} -> element(2, {started, _} = Reason) end.
 
 
 instance(Config) ->

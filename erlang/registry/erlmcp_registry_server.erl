@@ -376,6 +376,7 @@ compared(#state{compared = Compared} = State) ->
 status(#state{classic = Classic, switch = Switch} = State) ->
     Plan = erlmcp_rollout_plan:read(),
     #{
+      mode => erlmcp_rollout_switch:mode(Plan),
       switching_to =>
           case Switch of
               none -> none;
