@@ -30,6 +30,8 @@
 -export([prop_sequential_native/0,
          prop_sequential_classic/0,
          prop_parallel_native/0,
+         prop_sequential_switching/0,
+         prop_parallel_switching/0,
          prop_parallel_classic/0]).
 -export([unseen/0]).
 
@@ -126,13 +128,16 @@
 -type key() :: {server | transport, id()}.
 -type binding() :: {Transport :: id(), Server :: id()}.
 
-%% Calls go to an anonymous instance as plain requests, or to the named one through the module.
+%% Calls go to an anonymous instance as plain requests, or to the named one through the module, which
+%% may be switched all the time.
+-type face() :: requests | functions | switching.
 -type world() :: #{
                    module := module(),
                    face := requests | functions,
                    registry := pid(),
                    processes := #{name() => {pid(), reference()}},
                    bystander := pid(),
+                   switcher => pid(),
                    owner := pid(),
                    arrivals := atomics:atomics_ref()
                   }.
@@ -161,16 +166,23 @@
 %%%=============================================================================
 
 
-prop_sequential_native() -> sequential(erlmcp_registry).
+prop_sequential_native() -> sequential(erlmcp_registry, face()).
 
 
-prop_sequential_classic() -> sequential(erlmcp_registry_classic).
+prop_sequential_classic() -> sequential(erlmcp_registry_classic, face()).
 
 
-prop_parallel_native() -> parallel(erlmcp_registry).
+%% While one switch of the rollout follows the other.
+prop_sequential_switching() -> sequential(erlmcp_registry, switching).
 
 
-prop_parallel_classic() -> parallel(erlmcp_registry_classic).
+prop_parallel_switching() -> parallel(erlmcp_registry, switching).
+
+
+prop_parallel_native() -> parallel(erlmcp_registry, face()).
+
+
+prop_parallel_classic() -> parallel(erlmcp_registry_classic, face()).
 
 
 %% The outcomes that the last property made should have met and has not.
@@ -180,22 +192,22 @@ unseen() ->
     [ Outcome || Outcome <- Wanted, counters:get(Counters, position(Outcome)) =:= 0 ].
 
 
-sequential(Module) ->
+sequential(Module, AnyFace) ->
     expect(?SEQUENTIAL_OUTCOMES),
     ?FORALL(Ids,
             ids(?SEQUENTIAL_IDS),
             ?FORALL({Face, Commands},
-                    {face(), commands(?MODULE, #state{ids = Ids})},
+                    {AnyFace, commands(?MODULE, #state{ids = Ids})},
                     judged(Commands,
                            in_world(Module, Face, sequential_run(Commands))))).
 
 
-parallel(Module) ->
+parallel(Module, AnyFace) ->
     expect(?PARALLEL_OUTCOMES),
     ?FORALL({Mode, Ids},
             {elements([deliveries, ends]), ids(?PARALLEL_IDS)},
             ?FORALL({Face, Commands},
-                    {face(), parallel_commands(?MODULE, #state{mode = Mode, ids = Ids})},
+                    {AnyFace, parallel_commands(?MODULE, #state{mode = Mode, ids = Ids})},
                     judged(Commands,
                            repeated(?PARALLEL_RUNS,
                                     fun() -> in_world(Module, Face, parallel_run(Commands)) end)))).
@@ -962,7 +974,7 @@ name_of(Process, #{processes := Processes}) ->
 
 %% An exception is a failure like any other, with its reason: this PropEr cannot report one on
 %% later versions of OTP.
--spec in_world(module(), requests | functions, fun((world()) -> run())) -> run().
+-spec in_world(module(), face(), fun((world()) -> run())) -> run().
 in_world(Module, Face, Run) ->
     try
         World = start(Module, Face),
@@ -982,7 +994,10 @@ in_world(Module, Face, Run) ->
     end.
 
 
--spec start(module(), requests | functions) -> world().
+-spec start(module(), face()) -> world().
+start(Module, switching) ->
+    World = start(Module, functions),
+    World#{switcher => start_switcher()};
 start(Module, Face) ->
     Processes = maps:from_list([ {Name, spawn_monitor(fun() -> record([]) end)}
                                  || Name <- ?NAMES ]),
@@ -1006,6 +1021,30 @@ start_registry(functions, Module) ->
     Registry.
 
 
+%% From mode to mode, until it is stopped: then the one that a registry starts with.
+start_switcher() ->
+    spawn_link(fun() -> switch(rand:seed(exsss)) end).
+
+
+switch(Random0) ->
+    receive
+        {stop, From} ->
+            ok = erlmcp_rollout:set('100x'),
+            From ! {stopped, self()}
+    after
+        0 ->
+            Modes = {current, {percent, 0}, {percent, 30}, {percent, 70}, {percent, 100}, '100x'},
+            {Nth, Random} = rand:uniform_s(tuple_size(Modes), Random0),
+            ok = erlmcp_rollout:set(element(Nth, Modes)),
+            %% Only this process switches. What was copied has been kept equal since.
+            case erlmcp_rollout:status() of
+                #{last_switch := none} -> ok;
+                #{last_switch := #{repaired := 0}} -> ok
+            end,
+            switch(Random)
+    end.
+
+
 start_bystander(Processes) ->
     Owner = self(),
     Bystander = spawn(fun() ->
@@ -1017,6 +1056,10 @@ start_bystander(Processes) ->
     receive {standing_by, Bystander} -> Bystander end.
 
 
+stop(#{switcher := Switcher} = World) ->
+    Switcher ! {stop, self()},
+    receive {stopped, Switcher} -> ok end,
+    stop(maps:remove(switcher, World));
 stop(#{registry := Registry, processes := Processes, bystander := Bystander}) ->
     %% A registry that has failed must not hide the history that made it fail.
     ok = case is_process_alive(Registry) of

@@ -1,4 +1,5 @@
-%%% Runs the model of `prop_registry' against both registries.
+%%% Runs the model of `prop_registry' against both registries, and against one that is switched between
+%%% them all the time.
 %%%
 %%% PROP_SEQUENTIAL and PROP_PARALLEL in the environment are the numbers of histories for each
 %%% registry. A default run takes about 10 s for a sequential and 4 s for a parallel property on two
@@ -7,6 +8,7 @@
 
 -export([suite/0, all/0, init_per_suite/1, end_per_suite/1]).
 -export([sequential_native/1, sequential_classic/1, parallel_native/1, parallel_classic/1]).
+-export([sequential_switching/1, parallel_switching/1]).
 
 -define(SEQUENTIAL, 1000).
 -define(PARALLEL,   200).
@@ -19,7 +21,13 @@
 suite() -> [{timetrap, {hours, 8}}].
 
 
-all() -> [sequential_native, sequential_classic, parallel_native, parallel_classic].
+all() ->
+    [sequential_native,
+     sequential_classic,
+     sequential_switching,
+     parallel_native,
+     parallel_classic,
+     parallel_switching].
 
 
 %% The histories route to unknown ids all the time, and every registry warns of it.
@@ -39,6 +47,14 @@ sequential_native(_Config) ->
 
 sequential_classic(_Config) ->
     check(prop_registry:prop_sequential_classic(), "PROP_SEQUENTIAL", ?SEQUENTIAL).
+
+
+sequential_switching(_Config) ->
+    check(prop_registry:prop_sequential_switching(), "PROP_SEQUENTIAL", ?SEQUENTIAL).
+
+
+parallel_switching(_Config) ->
+    check(prop_registry:prop_parallel_switching(), "PROP_PARALLEL", ?PARALLEL).
 
 
 parallel_native(_Config) ->

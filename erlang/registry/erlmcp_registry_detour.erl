@@ -123,8 +123,11 @@ route({_Kind, Id} = Entry, Sender, Content, Message) ->
     Plan = erlmcp_rollout_plan:read(),
     case erlmcp_rollout_plan:path(Id, Plan) of
         classic ->
-            ok = gen_server:cast(?REGISTRY, classic_cast(Entry, Sender, Content, Message)),
-            wait_if_joining(Id, Plan);
+            Cast = classic_cast(Entry, Sender, Content, Message),
+            case erlmcp_rollout_plan:keepers(Plan) of
+                classic -> cast(Cast, Id, Plan);
+                both -> route_by_call(Cast, Entry, Sender, Content, Message)
+            end;
         native ->
             route_natively(Entry, Sender, Content, Message, Plan);
         joining ->
@@ -142,9 +145,24 @@ classic_cast({transport, Id}, Sender, Content, _Message) ->
     {route_to_transport, Id, Sender, Content}.
 
 
+%% By a call, so that it has been sent when this returns, before the caller sends something to the same
+%% process under an id that takes the other path.
+-spec route_by_call(term(), erlmcp_registry_pair:entry(), term(), term(), term()) -> ok | {error, reason()}.
+route_by_call(Cast, Entry, Sender, Content, Message) ->
+    try
+        gen_server:call(?REGISTRY, {erlmcp_rollout, {route, Cast}}, infinity)
+    catch
+        %% Routing goes on without the process.
+        exit:{noproc, _} -> route_natively(Entry, Sender, Content, Message, erlmcp_rollout_plan:read());
+        %% It was killed before or after it sent the message.
+        exit:_ -> ok
+    end.
+
+
 %% The message may have come into the mailbox behind what tells the process that there are no more.
--spec wait_if_joining(Id :: term(), erlmcp_rollout_plan:plan()) -> ok.
-wait_if_joining(Id, Plan) ->
+-spec cast(term(), Id :: term(), erlmcp_rollout_plan:plan()) -> ok.
+cast(Cast, Id, Plan) ->
+    ok = gen_server:cast(?REGISTRY, Cast),
     case erlmcp_rollout_plan:read() of
         Plan ->
             ok;
@@ -214,8 +232,9 @@ broadcast(ServerId, Content) ->
             try
                 gen_server:call(?REGISTRY, {erlmcp_rollout, {broadcast, ServerId, Content}}, infinity)
             catch
-                %% Routing goes on without the process.
-                exit:_ -> broadcast_natively(ServerId, Content)
+                %% As in route_by_call/5.
+                exit:{noproc, _} -> broadcast_natively(ServerId, Content);
+                exit:_ -> ok
             end
     end.
 

@@ -270,6 +270,8 @@ command({compare, IsComparing}, _From, State) ->
     {reply, ok, State};
 command(barrier, _From, State) ->
     {reply, ok, State};
+command({route, Cast}, _From, State) ->
+    {reply, ok, cast(Cast, State)};
 command({broadcast, ServerId, Message}, _From, State) ->
     case erlmcp_rollout_plan:path(ServerId, erlmcp_rollout_plan:read()) of
         classic -> {reply, ok, cast({route_to_transport, broadcast, ServerId, Message}, State)};

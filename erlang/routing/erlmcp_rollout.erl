@@ -26,17 +26,18 @@
 %%% copied where they are missing, then all are verified to be the same in both registries, and only then
 %%% ids change sides; requests are served meanwhile. If the registries cannot be made equal, everything
 %%% stays as it was. No registration, binding or accepted message is lost by a switch, and what one
-%%% process sends to one id arrives in the order sent.
+%%% process sends to another one arrives in the order sent.
 %%%
 %%% == Caveats ==
 %%% <ul>
-%%% <li>With `{percent, P}' a process that has several ids gets what is sent to one of them in order, but
-%%% what is sent to two of them may take two ways.</li>
+%%% <li>With `{percent, P}' whoever routes by the registry's process waits until it has sent the message
+%%% (with `current' it does not): the next one to the same target may take the other way, and must not
+%%% overtake it.</li>
 %%% <li>A target with `message_queue_data' set to `off_heap' may, under contention, have messages of
 %%% different processes exchanged by the runtime (OTP 25 and newer). One that the registry's process
 %%% forwarded and the next one, sent directly, are such a pair, at the moment of a switch.</li>
 %%% <li>Killing the registry's process loses what waits in its mailbox: with `current' all messages that
-%%% are on their way, with `{percent, P}' those for the share that it routes. With `` '100x' '' there are
+%%% are on their way, with `{percent, P}' those whose senders wait for it. With `` '100x' '' there are
 %%% none.</li>
 %%% <li>What is accepted by `current' and not by the native registry (more than `max_entries'
 %%% registrations, ids longer than `max_id_bytes') makes a switch away from `current' fail.</li>

@@ -18,10 +18,12 @@
 %%% </ol>
 %%%
 %%% == Order ==
-%%% What one process sends to one id arrives in that order, also across a switch. To the native registry
-%%% by step 4: of what it sent before nothing is left, or it waits itself. And whoever has put a
-%%% message into the mailbox looks at the plan again afterwards, and waits if it has changed. From the
-%%% native registry, since what was sent that way is in the target's mailbox already.
+%%% What one process sends to another one arrives in that order, also across a switch, and also if the
+%%% target has several ids. From the native registry, since what was sent that way is in the target's
+%%% mailbox already. From both, since whoever has a message sent by this process waits until it is. From
+%%% the classic one alone by step 4: of what was sent before nothing is left, or its sender waits. And
+%%% whoever has put a message into the mailbox looks at the plan again afterwards, and waits if it has
+%%% changed.
 -module(erlmcp_rollout_switch).
 
 -export([start/3, continue/2, follow_failed/3]).
