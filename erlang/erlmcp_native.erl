@@ -16,6 +16,7 @@
                   system_architecture := string(),
                   nif := loaded | {not_loaded, erlmcp_nif:load_error()},
                   application := running | stopped,
+                  mode := erlmcp_rollout:mode(),
                   registry_process := pid() | undefined,
                   registry => erlmcp_shard_registry:stats(),
                   backpressure => erlmcp_backpressure:info(),
@@ -38,6 +39,7 @@ info() ->
              nif_version => erlang:system_info(nif_version),
              system_architecture => erlang:system_info(system_architecture),
              application => application_state(),
+             mode => erlmcp_rollout:get(),
              registry_process => whereis(erlmcp_registry)
             },
     case erlmcp_native_registry:load_error() of
@@ -61,6 +63,7 @@ i() ->
     io:format("erlmcp_native ~ts on OTP ~ts, ~ts~n",
               [maps:get(version, Info), maps:get(otp_release, Info), maps:get(system_architecture, Info)]),
     print("application", "~p", [maps:get(application, Info)]),
+    print("mode", "~tp", [maps:get(mode, Info)]),
     print("erlmcp_registry", "~ts", [process_state(maps:get(registry_process, Info))]),
     case Info of
         #{nif := {not_loaded, #{path := Path, reason := Reason, remedy := Remedy}}} ->
