@@ -92,8 +92,7 @@ check() ->
     %% `included_applications' is added to every application's environment by some releases of OTP.
     Own = [ Setting
             || {Key, _} = Setting <- application:get_all_env(erlmcp_native), Key =/= included_applications ],
-    Environment = [{architecture_version, ?MODULE:get(architecture_version)} |
-                   lists:keydelete(architecture_version, 1, Own)],
+    Environment = [{architecture_version, ?MODULE:get(architecture_version)} | lists:keydelete(architecture_version, 1, Own)],
     case first_error(Environment, ?KEYS) of
         none ->
             registry_limits(maps:with(?REGISTRY_KEYS, maps:from_list(Environment)));

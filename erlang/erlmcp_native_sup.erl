@@ -19,5 +19,12 @@ start_link() ->
 
 -spec init([]) -> {ok, {supervisor:sup_flags(), [supervisor:child_spec()]}}.
 init([]) ->
-    ShardSup = #{id => erlmcp_shard_sup, start => {erlmcp_shard_sup, start_link, []}, type => supervisor},
-    {ok, {#{strategy => one_for_one}, [ShardSup]}}.
+    {ok, {#{strategy => one_for_one}, children(erlmcp_native_registry:load_error())}}.
+
+
+%% Without the native library there is nothing to look after.
+-spec children(none | erlmcp_nif:load_error()) -> [supervisor:child_spec()].
+children(none) ->
+    [#{id => erlmcp_shard_sup, start => {erlmcp_shard_sup, start_link, []}, type => supervisor}];
+children(_LoadError) ->
+    [].

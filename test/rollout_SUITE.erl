@@ -558,10 +558,11 @@ switches_under_load(_Config) ->
 %% Servers with `none', transports with their bindings.
 present() ->
     lists:sort([ {Id, none} || {Id, _} <- erlmcp_registry:list_servers() ] ++
-               [ {Id, case erlmcp_registry:get_server_for_transport(Id) of
-                          {ok, Server} -> Server;
-                          {error, not_found} -> unbound
-                      end} || {Id, _} <- erlmcp_registry:list_transports() ]).
+               [ {Id,
+                  case erlmcp_registry:get_server_for_transport(Id) of
+                      {ok, Server} -> Server;
+                      {error, not_found} -> unbound
+                  end} || {Id, _} <- erlmcp_registry:list_transports() ]).
 
 
 send_numbered(Counts0, Refused0, Receivers, End) ->
@@ -719,13 +720,15 @@ received(0) ->
     receive
         {Kind, _, _} = Message when Kind =:= mcp_message; Kind =:= mcp_response -> [{unexpected, Message}]
     after
-        0 -> []
+        0 ->
+            []
     end;
 received(Number) ->
     receive
         {Kind, _, _} = Message when Kind =:= mcp_message; Kind =:= mcp_response -> [Message | received(Number - 1)]
     after
-        ?DEADLINE_MS -> [{missing, Number}]
+        ?DEADLINE_MS ->
+            [{missing, Number}]
     end.
 
 

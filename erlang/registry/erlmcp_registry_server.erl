@@ -36,7 +36,9 @@ init(Name) ->
     case erlmcp_rollout:wanted() of
         {error, LoadError} -> {stop, {nif_not_loaded, LoadError}};
         {ok, Wanted} when Name =:= anonymous -> {ok, new(Wanted)};
-        {ok, _Wanted} -> {ok, adopt(erlmcp_rollout_plan:read())}
+        {ok, _Wanted} ->
+            ok = erlmcp_rollout:warn_unless_started(),
+            {ok, adopt(erlmcp_rollout_plan:read())}
     end.
 
 

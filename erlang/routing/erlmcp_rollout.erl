@@ -51,7 +51,7 @@
 -include_lib("kernel/include/logger.hrl").
 
 -export([set/1, get/0, status/0, compare/1]).
--export([wanted/0, configure/0]).
+-export([wanted/0, configure/0, warn_unless_started/0]).
 
 -export_type([mode/0, status/0]).
 
@@ -210,13 +210,33 @@ configure() ->
         none ->
             {ok, Mode} = wanted(),
             set_if_running(Mode);
-        #{path := Path, reason := Reason, remedy := Remedy} ->
-            ?LOG_WARNING("erlmcp_native: starts with the pure-Erlang registry (architecture_version current), "
-                         "because the native library ~ts cannot be loaded: ~0tp. To mend it, ~ts. Set "
-                         "require_native to true in the environment of erlmcp_native to refuse to start instead.",
-                         [Path, Reason, Remedy],
-                         #{domain => [erlmcp_native], event => native_library_not_loaded})
+        LoadError ->
+            warn(LoadError)
     end.
+
+
+%% @private
+%% When the registry starts alone, without the application, which would have said so.
+-spec warn_unless_started() -> ok.
+warn_unless_started() ->
+    case erlmcp_native_registry:load_error() of
+        LoadError when LoadError =/= none ->
+            case whereis(erlmcp_native_sup) of
+                undefined -> warn(LoadError);
+                _Pid -> ok
+            end;
+        none ->
+            ok
+    end.
+
+
+-spec warn(erlmcp_nif:load_error()) -> ok.
+warn(#{path := Path, reason := Reason, remedy := Remedy}) ->
+    ?LOG_WARNING("erlmcp_native: starts with the pure-Erlang registry (architecture_version current), "
+                 "because the native library ~ts cannot be loaded: ~0tp. To mend it, ~ts. Set "
+                 "require_native to true in the environment of erlmcp_native to refuse to start instead.",
+                 [Path, Reason, Remedy],
+                 #{domain => [erlmcp_native], event => native_library_not_loaded}).
 
 
 %% Nothing to do where nothing runs: the registry's process asks for itself.

@@ -34,15 +34,15 @@
 
 %% From the lowest bit: keepers (2), authority (1), comparing (1), share (7), share when all that are
 %% joining have joined (7), version.
--define(KEEPERS(Plan),       (Plan band 3)).
--define(AUTHORITY(Plan),     ((Plan bsr 2) band 1)).
--define(COMPARING(Plan),     ((Plan bsr 3) band 1)).
--define(SHARE(Plan),         ((Plan bsr 4) band 127)).
+-define(KEEPERS(Plan), (Plan band 3)).
+-define(AUTHORITY(Plan), ((Plan bsr 2) band 1)).
+-define(COMPARING(Plan), ((Plan bsr 3) band 1)).
+-define(SHARE(Plan), ((Plan bsr 4) band 127)).
 -define(SHARE_TO_COME(Plan), ((Plan bsr 11) band 127)).
--define(VERSION(Plan),       (Plan bsr 18)).
--define(NATIVE,              0).
--define(CLASSIC,             1).
--define(BOTH,                2).
+-define(VERSION(Plan), (Plan bsr 18)).
+-define(NATIVE,  0).
+-define(CLASSIC, 1).
+-define(BOTH,    2).
 
 
 %% Until one is written it is the native registry, or the classic one where there is no other.
@@ -68,11 +68,11 @@ first() ->
 write(Keepers, #{share := Share} = Fields) ->
     Former = read(),
     Plan = number(Keepers) bor
-           (number(maps:get(authority, Fields, native)) bsl 2) bor
-           (?COMPARING(Former) bsl 3) bor
-           (Share bsl 4) bor
-           (maps:get(joining, Fields, Share) bsl 11) bor
-           ((?VERSION(Former) + 1) bsl 18),
+        (number(maps:get(authority, Fields, native)) bsl 2) bor
+        (?COMPARING(Former) bsl 3) bor
+        (Share bsl 4) bor
+        (maps:get(joining, Fields, Share) bsl 11) bor
+        ((?VERSION(Former) + 1) bsl 18),
     persistent_term:put(?KEY, Plan).
 
 

@@ -64,7 +64,7 @@
 -opaque switch() :: #switch{}.
 
 %% Some milliseconds, with small configs.
--define(SLICE,          200).
+-define(SLICE, 200).
 %% Only processes that end in just that moment make a difference, and that is over with the next round.
 -define(MAX_ROUNDS,     10).
 -define(WRITERS_ARE_MS, 1).
