@@ -26,7 +26,7 @@
 -export([bound_transports/2, bound_transports_dirty/2]).
 %% Listing and counting
 -export([list/2, list_dirty/2, list_shard/2, list_shard_dirty/2, list_ids/2]).
--export([count/2, count_shard/2, shard/2, distinct_configs/0]).
+-export([count/2, count_shard/2, check_shard/2, shard/2, distinct_configs/0]).
 %% Routing
 -export([route_connection/1, route_server/2, route_transport/1, route_batch/1]).
 -export([route_server_exclusive/2, route_transport_exclusive/1]).
@@ -34,9 +34,10 @@
 %% Token buckets
 -export([bucket_new/1, is_bucket/1, bucket_take/2, bucket_state/1, bucket_set_limits/2]).
 -export([entry_take/3, entry_bucket_state/2, entry_set_limits/3]).
--export([set_shared_limits/1, shared_limits/0, are_limits/1, enforce_limits/1]).
+-export([set_shared_limits/1, shared_limits/0, are_limits/1, enforce_limits/1, has_token_buckets/0]).
 %% Admission control
 -export([admission_check/1, admission_adjust/2, admission_set_threshold/2, admission_stats/1]).
+-export([admission_is_unwatched/1, refused/1]).
 -export([set_sample_interval/1, sample_begin/1, sample_end/4, sample_skip/1]).
 -export([shard_receivers/1, shard_receivers_dirty/1]).
 %% Circuit breaker
@@ -82,6 +83,7 @@
        list_ids/2,
        count/2,
        count_shard/2,
+       check_shard/2,
        shard/2,
        distinct_configs/0,
        route_connection/1,
@@ -105,10 +107,13 @@
        shared_limits/0,
        are_limits/1,
        enforce_limits/1,
+       has_token_buckets/0,
        admission_check/1,
        admission_adjust/2,
        admission_set_threshold/2,
        admission_stats/1,
+       admission_is_unwatched/1,
+       refused/1,
        set_sample_interval/1,
        sample_begin/1,
        sample_end/4,
@@ -361,6 +366,12 @@ count(_Registry, _Namespace) -> ?NOT_LOADED.
 count_shard(_Registry, _Shard) -> ?NOT_LOADED.
 
 
+%% How many entries a walk through one shard finds, and those of their processes on this node that
+%% have ended; one for each entry. Dirty.
+-spec check_shard(registry(), non_neg_integer()) -> {non_neg_integer(), [pid()]}.
+check_shard(_Registry, _Shard) -> ?NOT_LOADED.
+
+
 %% `erlang:phash2(Id, Shards)'.
 -spec shard(registry(), term()) -> non_neg_integer().
 shard(_Registry, _Id) -> ?NOT_LOADED.
@@ -479,6 +490,11 @@ are_limits(_Limits) -> ?NOT_LOADED.
 enforce_limits(_IsOn) -> ?NOT_LOADED.
 
 
+%% Whether routes take from any bucket: limits are enforced, and there are some.
+-spec has_token_buckets() -> boolean().
+has_token_buckets() -> ?NOT_LOADED.
+
+
 %%% Admission control
 
 
@@ -501,6 +517,20 @@ admission_set_threshold(_Shard, _Threshold) -> ?NOT_LOADED.
            IsOverloaded :: boolean(),
            SampleAgeMs :: non_neg_integer() | infinity}.
 admission_stats(_Shard) -> ?NOT_LOADED.
+
+
+%% Whether messages have been admitted since the last sample and that is older than ten intervals.
+-spec admission_is_unwatched(non_neg_integer()) -> boolean().
+admission_is_unwatched(_Shard) -> ?NOT_LOADED.
+
+
+%% Messages to a shard that were refused so far. Those that were not found count in any shard.
+-spec refused(non_neg_integer()) ->
+          {NotFound :: non_neg_integer(),
+           CircuitOpen :: non_neg_integer(),
+           ShardOverloaded :: non_neg_integer(),
+           RateLimited :: non_neg_integer()}.
+refused(_Shard) -> ?NOT_LOADED.
 
 
 -spec set_sample_interval(Ms :: pos_integer()) -> ok.

@@ -55,6 +55,8 @@ struct Model {
     /// The message with this number asks for a sample.
     asks: Option<u64>,
     sampled_ms: Option<u64>,
+    /// What was admitted when the last sample began.
+    seen: u64,
     asked_ms: Option<u64>,
     is_overloaded: bool,
     failed_ms: Option<u64>,
@@ -172,11 +174,13 @@ impl Run {
                 }
                 let sampled = self.admission.sampled(began, queued, is_last, now_ms);
                 self.model.sampled_ms = Some(now_ms);
+                self.model.seen = model_began;
                 assert_eq!(sampled, self.model.credit(model_began, queued, is_last));
             }
             Step::Skip => {
                 self.admission.skip_sample(now_ms);
                 self.model.sampled_ms = Some(now_ms);
+                self.model.seen = self.model.admitted;
             }
             Step::Adjust(delta) => {
                 self.admission.adjust(delta);
@@ -215,6 +219,10 @@ impl Run {
         assert_eq!(
             admission.is_open(&self.sampling, || now_ms),
             model.is_open()
+        );
+        assert_eq!(
+            admission.is_unwatched(&self.sampling, now_ms),
+            model.threshold.is_some() && model.admitted > model.seen && model.is_stale()
         );
         let age = model.sampled_ms.map(|at| now_ms.saturating_sub(at));
         assert_eq!(admission.sample_age_ms(now_ms), age);

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use erlmcp_core::admission::{Admission, Sampling};
 use erlmcp_core::circuit_breaker::{CircuitBreaker, Config, Permit, State};
 use erlmcp_core::clock::{Clock, FakeClock, TscClock};
+use erlmcp_core::counter::Refused as RefusedCounts;
 use erlmcp_core::registry::{
     self, BucketError, Charged, EntryLimits, Events, Namespace, Refusal, Registry,
 };
@@ -676,6 +677,62 @@ fn a_refusal_leaves_no_trace_in_other_layers() {
         (events.circuit, events.overloaded),
         (Some(State::Open), None)
     );
+}
+
+/// By reason, in the shard of the target; what is not registered, in any.
+#[test]
+fn every_refusal_is_counted_once() {
+    let clock = FakeClock::at_ns(0);
+    let registry = registry(&clock);
+    let circuit = CircuitBreaker::new(Some(Config::default()), &clock).unwrap();
+    registry.set_limits(Some(limits(2, 1.0)), &clock).unwrap();
+    // Both in shard 1.
+    register(&registry, Namespace::Connection, b"a", 1);
+    register(&registry, Namespace::Transport, b"t", 5);
+    let route = |namespace, id: &[u8]| {
+        let id = registry.id(0, id);
+        // A clock that stands still keeps back a unit of a bucket.
+        clock.advance_ns(10);
+        let mut events = Events::default();
+        registry.route(
+            namespace,
+            &id,
+            Charged::Target,
+            &circuit,
+            &clock,
+            &mut events,
+        )
+    };
+    let routed: Vec<_> = (0..5).map(|_| route(Namespace::Connection, b"a")).collect();
+    let limited = Err(Refusal::RateLimited);
+    assert_eq!(routed, [Ok(1), Ok(1), limited, limited, limited]);
+    for namespace in Namespace::ALL {
+        assert_eq!(route(namespace, b"nobody"), Err(Refusal::NotFound));
+    }
+    let admission = registry.admission(1);
+    admission.set_threshold(Some(1));
+    admission.sampled(admission.begin_sample(), 1, false, 0);
+    for _ in 0..2 {
+        let refused = route(Namespace::Transport, b"t");
+        assert_eq!(refused, Err(Refusal::ShardOverloaded));
+    }
+    circuit.force(true, &clock);
+    assert_eq!(route(Namespace::Transport, b"t"), Err(Refusal::CircuitOpen));
+    let shards = 0..registry.limits().shards();
+    let of = |count: fn(RefusedCounts) -> u64| -> Vec<u64> {
+        let counts = shards.clone().map(|shard| count(registry.refused(shard)));
+        counts.collect()
+    };
+    assert_eq!(of(|refused| refused.not_found).iter().sum::<u64>(), 3);
+    let all = [
+        of(|refused| refused.circuit_open),
+        of(|refused| refused.shard_overloaded),
+        of(|refused| refused.rate_limited),
+    ];
+    for (counts, expected) in all.iter().zip([1, 2, 3]) {
+        assert_eq!(counts.iter().sum::<u64>(), expected);
+        assert_eq!(counts[1], expected);
+    }
 }
 
 /// Routes through all three layers while their settings change and entries come and go. Every

@@ -102,6 +102,8 @@ pub struct Admission {
     threshold: AtomicU64,
     /// `ms + 1`; 0 is never.
     sampled_ms: AtomicU64,
+    /// What `admitted` was then.
+    seen: AtomicU64,
     /// When a caller was told to ask for a sample: `ms + 1`; 0 is never.
     asked_ms: AtomicU64,
     is_overloaded: AtomicBool,
@@ -118,6 +120,7 @@ impl Admission {
             sample_at: AtomicU64::new(0),
             threshold: AtomicU64::new(OFF),
             sampled_ms: AtomicU64::new(0),
+            seen: AtomicU64::new(ORIGIN),
             asked_ms: AtomicU64::new(0),
             is_overloaded: AtomicBool::new(false),
             failed_ms: AtomicU64::new(0),
@@ -208,13 +211,18 @@ impl Admission {
     ///
     /// `is_last`: no more samples will be taken until one is asked for; the next message does.
     pub fn sampled(&self, began: u64, queued: u64, is_last: bool, now_ms: u64) -> Sampled {
-        self.sampled_ms.store(now_ms + 1, Ordering::Relaxed);
+        self.saw(began, now_ms);
         self.credit(began, queued, is_last)
     }
 
     /// Instead of a sample: what was admitted since the last one is counted on as it is, and the
     /// sampler is there.
     pub fn skip_sample(&self, now_ms: u64) {
+        self.saw(self.begin_sample(), now_ms);
+    }
+
+    fn saw(&self, admitted: u64, now_ms: u64) {
+        self.seen.store(admitted, Ordering::Relaxed);
         self.sampled_ms.store(now_ms + 1, Ordering::Relaxed);
     }
 
@@ -321,6 +329,14 @@ impl Admission {
     /// Whether messages were refused and the shard has not recovered since.
     pub fn is_overloaded(&self) -> bool {
         self.is_overloaded.load(Ordering::Relaxed)
+    }
+
+    /// Whether messages have been admitted since the last sample and that is too old to count:
+    /// nobody samples, and everything is admitted. Not so where nothing has come since.
+    pub fn is_unwatched(&self, sampling: &Sampling, now_ms: u64) -> bool {
+        self.limit.load(Ordering::Relaxed) != OFF
+            && self.admitted.load(Ordering::Relaxed) > self.seen.load(Ordering::Relaxed)
+            && self.is_stale(sampling, now_ms)
     }
 
     /// Milliseconds since the last sample; `None` if there was none.

@@ -17,6 +17,7 @@
 pub mod admission;
 pub mod circuit_breaker;
 pub mod clock;
+pub mod counter;
 #[doc(hidden)]
 pub mod diversion;
 pub mod error;

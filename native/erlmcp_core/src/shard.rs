@@ -1,6 +1,7 @@
 //! What is kept for each shard beside the maps: which entries it has, and how many.
 
 use crate::admission::Admission;
+use crate::counter::Refusals;
 use crate::registry::Namespace;
 use crate::slots::Slots;
 use crate::sync::{AtomicU64, Ordering};
@@ -13,6 +14,7 @@ pub(crate) struct Shard {
     pub(crate) slots: Slots,
     counts: [AtomicU64; Namespace::COUNT],
     pub(crate) admission: Admission,
+    pub(crate) refusals: Refusals,
 }
 
 impl Shard {

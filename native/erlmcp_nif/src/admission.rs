@@ -77,6 +77,26 @@ fn admission_stats<'a>(env: Env<'a>, shard: Term<'a>) -> NifResult<Term<'a>> {
         .encode(env))
 }
 
+/// Whether messages have been admitted since a last sample that is too old to count.
+#[rustler::nif]
+fn admission_is_unwatched(shard: Term<'_>) -> NifResult<bool> {
+    let admission = admission(shard)?;
+    Ok(admission.is_unwatched(default_registry().sampling(), clock().now_ms()))
+}
+
+/// Messages refused so far: not found, circuit open, shard overloaded, rate limited.
+#[rustler::nif]
+fn refused(shard: Term<'_>) -> NifResult<(u64, u64, u64, u64)> {
+    let registry = default_registry();
+    let refused = registry.refused(shard_number(registry, shard)?);
+    Ok((
+        refused.not_found,
+        refused.circuit_open,
+        refused.shard_overloaded,
+        refused.rate_limited,
+    ))
+}
+
 /// Begins a sample.
 #[rustler::nif]
 fn sample_begin(shard: Term<'_>) -> NifResult<u64> {

@@ -663,6 +663,30 @@ fn count(of: Term<'_>, ns: Term<'_>) -> NifResult<u64> {
     Ok(registry(of)?.count(namespace(ns)?))
 }
 
+/// How many entries a walk through a shard finds, and the processes of this node among them that
+/// have ended. Dirty, since the walk is as long as the shard is large.
+#[rustler::nif(schedule = "DirtyCpu")]
+fn check_shard<'a>(env: Env<'a>, of: Term<'a>, shard: Term<'a>) -> NifResult<Term<'a>> {
+    let registry = registry(of)?;
+    let mut found = 0_u64;
+    let mut ended = Term::list_new_empty(env);
+    registry.for_each_address_of(shard_number(registry, shard)?, |address| {
+        found += 1;
+        if address == REMOTE {
+            return;
+        }
+        // SAFETY: the address is not that of a remote process.
+        let pid = unsafe { immediate::term(env, address) };
+        if !pid
+            .decode::<LocalPid>()
+            .is_ok_and(|pid| env.is_process_alive(pid))
+        {
+            ended = ended.list_prepend(pid);
+        }
+    });
+    Ok((found, ended).encode(env))
+}
+
 #[rustler::nif]
 fn count_shard(of: Term<'_>, shard: Term<'_>) -> NifResult<(u64, u64, u64)> {
     let registry = registry(of)?;

@@ -167,6 +167,12 @@ fn enforce_limits(is_on: bool) -> Atom {
     atoms::ok()
 }
 
+/// Whether any bucket has limits that are enforced.
+#[rustler::nif]
+fn has_token_buckets() -> bool {
+    default_registry().has_token_buckets()
+}
+
 /// Checks limits without using them.
 #[rustler::nif]
 fn are_limits(limits: Term<'_>) -> bool {

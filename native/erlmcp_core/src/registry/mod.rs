@@ -56,6 +56,7 @@ pub use routing::{Charged, Events, Refusal};
 
 use crate::admission::{Admission, Sampling};
 use crate::clock::Clock;
+use crate::counter::Refused;
 use crate::diversion::Diversion;
 use crate::error::LimitsError;
 use crate::gate::Gate;
@@ -391,6 +392,12 @@ where
     /// The admission control of a shard, which must be less than the number of shards.
     pub fn admission(&self, shard: u16) -> &Admission {
         &self.shards[usize::from(shard)].admission
+    }
+
+    /// Messages to a shard that were refused so far. Those to nobody count in any shard: only their
+    /// sum over all shards means something.
+    pub fn refused(&self, shard: u16) -> Refused {
+        self.shards[usize::from(shard)].refusals.read()
     }
 
     /// How often the shards are sampled.

@@ -8,6 +8,7 @@
 use super::{Entry, Id, Namespace, Registry};
 use crate::circuit_breaker::{CircuitBreaker, Permit, State};
 use crate::clock::Clock;
+use crate::shard::Shard;
 use crate::token_bucket::Level;
 
 /// Whose bucket pays for a message.
@@ -21,17 +22,17 @@ pub enum Charged<'a> {
     Transport(Id<'a>),
 }
 
-/// Why a message may not be sent.
+/// Why a message may not be sent. Each one is counted (see [`crate::counter`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
     /// The target is not registered.
-    NotFound,
+    NotFound = 0,
     /// The circuit is open.
-    CircuitOpen,
+    CircuitOpen = 1,
     /// The target's shard has as many messages queued as it takes.
-    ShardOverloaded,
+    ShardOverloaded = 2,
     /// The bucket that pays is empty.
-    RateLimited,
+    RateLimited = 3,
 }
 
 /// What the caller should tell others. Rare: nothing of it for most messages.
@@ -59,6 +60,12 @@ struct Target<'a> {
     level: Option<&'a Level>,
 }
 
+#[cold]
+fn refused(shard: &Shard, refusal: Refusal) -> Refusal {
+    shard.refusals.count(refusal);
+    refusal
+}
+
 impl<L> Registry<L>
 where
     L: Clone + PartialEq + Send + Sync + 'static,
@@ -80,7 +87,7 @@ where
                 let (key, connection) = self
                     .connections
                     .get_key_value(id, &guard)
-                    .ok_or(Refusal::NotFound)?;
+                    .ok_or_else(|| self.not_found(id))?;
                 let target = Target {
                     address: connection.entry.address,
                     shard: key.shard(),
@@ -93,9 +100,9 @@ where
                 let (key, server) = self
                     .servers
                     .get_key_value(id, &guard)
-                    .ok_or(Refusal::NotFound)?;
+                    .ok_or_else(|| self.not_found(id))?;
                 let target = Target {
-                    address: server.entry().ok_or(Refusal::NotFound)?.address,
+                    address: server.entry().ok_or_else(|| self.not_found(id))?.address,
                     shard: key.shard(),
                     level: None,
                 };
@@ -107,7 +114,7 @@ where
                     .transports
                     .get_key_value(id, &guard)
                     .filter(|(_, transport)| self.is_registered(transport))
-                    .ok_or(Refusal::NotFound)?;
+                    .ok_or_else(|| self.not_found(id))?;
                 let target = Target {
                     address: transport.entry.address,
                     shard: key.shard(),
@@ -148,11 +155,14 @@ where
         clock: &impl Clock,
         events: &mut Events,
     ) -> Result<u64, Refusal> {
-        let permit = circuit.check(clock).map_err(|_| Refusal::CircuitOpen)?;
+        let shard = &self.shards[usize::from(target.shard)];
+        let permit = circuit
+            .check(clock)
+            .map_err(|_| refused(shard, Refusal::CircuitOpen))?;
         if let Permit::Probe { is_first: true } = permit {
             events.circuit = Some(State::HalfOpen);
         }
-        let admission = &self.shards[usize::from(target.shard)].admission;
+        let admission = &shard.admission;
         if let Err(overloaded) = admission.check(&self.sampling, || clock.now_ms()) {
             if overloaded.has_entered {
                 events.overloaded = Some(target.shard);
@@ -161,13 +171,13 @@ where
             if is_failure && circuit.record_failure(clock) {
                 events.circuit = Some(State::Open);
             }
-            return Err(Refusal::ShardOverloaded);
+            return Err(refused(shard, Refusal::ShardOverloaded));
         }
         if self.buckets.is_on() && !self.pay(target.level, charged, clock) {
             if permit != Permit::Free {
                 circuit.release_probe();
             }
-            return Err(Refusal::RateLimited);
+            return Err(refused(shard, Refusal::RateLimited));
         }
         if admission.admit(|| clock.now_ms()).wants_sample {
             events.sample = Some(target.shard);
@@ -176,6 +186,13 @@ where
             events.circuit = Some(State::Closed);
         }
         Ok(target.address)
+    }
+
+    /// Counted in any shard: what is not registered has none, and its hash spreads the writers.
+    #[cold]
+    fn not_found(&self, id: &Id<'_>) -> Refusal {
+        let shard = id.hash as usize % self.shards.len();
+        refused(&self.shards[shard], Refusal::NotFound)
     }
 
     #[inline(always)]
