@@ -5,9 +5,13 @@
 %%% '''
 -module(erlmcp_native).
 
--export([i/0, info/0]).
+-export([i/0, info/0, health/0, explain/1]).
 
 -export_type([info/0]).
+-export_type([health/0, explanation/0]).
+
+-type health() :: erlmcp_shard_health:health().
+-type explanation() :: erlmcp_route_explanation:explanation().
 
 -type info() :: #{
                   version := string(),
@@ -18,6 +22,7 @@
                   application := running | stopped,
                   mode := erlmcp_rollout:mode(),
                   registry_process := pid() | undefined,
+                  health := health(),
                   registry => erlmcp_shard_registry:stats(),
                   backpressure => erlmcp_backpressure:info(),
                   bindings => non_neg_integer(),
@@ -40,7 +45,8 @@ info() ->
              system_architecture => erlang:system_info(system_architecture),
              application => application_state(),
              mode => erlmcp_rollout:get(),
-             registry_process => whereis(erlmcp_registry)
+             registry_process => whereis(erlmcp_registry),
+             health => health()
             },
     case erlmcp_native_registry:load_error() of
         none ->
@@ -56,6 +62,34 @@ info() ->
     end.
 
 
+%% @doc Whether all is well in the whole node; if not, why. Computed now, by the calling process, whether
+%% the control plane is there or not. The reasons: {@link erlmcp_shard_health}.
+-spec health() -> health().
+health() ->
+    erlmcp_shard_health:check().
+
+
+%% @doc What is known of an id as a connection, as a server and as a transport, and what a route to it
+%% would answer now.
+%%
+%% `registered' says whether it is there at all. If so there are its `pid' and `config_bytes', the size
+%% that its config or capabilities have in the external term format. `bucket' is the token bucket of a
+%% connection or a transport, `binding' the server that a transport is bound to.
+%%
+%% `route' is what {@link erlmcp_shard_manager:route_message/2} would answer for a connection, {@link
+%% erlmcp_registry:route_to_server/3} for a server, whatever the bucket of the transport that pays says,
+%% and {@link erlmcp_registry:route_to_transport/3} for a transport. `decided_by' is the layer that
+%% decides it: `circuit', `admission', `token_bucket', `registry' where the id is not registered (a
+%% message to no server or no transport is dropped with a warning and `ok', as in erlmcp), or `none'.
+%% `sends' is what the bucket of a transport would answer to a message that it sends to a server.
+%%
+%% Takes no token and no probe and counts nothing. An id that is too long to be registered, for which
+%% the other functions raise `badarg', is `{error, {id_too_long, MaxIdBytes}}'.
+-spec explain(Id :: term()) -> explanation() | {error, erlmcp_route_explanation:error()}.
+explain(Id) ->
+    erlmcp_route_explanation:of_id(Id).
+
+
 %% @doc Prints what {@link info/0} returns.
 -spec i() -> ok.
 i() ->
@@ -65,6 +99,7 @@ i() ->
     print("application", "~p", [maps:get(application, Info)]),
     print("mode", "~tp", [maps:get(mode, Info)]),
     print("erlmcp_registry", "~ts", [process_state(maps:get(registry_process, Info))]),
+    print_health(maps:get(health, Info)),
     case Info of
         #{nif := {not_loaded, #{path := Path, reason := Reason, remedy := Remedy}}} ->
             print("native library", "NOT LOADED: ~ts", [Path]),
@@ -83,6 +118,14 @@ i() ->
             print("distinct configs", "~b", [Configs]),
             print_backpressure(Backpressure)
     end.
+
+
+-spec print_health(health()) -> ok.
+print_health(ok) ->
+    print("health", "ok", []);
+print_health({degraded, Reasons}) ->
+    print("health", "degraded", []),
+    lists:foreach(fun(Reason) -> print("", "~tP", [Reason, 20]) end, Reasons).
 
 
 -spec print_registry(erlmcp_shard_registry:stats()) -> ok.

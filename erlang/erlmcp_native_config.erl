@@ -21,15 +21,19 @@
 %%% <tr><td>`circuit_breaker' *</td><td>`#{failure_threshold => 50, window_ms => 10000,
 %%% success_threshold => 10, timeout_ms => 30000, probe_limit => 10}'</td><td>a map with any of these keys,
 %%% or `off'; see {@link erlmcp_circuit_breaker}</td></tr>
+%%% <tr><td>`health' *</td><td>`#{queue_depth_percent => 80, run_queue_per_scheduler => 100,
+%%% scheduler_use_percent => 95, memory_bytes => machine}'</td><td>a map with any of these keys; see
+%%% {@link erlmcp_shard_health}</td></tr>
 %%% </table>
 %%%
 %%% The first three are the bounds of the default registry and cannot be changed once it exists.
-%%% `same_pid' is read whenever it is needed. What has a star is changed in a running system, by {@link
-%%% erlmcp_rollout:set/1} and {@link erlmcp_backpressure:set/2}; `application:set_env/3' alone takes effect
-%%% with the next start.
+%%% `same_pid' is read whenever it is needed. What has a star is changed in a running system:
+%%% `architecture_version' by {@link erlmcp_rollout:set/1}, `health' by {@link
+%%% erlmcp_shard_health:set_limits/1}, the others by {@link erlmcp_backpressure:set/2};
+%%% `application:set_env/3' alone takes effect with the next start.
 -module(erlmcp_native_config).
 
--export([check/0, check_live/2, check_mode/1, registry_limits/1, token_bucket/1, default/1, get/1]).
+-export([check/0, check_live/2, check_mode/1, registry_limits/1, token_bucket/1, health/1, default/1, get/1]).
 
 -export_type([limits/0, error/0, key/0]).
 
@@ -44,14 +48,15 @@
                backpressure |
                token_bucket |
                admission |
-               circuit_breaker.
+               circuit_breaker |
+               health.
 
 %% 2^53 ns.
 -define(MAX_FILL_SECONDS, 9_007_199).
 -define(REGISTRY_KEYS,    [shards, max_entries, max_id_bytes]).
 -define(LIVE_KEYS,        [backpressure, token_bucket, admission, circuit_breaker]).
 -define(ROLLOUT_KEYS,     [architecture_version, require_native]).
--define(KEYS,             (?REGISTRY_KEYS ++ ?ROLLOUT_KEYS ++ [same_pid | ?LIVE_KEYS])).
+-define(KEYS,             (?REGISTRY_KEYS ++ ?ROLLOUT_KEYS ++ [same_pid, health | ?LIVE_KEYS])).
 
 
 %% @doc The value in force of a key: from the application environment, completed by defaults.
@@ -119,6 +124,15 @@ token_bucket(Limits) ->
     end.
 
 
+%% @doc Limits of health, checked and completed.
+-spec health(term()) -> {ok, map()} | {error, error()}.
+health(Limits) ->
+    case first_error([{health, Limits}], [health]) of
+        none -> {ok, complete(health, Limits)};
+        Error -> {error, Error}
+    end.
+
+
 %% @doc The default of a key.
 -spec default(atom()) -> term().
 default(shards) -> 64;
@@ -130,6 +144,13 @@ default(require_native) -> false;
 default(backpressure) -> on;
 default(token_bucket) -> #{capacity => 1000, rate_per_second => 10000};
 default(admission) -> #{threshold => 10000, sample_interval_ms => 100};
+default(health) ->
+    #{
+      queue_depth_percent => 80,
+      run_queue_per_scheduler => 100,
+      scheduler_use_percent => 95,
+      memory_bytes => machine
+     };
 default(circuit_breaker) ->
     #{
       failure_threshold => 50,
@@ -184,7 +205,8 @@ validate(token_bucket, Map) -> validate_map(token_bucket, Map, "infinity");
 validate(admission, infinity) -> ok;
 validate(admission, Map) -> validate_map(admission, Map, "infinity");
 validate(circuit_breaker, off) -> ok;
-validate(circuit_breaker, Map) -> validate_map(circuit_breaker, Map, "off").
+validate(circuit_breaker, Map) -> validate_map(circuit_breaker, Map, "off");
+validate(health, Map) -> validate_map(health, Map, "#{}").
 
 
 -spec validate_map(key(), term(), string()) -> ok | {expected, string()}.
@@ -220,7 +242,11 @@ is_valid(failure_threshold, N) -> is_integer(N) andalso N >= 1 andalso N =< 65_5
 is_valid(window_ms, N) -> is_integer(N) andalso N >= 1 andalso N < 1 bsl 42;
 is_valid(success_threshold, N) -> is_integer(N) andalso N >= 1 andalso N =< 1_023;
 is_valid(timeout_ms, N) -> is_integer(N) andalso N >= 0 andalso N < 1 bsl 42;
-is_valid(probe_limit, N) -> is_integer(N) andalso N >= 1 andalso N =< 1_023.
+is_valid(probe_limit, N) -> is_integer(N) andalso N >= 1 andalso N =< 1_023;
+is_valid(queue_depth_percent, N) -> is_integer(N) andalso N >= 1 andalso N =< 100;
+is_valid(run_queue_per_scheduler, N) -> N =:= infinity orelse is_integer(N) andalso N >= 1;
+is_valid(scheduler_use_percent, N) -> N =:= infinity orelse is_integer(N) andalso N >= 1 andalso N =< 100;
+is_valid(memory_bytes, N) -> N =:= machine orelse N =:= infinity orelse is_integer(N) andalso N >= 1.
 
 
 -spec range(atom()) -> string().
@@ -231,4 +257,8 @@ range(sample_interval_ms) -> "an integer from 1 to 86400000";
 range(failure_threshold) -> "an integer from 1 to 65536";
 range(window_ms) -> "an integer from 1 to 2^42 - 1";
 range(timeout_ms) -> "an integer from 0 to 2^42 - 1";
+range(queue_depth_percent) -> "an integer from 1 to 100";
+range(run_queue_per_scheduler) -> "an integer from 1, or infinity";
+range(scheduler_use_percent) -> "an integer from 1 to 100, or infinity";
+range(memory_bytes) -> "an integer from 1, machine or infinity";
 range(Count) when Count =:= success_threshold; Count =:= probe_limit -> "an integer from 1 to 1023".

@@ -14,6 +14,7 @@
 
 -export([check_admission/1, update_queue_depth/2]).
 -export([get_shard_stats/1, set_threshold/1, set_threshold/2]).
+-export([load/1, is_unwatched/1]).
 
 -export_type([shard_id/0, stats/0, percentiles/0]).
 
@@ -71,6 +72,22 @@ get_shard_stats(ShardId) ->
       is_overloaded => IsOverloaded,
       sample_age_ms => SampleAgeMs
      }.
+
+
+%% @doc Three of {@link get_shard_stats/1}, at a fraction of its price.
+-spec load(shard_id()) ->
+          {QueueDepth :: non_neg_integer(), Threshold :: pos_integer() | infinity, IsOverloaded :: boolean()}.
+load(ShardId) ->
+    {Depth, Threshold, _Admitted, IsOverloaded, _Age} = erlmcp_nif:admission_stats(ShardId),
+    {Depth, Threshold, IsOverloaded}.
+
+
+%% @doc Whether messages were admitted to this shard since its last sample, and that is older than ten
+%% intervals: nobody samples it, and it admits everything. A shard where nothing happens needs no
+%% samples.
+-spec is_unwatched(shard_id()) -> boolean().
+is_unwatched(ShardId) ->
+    erlmcp_nif:admission_is_unwatched(ShardId).
 
 
 %% @doc Changes the threshold of all shards, and of the configuration.

@@ -19,6 +19,7 @@
 -include_lib("kernel/include/logger.hrl").
 
 -export([set/2, configure/0, admit_everything/0, info/0]).
+-export([has_token_buckets/0]).
 -export([deliver/2, refused/1, notify/1, sampler/1, sample_interval_ms/0]).
 
 -export_type([reason/0, info/0]).
@@ -202,6 +203,13 @@ info() ->
 is_overloaded(Shard) ->
     {_Depth, _Threshold, _Admitted, IsOverloaded, _Age} = erlmcp_nif:admission_stats(Shard),
     IsOverloaded.
+
+
+%% @private
+%% Whether any bucket is asked at all.
+-spec has_token_buckets() -> boolean().
+has_token_buckets() ->
+    erlmcp_nif:has_token_buckets().
 
 
 %%% Decisions

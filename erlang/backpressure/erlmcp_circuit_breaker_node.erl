@@ -9,7 +9,7 @@
 %%% everything through and records nothing.
 -module(erlmcp_circuit_breaker_node).
 
--export([state/0, allow/0, success/0, failure/0, force/1, stats/0]).
+-export([state/0, allow/0, would_allow/0, success/0, failure/0, force/1, stats/0]).
 
 -export_type([state/0]).
 
@@ -41,6 +41,20 @@ allow() ->
             true;
         refused ->
             false
+    end.
+
+
+%% @doc Whether {@link allow/0} would let a request through now. Takes no probe and changes nothing.
+-spec would_allow() -> boolean().
+would_allow() ->
+    case stats() of
+        #{state := open, since_ms := SinceMs, config := {_, _, _, TimeoutMs, _}} ->
+            SinceMs >= TimeoutMs;
+        #{state := half_open, probes := Probes, since_ms := SinceMs, config := {_, _, _, TimeoutMs, Limit}} ->
+            %% Probes that were not answered in all this time are lost.
+            Probes < Limit orelse (SinceMs > 0 andalso SinceMs >= TimeoutMs);
+        #{} ->
+            true
     end.
 
 

@@ -22,7 +22,8 @@
          list_ids/2,
          bound_transports/2,
          close/1]).
--export([load_error/0, make_default/3, bindings/1, distinct_configs/0]).
+-export([load_error/0, make_default/3, bindings/1, bound_server/2, distinct_configs/0]).
+-export([check_shard/2]).
 
 -export_type([entry/0]).
 
@@ -158,6 +159,32 @@ make_default(Shards, MaxEntries, MaxIdBytes) ->
 -spec bindings(erlmcp_nif:registry()) -> [{Transport :: term(), Server :: term()}].
 bindings(Registry) ->
     erlmcp_nif:bindings(Registry).
+
+
+%% @doc The server that a transport is bound to.
+-spec bound_server(erlmcp_nif:registry(), Transport :: term()) -> {ok, Server :: term()} | {error, not_found}.
+bound_server(Registry, Transport) ->
+    erlmcp_nif:bound_server(Registry, Transport).
+
+
+%% @doc Walks through a shard, on a dirty scheduler: how many entries there are, how many there
+%% should be by the counts of before and after, and the processes among them that have ended.
+-spec check_shard(erlmcp_nif:registry(), non_neg_integer()) ->
+          #{
+            found := non_neg_integer(),
+            counted := {Before :: non_neg_integer(), After :: non_neg_integer()},
+            ended := [pid()]
+           }.
+check_shard(Registry, Shard) ->
+    Before = count(Registry, Shard),
+    {Found, Ended} = erlmcp_nif:check_shard(Registry, Shard),
+    #{found => Found, counted => {Before, count(Registry, Shard)}, ended => Ended}.
+
+
+-spec count(erlmcp_nif:registry(), non_neg_integer()) -> non_neg_integer().
+count(Registry, Shard) ->
+    {Servers, Transports, Connections} = erlmcp_nif:count_shard(Registry, Shard),
+    Servers + Transports + Connections.
 
 
 %% @doc The number of different config terms that all registries keep.

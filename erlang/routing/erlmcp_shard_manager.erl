@@ -68,6 +68,7 @@
           ticked :: {non_neg_integer(), Ms :: integer()},
           %% Messages admitted, and messages found, at the last sample.
           sampled :: {non_neg_integer(), non_neg_integer()},
+          has_sampled = false :: boolean(),
           messages_per_second = 0 :: non_neg_integer(),
           latencies_us = [] :: [non_neg_integer()],
           %% The bounds of receivers that were passed over in the last sample.
@@ -337,8 +338,8 @@ sampled(normal, #state{shard = Shard, sampling = Sampling, is_wanted = IsWanted}
     #sampling{began = Began, progress = Progress, found = Found, passed_over = PassedOver} = Sampling,
     Queued = Found + counters:get(Progress, 2),
     State1 = State0#state{sampling = none, sampled = {Began, Queued}, passed_over = PassedOver},
-    State = publish(add_latency(Queued, State1)),
     {HasRecovered, IsUsedUp} = erlmcp_nif:sample_end(Shard, Began, Queued, false),
+    State = tell_first_sample(publish(add_latency(Queued, State1))),
     _ = HasRecovered andalso log_recovery(Shard),
     case IsWanted orelse IsUsedUp of
         true -> start_timer(sample(State));
@@ -389,6 +390,14 @@ add_latency(Queued, #state{messages_per_second = Rate, latencies_us = Latencies}
 -spec publish(#state{}) -> #state{}.
 publish(#state{shard = Shard, messages_per_second = Rate, latencies_us = Latencies} = State) ->
     ok = erlmcp_shard_stats:insert(Shard, Rate, Latencies),
+    State.
+
+
+-spec tell_first_sample(#state{}) -> #state{}.
+tell_first_sample(#state{shard = Shard, has_sampled = false} = State) ->
+    ok = erlmcp_shard_stats:has_sampled(Shard),
+    State#state{has_sampled = true};
+tell_first_sample(State) ->
     State.
 
 

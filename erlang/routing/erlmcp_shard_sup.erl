@@ -5,6 +5,9 @@
 %%% there for managers that are killed at random under load, ten a second and for minutes, which
 %%% makes 100 restarts in the 10 seconds that are looked at; and for all 1,024 that there can be,
 %%% killed at once. Ten times the former is no accident any more.
+%%%
+%%% After a supervisor before it was killed, its managers may still be there: see {@link
+%%% erlmcp_takeover}.
 -module(erlmcp_shard_sup).
 
 -behaviour(supervisor).
@@ -36,6 +39,6 @@ init([]) ->
 manager(Shard) ->
     #{
       id => Shard,
-      start => {erlmcp_shard_manager, start_link, [Shard]},
+      start => {erlmcp_takeover, start_link, [erlmcp_shard_manager, start_link, [Shard]]},
       modules => [erlmcp_shard_manager]
      }.
