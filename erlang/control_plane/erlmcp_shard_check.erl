@@ -8,7 +8,7 @@
 %%% before and after the walk. Each look is one native call on a dirty scheduler.
 -module(erlmcp_shard_check).
 
--export([run/1]).
+-export([run/1, exit_with_verdict/1]).
 
 -export_type([verdict/0, damage/0]).
 
@@ -31,6 +31,12 @@ run(Shard) ->
     run(Shard, look(Shard), ?PAUSES_MS).
 
 
+%% @doc As {@link run/1}, in a process of its own that ends with `{verdict, Verdict}'.
+-spec exit_with_verdict(erlmcp_admission_control:shard_id()) -> no_return().
+exit_with_verdict(Shard) ->
+    exit({verdict, run(Shard)}).
+
+
 -spec run(erlmcp_admission_control:shard_id(), damage(), [pos_integer()]) -> verdict().
 run(_Shard, Damage, _PausesMs) when map_size(Damage) =:= 0 ->
     ok;
@@ -47,8 +53,8 @@ look(Shard) ->
     #{found := Found, counted := {Before, After} = Counted, ended := Ended} =
         erlmcp_native_registry:check_shard(default, Shard),
     Wrong = [ {ended, lists:usort(Ended)} || Ended =/= [] ] ++
-            [ Fact || Found < min(Before, After) orelse Found > max(Before, After),
-                      Fact <- [{found, Found}, {counted, Counted}] ],
+        [ Fact || Found < min(Before, After) orelse Found > max(Before, After),
+                  Fact <- [{found, Found}, {counted, Counted}] ],
     maps:from_list(Wrong).
 
 

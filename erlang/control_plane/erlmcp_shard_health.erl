@@ -76,7 +76,7 @@
 %% Seconds that run queue and use of the schedulers are looked at.
 -define(WINDOW, 5).
 %% Checks in a row that agree before a line is logged.
--define(LOGGED_AFTER, 3).
+-define(LOGGED_AFTER,  3).
 -define(SILENT_MS,     5_000).
 -define(CONTROL_PLANE, [erlmcp_control_plane_sup, erlmcp_shard_health, erlmcp_shard_metrics, erlmcp_shard_recovery]).
 

@@ -23,7 +23,7 @@
                       circuit_open := non_neg_integer(),
                       shard_overloaded := non_neg_integer(),
                       rate_limited := non_neg_integer()
-                    }.
+                     }.
 -type metrics() :: #{
                      measured_at_ms := integer(),
                      interval_ms := pos_integer(),
@@ -42,7 +42,7 @@
 
 -define(INTERVAL_MS, 1_000).
 %% Seconds that the percentiles of rates look back.
--define(WINDOW, 60).
+-define(WINDOW,  60).
 -define(REASONS, [not_found, circuit_open, shard_overloaded, rate_limited]).
 
 %% The counters at one moment: messages admitted by each shard, and refused for each reason.

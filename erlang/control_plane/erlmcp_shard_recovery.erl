@@ -278,7 +278,7 @@ pause_ms(_AgeUs) -> 100.
 %% For subscribers to be told of this manager, or for none.
 -spec start_check(shard_id(), pid() | none, #state{}) -> #state{}.
 start_check(Shard, Manager, #state{checks = Checks} = State) ->
-    {_Checker, Monitor} = spawn_monitor(fun() -> exit({verdict, erlmcp_shard_check:run(Shard)}) end),
+    {_Checker, Monitor} = spawn_monitor(erlmcp_shard_check, exit_with_verdict, [Shard]),
     State#state{checks = Checks#{Monitor => {Shard, Manager}}}.
 
 
@@ -305,16 +305,16 @@ check_later(Shard, Manager) ->
 record(ok, Shard) ->
     IsNews = ?RECORDS:repaired(Shard),
     IsNews andalso
-        ?LOG_NOTICE("erlmcp_native: the entries of shard ~b are right again",
-                    [Shard],
-                    #{domain => [erlmcp_native], event => shard_repaired, shard_id => Shard}),
+    ?LOG_NOTICE("erlmcp_native: the entries of shard ~b are right again",
+                [Shard],
+                #{domain => [erlmcp_native], event => shard_repaired, shard_id => Shard}),
     IsNews;
 record({damaged, Damage}, Shard) ->
     IsNews = ?RECORDS:set_damaged(Shard),
     IsNews andalso
-        ?LOG_ERROR("erlmcp_native: the entries of shard ~b are not what they should be: ~tP",
-                   [Shard, Damage, 30],
-                   #{domain => [erlmcp_native], event => shard_damaged, shard_id => Shard}),
+    ?LOG_ERROR("erlmcp_native: the entries of shard ~b are not what they should be: ~tP",
+               [Shard, Damage, 30],
+               #{domain => [erlmcp_native], event => shard_damaged, shard_id => Shard}),
     IsNews.
 
 
