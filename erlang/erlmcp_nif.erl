@@ -543,7 +543,7 @@ sample_begin(_Shard) -> ?NOT_LOADED.
 
 %% `IsLast': no more samples are taken until an event asks for one.
 -spec sample_end(non_neg_integer(), Began :: non_neg_integer(), Queued :: non_neg_integer(), IsLast :: boolean()) ->
-          {HasRecovered :: boolean(), IsUsedUp :: boolean()}.
+          IsUsedUp :: boolean().
 sample_end(_Shard, _Began, _Queued, _IsLast) -> ?NOT_LOADED.
 
 

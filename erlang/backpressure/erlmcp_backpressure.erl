@@ -246,23 +246,14 @@ notify(Events) ->
 
 -spec notify_one(erlmcp_nif:event()) -> ok.
 notify_one({sample, Shard}) ->
-    request_sample(Shard);
+    tell_sampler(Shard, sample);
 notify_one({overloaded, Shard}) ->
-    ?LOG_WARNING("erlmcp_native: shard ~b is overloaded: its receivers have as many messages queued as "
-                 "it admits, and further ones are refused until they have caught up",
-                 [Shard],
-                 #{domain => [erlmcp_native], event => shard_overloaded, shard_id => Shard}),
-    request_sample(Shard);
+    tell_sampler(Shard, overloaded);
 notify_one({circuit, State}) ->
     erlmcp_circuit_breaker_log:transition(node, State).
 
 
--spec request_sample(non_neg_integer()) -> ok.
-request_sample(Shard) ->
-    tell_sampler(Shard, sample).
-
-
--spec tell_sampler(non_neg_integer(), sample | interval_changed) -> ok.
+-spec tell_sampler(non_neg_integer(), sample | overloaded | interval_changed) -> ok.
 tell_sampler(Shard, Message) ->
     case whereis(sampler(Shard)) of
         undefined ->

@@ -24,6 +24,11 @@
 %%% that is busy in native code waits for it. A process that has not answered within an interval is
 %%% passed over, and counts with the most that it can have: what the whole shard had the last time, and
 %%% all that was admitted since.
+%%%
+%%% == Logs ==
+%%% An overload is logged when it begins, and when the shard has refused nothing for a second: one line each,
+%%% with `event' `shard_overloaded' or `shard_recovered'. A shard that comes and goes makes no more lines
+%%% than one that stays.
 -module(erlmcp_shard_manager).
 
 -behaviour(gen_server).
@@ -43,6 +48,8 @@
 
 %% Latencies that are kept.
 -define(LATENCIES, 128).
+%% An overload that comes back before that is the same one to the log.
+-define(RECOVERED_AFTER_MS, 1_000).
 
 -record(sampling, {
           sampler :: pid(),
@@ -69,6 +76,8 @@
           %% Messages admitted, and messages found, at the last sample.
           sampled :: {non_neg_integer(), non_neg_integer()},
           has_sampled = false :: boolean(),
+          %% Of the overload that the log tells of: whether it is one still, or since when not.
+          overload = none :: none | present | {since, Ms :: integer()},
           messages_per_second = 0 :: non_neg_integer(),
           latencies_us = [] :: [non_neg_integer()],
           %% The bounds of receivers that were passed over in the last sample.
@@ -180,7 +189,12 @@ init(Shard) ->
     {Depth, _Threshold, _Admitted, _IsOverloaded, _Age} = erlmcp_nif:admission_stats(Shard),
     Began = erlmcp_nif:sample_begin(Shard),
     State = #state{shard = Shard, ticked = {Began, now_ms()}, sampled = {Began, Depth}},
-    {ok, start_timer(sample(State))}.
+    %% One that began, or ended, while there was no manager.
+    Known = case erlmcp_shard_stats:is_overload(Shard) of
+                true -> State#state{overload = present};
+                false -> State
+            end,
+    {ok, start_timer(sample(follow_overload(Known)))}.
 
 
 %% @private
@@ -199,6 +213,8 @@ handle_cast(_Cast, State) ->
 -spec handle_info(term(), #state{}) -> {noreply, #state{}} | {noreply, #state{}, hibernate}.
 handle_info(sample, State) ->
     next(start_timer(sample(State)));
+handle_info(overloaded, State) ->
+    next(start_timer(sample(overloaded(State))));
 handle_info(interval_changed, State) ->
     next(start_timer(sample(cancel_timer(State))));
 handle_info({timeout, Timer, tick}, #state{timer = Timer} = State) ->
@@ -224,7 +240,12 @@ next(State) -> {noreply, State}.
 
 
 -spec tick(#state{}) -> #state{}.
-tick(#state{shard = Shard, ticked = {Before, BeforeMs}} = State0) ->
+tick(State) ->
+    sample_if_due(follow_overload(State)).
+
+
+-spec sample_if_due(#state{}) -> #state{}.
+sample_if_due(#state{shard = Shard, ticked = {Before, BeforeMs}} = State0) ->
     {Depth, Threshold, _Admitted, _IsOverloaded, _Age} = erlmcp_nif:admission_stats(Shard),
     Admitted = erlmcp_nif:sample_begin(Shard),
     NowMs = now_ms(),
@@ -237,9 +258,9 @@ tick(#state{shard = Shard, ticked = {Before, BeforeMs}} = State0) ->
         #state{sampling = #sampling{}} ->
             ok = erlmcp_nif:sample_skip(Shard),
             start_timer(pass_over(State));
-        #state{} when Threshold =:= infinity ->
+        #state{overload = none} when Threshold =:= infinity ->
             State;
-        #state{sampled = {Admitted, 0}} ->
+        #state{overload = none, sampled = {Admitted, 0}} ->
             stop_ticking(State);
         #state{} when Admitted =:= Before; Depth >= Threshold div 2 ->
             start_timer(sample(State));
@@ -255,9 +276,9 @@ stop_ticking(#state{shard = Shard, sampled = {Admitted, 0}} = State) ->
     case erlmcp_nif:sample_begin(Shard) of
         Began when Began =:= Admitted ->
             case erlmcp_nif:sample_end(Shard, Began, 0, true) of
-                {_HasRecovered, false} -> publish(State#state{messages_per_second = 0});
+                false -> publish(State#state{messages_per_second = 0});
                 %% A message was admitted meanwhile.
-                {_HasRecovered, true} -> start_timer(sample(State))
+                true -> start_timer(sample(State))
             end;
         _More ->
             start_timer(State)
@@ -338,9 +359,8 @@ sampled(normal, #state{shard = Shard, sampling = Sampling, is_wanted = IsWanted}
     #sampling{began = Began, progress = Progress, found = Found, passed_over = PassedOver} = Sampling,
     Queued = Found + counters:get(Progress, 2),
     State1 = State0#state{sampling = none, sampled = {Began, Queued}, passed_over = PassedOver},
-    {HasRecovered, IsUsedUp} = erlmcp_nif:sample_end(Shard, Began, Queued, false),
+    IsUsedUp = erlmcp_nif:sample_end(Shard, Began, Queued, false),
     State = tell_first_sample(publish(add_latency(Queued, State1))),
-    _ = HasRecovered andalso log_recovery(Shard),
     case IsWanted orelse IsUsedUp of
         true -> start_timer(sample(State));
         false -> start_timer(State)
@@ -401,11 +421,47 @@ tell_first_sample(State) ->
     State.
 
 
--spec log_recovery(shard_id()) -> ok.
-log_recovery(Shard) ->
+%%% The log of overloads
+
+
+%% A caller was the first one to be refused.
+-spec overloaded(#state{}) -> #state{}.
+overloaded(#state{shard = Shard, overload = none} = State) ->
+    ok = erlmcp_shard_stats:set_overload(Shard, true),
+    ?LOG_WARNING("erlmcp_native: shard ~b is overloaded: its receivers have as many messages queued as "
+                 "it admits, and further ones are refused until they have caught up",
+                 [Shard],
+                 #{domain => [erlmcp_native], event => shard_overloaded, shard_id => Shard}),
+    State#state{overload = present};
+overloaded(State) ->
+    State#state{overload = present}.
+
+
+-spec follow_overload(#state{}) -> #state{}.
+follow_overload(#state{shard = Shard, overload = Overload} = State) ->
+    {_Depth, _Threshold, _Admitted, IsOverloaded, _Age} = erlmcp_nif:admission_stats(Shard),
+    case {IsOverloaded, Overload} of
+        {true, _} ->
+            overloaded(State);
+        {false, none} ->
+            State;
+        {false, present} ->
+            State#state{overload = {since, now_ms()}};
+        {false, {since, SinceMs}} ->
+            case now_ms() - SinceMs >= ?RECOVERED_AFTER_MS of
+                true -> recovered(State);
+                false -> State
+            end
+    end.
+
+
+-spec recovered(#state{}) -> #state{}.
+recovered(#state{shard = Shard} = State) ->
+    ok = erlmcp_shard_stats:set_overload(Shard, false),
     ?LOG_NOTICE("erlmcp_native: shard ~b has recovered from overload",
                 [Shard],
-                #{domain => [erlmcp_native], event => shard_recovered, shard_id => Shard}).
+                #{domain => [erlmcp_native], event => shard_recovered, shard_id => Shard}),
+    State#state{overload = none}.
 
 
 -spec now_ms() -> integer().

@@ -4,7 +4,7 @@
 -module(erlmcp_shard_stats).
 
 -export([new/0]).
--export([insert/3, has_sampled/1]).
+-export([insert/3, has_sampled/1, set_overload/2, is_overload/1]).
 -export([lookup/1, latencies_us/1, first_sample/1, percentiles/1]).
 
 -export_type([percentiles/0]).
@@ -31,6 +31,20 @@ insert(Shard, MessagesPerSecond, LatenciesUs) ->
 -spec has_sampled(non_neg_integer()) -> ok.
 has_sampled(Shard) ->
     insert({{first_sample, Shard}, self(), erlang:monotonic_time(microsecond)}).
+
+
+%% Whether there is an overload of the shard of which the log tells the beginning and not yet the end.
+-spec set_overload(non_neg_integer(), boolean()) -> ok.
+set_overload(Shard, IsOverload) ->
+    insert({{overload, Shard}, IsOverload}).
+
+
+-spec is_overload(non_neg_integer()) -> boolean().
+is_overload(Shard) ->
+    case row({overload, Shard}) of
+        {_Key, IsOverload} -> IsOverload;
+        none -> false
+    end.
 
 
 %% Where the table has gone with its supervisor, the manager is about to go too.

@@ -103,15 +103,16 @@ fn sample_begin(shard: Term<'_>) -> NifResult<u64> {
     Ok(admission(shard)?.begin_sample())
 }
 
-/// Ends it. Returns whether the shard has recovered, and whether the next sample is due at once.
+/// Ends it. Returns whether the next sample is due at once.
 #[rustler::nif]
-fn sample_end(shard: Term<'_>, began: u64, queued: u64, is_last: bool) -> NifResult<(bool, bool)> {
+fn sample_end(shard: Term<'_>, began: u64, queued: u64, is_last: bool) -> NifResult<bool> {
     let admission = admission(shard)?;
     if began > admission.begin_sample() {
         return Err(Error::BadArg);
     }
-    let sampled = admission.sampled(began, queued, is_last, clock().now_ms());
-    Ok((sampled.has_recovered, sampled.is_used_up))
+    Ok(admission
+        .sampled(began, queued, is_last, clock().now_ms())
+        .is_used_up)
 }
 
 /// Takes no sample this time.
