@@ -760,7 +760,7 @@ million() ->
 
 
 is_dirty(Name) ->
-    lists:suffix("_dirty", atom_to_list(Name)) orelse lists:member(Name, [close, bindings, list_ids, route_bound_exclusive]).
+    lists:suffix("_dirty", atom_to_list(Name)) orelse lists:member(Name, [close, bindings, check_shard, list_ids, route_bound_exclusive]).
 
 
 %% The tables grow a little with each registration and never all at once. Of a million calls a busy
