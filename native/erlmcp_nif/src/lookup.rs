@@ -8,7 +8,7 @@ use std::panic::catch_unwind;
 use erlmcp_core::registry::Namespace;
 use rustler::codegen_runtime::{c_int, inventory};
 use rustler::sys::{ErlNifEnv, ErlNifTerm, enif_make_badarg};
-use rustler::{Encoder, Env, NifResult, Term};
+use rustler::{Encoder, Env, Term};
 
 use crate::atoms;
 use crate::id;
@@ -19,21 +19,24 @@ use crate::resource::{Registry, default_registry};
 /// The address of an entry whose process is on another node. No pid is this word.
 pub(crate) const REMOTE: u64 = 0;
 
-/// The pid of an id, or the atom `undefined`.
+/// The pid of an id, or the atom `undefined`, as a raw term; `None` if the id is too long.
 #[inline(always)]
 pub(crate) fn pid<'a>(
     env: Env<'a>,
     registry: &Registry,
     namespace: Namespace,
     id: Term<'a>,
-) -> NifResult<Term<'a>> {
-    id::with(registry, id, |id| match registry.address(namespace, id) {
-        None => atoms::undefined().encode(env),
-        Some(REMOTE) => registry
-            .entry(namespace, id)
-            .map_or_else(|| atoms::undefined().encode(env), |e| pid_term(env, &e)),
-        // SAFETY: the address of an entry that is not for a remote process is a local pid.
-        Some(address) => unsafe { immediate::term(env, address) },
+) -> Option<ErlNifTerm> {
+    id::with(registry, id, |id| {
+        let pid = match registry.address(namespace, id) {
+            None => atoms::undefined().encode(env),
+            Some(REMOTE) => registry
+                .entry(namespace, id)
+                .map_or_else(|| atoms::undefined().encode(env), |e| pid_term(env, &e)),
+            // SAFETY: the address of an entry that is not for a remote process is a local pid.
+            Some(address) => unsafe { immediate::term(env, address) },
+        };
+        pid.as_c_arg()
     })
 }
 
@@ -54,7 +57,7 @@ unsafe extern "C" fn whereis<const NAMESPACE: usize>(
     let id = unsafe { Term::new(caller, *argv) };
     let found = catch_unwind(|| pid(caller, default_registry(), Namespace::ALL[NAMESPACE], id));
     match found {
-        Ok(Ok(found)) => found.as_c_arg(),
+        Ok(Some(found)) => found,
         // SAFETY: the VM's environment. A panic ends as a badarg too.
         _ => unsafe { enif_make_badarg(env) },
     }

@@ -147,7 +147,9 @@ fn registry_limits(of: Term<'_>) -> NifResult<(u16, u64, usize)> {
 
 #[rustler::nif]
 fn whereis<'a>(env: Env<'a>, of: Term<'a>, ns: Term<'a>, id: Term<'a>) -> NifResult<Term<'a>> {
-    lookup::pid(env, registry(of)?, namespace(ns)?, id)
+    let pid = lookup::pid(env, registry(of)?, namespace(ns)?, id).ok_or(Error::BadArg)?;
+    // SAFETY: it is a term of this environment.
+    Ok(unsafe { Term::new(env, pid) })
 }
 
 fn find_on<'a>(

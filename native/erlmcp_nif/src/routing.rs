@@ -7,9 +7,10 @@
 use std::panic::catch_unwind;
 
 use erlmcp_core::circuit_breaker::State;
+use erlmcp_core::clock::Clock;
 use erlmcp_core::registry::{Charged, Events, Namespace, Refusal};
 use rustler::codegen_runtime::{c_int, inventory};
-use rustler::sys::{ErlNifEnv, ErlNifTerm, enif_make_badarg};
+use rustler::sys::{ErlNifEnv, ErlNifTerm, c_uint, enif_make_badarg, enif_make_list_from_array};
 use rustler::{Encoder, Env, Error, NifResult, Term};
 
 use crate::atoms;
@@ -61,30 +62,29 @@ fn prepend_events<'a>(env: Env<'a>, events: &Events, mut list: Term<'a>) -> Term
     list
 }
 
-/// One message for `id`; `payer` is the transport that pays.
+/// One message for `id`, as a raw term; `payer` is the transport that pays. `None` if the id is too
+/// long.
 #[inline(always)]
-fn route<'a>(
+fn route<'a, const NAMESPACE: usize>(
     env: Env<'a>,
     registry: &Registry,
-    namespace: Namespace,
     id: Term<'a>,
     payer: Option<Term<'a>>,
-) -> NifResult<Term<'a>> {
+    clock: &impl Clock,
+) -> Option<ErlNifTerm> {
+    let namespace = Namespace::ALL[NAMESPACE];
+    // Without limits nobody needs to know who pays. What is too long to be registered has no bucket.
+    let payer = payer
+        .filter(|_| registry.has_token_buckets())
+        .and_then(|payer| id::encode(payer, registry.limits().max_id_bytes()).ok());
+    let charged = match &payer {
+        Some(payer) => Charged::Transport(registry.id(payer.kind, payer.bytes())),
+        None if namespace == Namespace::Connection => Charged::Target,
+        None => Charged::Nobody,
+    };
     id::with(registry, id, |id| {
         let mut events = Events::default();
-        let pass = |charged: Charged<'_>, events: &mut Events| {
-            registry.route(namespace, id, charged, circuit(), clock(), events)
-        };
-        let routed = match payer {
-            // Without limits nobody needs to know who pays.
-            Some(payer) if registry.has_token_buckets() => id::with(registry, payer, |payer| {
-                pass(Charged::Transport(*payer), &mut events)
-            })
-            // Too long to be registered, so it has no bucket.
-            .unwrap_or_else(|_| pass(Charged::Nobody, &mut events)),
-            None if namespace == Namespace::Connection => pass(Charged::Target, &mut events),
-            _ => pass(Charged::Nobody, &mut events),
-        };
+        let routed = registry.route(namespace, id, charged, circuit(), clock, &mut events);
         let result = match routed {
             Ok(REMOTE) => registry
                 .entry(namespace, id)
@@ -94,10 +94,10 @@ fn route<'a>(
             Err(refusal) => refusal_term(env, refusal),
         };
         if events.is_some() {
-            return Ok(with_events(env, result, &events));
+            return with_events(env, result, &events).as_c_arg();
         }
-        Ok(result)
-    })?
+        result.as_c_arg()
+    })
 }
 
 // ---- One message: by hand, see `crate::lookup` ----
@@ -127,12 +127,12 @@ unsafe extern "C" fn route_raw<
     let routed = catch_unwind(|| {
         let registry = default_registry();
         if !IS_EXCLUSIVE && namespace != Namespace::Connection && registry.diversion().is_set() {
-            return Ok(atoms::diverted().encode(caller));
+            return Some(atoms::diverted().encode(caller).as_c_arg());
         }
-        route(caller, registry, namespace, id, payer)
+        route::<NAMESPACE>(caller, registry, id, payer, clock())
     });
     match routed {
-        Ok(Ok(result)) => result.as_c_arg(),
+        Ok(Some(result)) => result,
         // SAFETY: the VM's environment. A panic ends as a badarg too.
         _ => unsafe { enif_make_badarg(env) },
     }
@@ -197,6 +197,7 @@ fn route_bound_on<'a>(
         });
         (pids, refused, all_events).encode(env)
     })
+    .ok_or(Error::BadArg)
 }
 
 #[rustler::nif]
@@ -223,6 +224,8 @@ const SLICE: usize = 256;
 /// A slice is so many percent of what a process may do before it is scheduled out.
 const SLICE_PERCENT: i32 = 10;
 
+const CONNECTION: usize = Namespace::Connection as usize;
+
 /// Results for the first messages of a list of `{Id, Message}`, in order, and the rest of the list.
 /// An id that is too long to be registered is one that is not.
 #[rustler::nif]
@@ -233,11 +236,17 @@ fn route_batch<'a>(env: Env<'a>, messages: Term<'a>) -> NifResult<Term<'a>> {
     while results.len() < SLICE && !rest.is_empty_list() {
         let (message, others) = rest.list_get_cell().map_err(|_| Error::BadArg)?;
         let id = first_of_pair(message).ok_or(Error::BadArg)?;
-        let result = route(env, registry, Namespace::Connection, id, None)
-            .unwrap_or_else(|_| refusal_term(env, Refusal::NotFound));
+        let result = route::<CONNECTION>(env, registry, id, None, clock())
+            .unwrap_or_else(|| refusal_term(env, Refusal::NotFound).as_c_arg());
         results.push(result);
         rest = others;
     }
     let _ = rustler::schedule::consume_timeslice(env, SLICE_PERCENT);
+    // SAFETY: there are so many terms of this environment.
+    let results = unsafe {
+        let list =
+            enif_make_list_from_array(env.as_c_arg(), results.as_ptr(), results.len() as c_uint);
+        Term::new(env, list)
+    };
     Ok((results, rest).encode(env))
 }

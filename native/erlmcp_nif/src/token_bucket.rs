@@ -108,6 +108,7 @@ fn entry_take<'a>(env: Env<'a>, ns: Term<'a>, id: Term<'a>, tokens: u64) -> NifR
             Err(_) => atoms::not_found().encode(env),
         }
     })
+    .ok_or(Error::BadArg)
 }
 
 #[rustler::nif]
@@ -121,6 +122,7 @@ fn entry_bucket_state<'a>(env: Env<'a>, ns: Term<'a>, id: Term<'a>) -> NifResult
                 state_term(env, &state)
             })
     })
+    .ok_or(Error::BadArg)
 }
 
 /// Limits for one entry: `shared` for those of all.
@@ -144,7 +146,8 @@ fn entry_set_limits<'a>(
             Err(BucketError::Limits(error)) => changed_term(env, Err(error)),
             Err(_) => Ok(atoms::not_found().encode(env)),
         }
-    })?
+    })
+    .ok_or(Error::BadArg)?
 }
 
 #[rustler::nif]

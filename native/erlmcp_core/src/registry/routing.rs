@@ -84,10 +84,9 @@ where
         match namespace {
             Namespace::Connection => {
                 let guard = self.connections.guard();
-                let (key, connection) = self
-                    .connections
-                    .get_key_value(id, &guard)
-                    .ok_or_else(|| self.not_found(id))?;
+                let Some((key, connection)) = self.connections.get_key_value(id, &guard) else {
+                    return Err(self.not_found(id));
+                };
                 let target = Target {
                     address: connection.entry.address,
                     shard: key.shard(),
@@ -97,12 +96,14 @@ where
             }
             Namespace::Server => {
                 let guard = self.servers.guard();
-                let (key, server) = self
-                    .servers
-                    .get_key_value(id, &guard)
-                    .ok_or_else(|| self.not_found(id))?;
+                let Some((key, server)) = self.servers.get_key_value(id, &guard) else {
+                    return Err(self.not_found(id));
+                };
+                let Some(entry) = server.entry() else {
+                    return Err(self.not_found(id));
+                };
                 let target = Target {
-                    address: server.entry().ok_or_else(|| self.not_found(id))?.address,
+                    address: entry.address,
                     shard: key.shard(),
                     level: None,
                 };
@@ -110,11 +111,12 @@ where
             }
             Namespace::Transport => {
                 let guard = self.transports.guard();
-                let (key, transport) = self
-                    .transports
-                    .get_key_value(id, &guard)
-                    .filter(|(_, transport)| self.is_registered(transport))
-                    .ok_or_else(|| self.not_found(id))?;
+                let Some((key, transport)) = self.transports.get_key_value(id, &guard) else {
+                    return Err(self.not_found(id));
+                };
+                if !self.is_registered(transport) {
+                    return Err(self.not_found(id));
+                }
                 let target = Target {
                     address: transport.entry.address,
                     shard: key.shard(),
@@ -197,12 +199,13 @@ where
 
     #[inline(always)]
     fn pay(&self, target: Option<&Level>, charged: Charged<'_>, clock: &impl Clock) -> bool {
-        let take = |level: &Level| self.buckets.admits(level, clock);
         match charged {
             Charged::Nobody => true,
-            Charged::Target => target.is_none_or(take),
+            Charged::Target => target.is_none_or(|level| self.buckets.admits(level, clock)),
             Charged::Transport(id) => self
-                .with_level(Namespace::Transport, &id, take)
+                .with_level(Namespace::Transport, &id, |level| {
+                    self.buckets.admits(level, clock)
+                })
                 .unwrap_or(true),
         }
     }
