@@ -16,6 +16,27 @@ pub trait Clock {
     }
 }
 
+/// One reading of a clock, for work on many things that all belong to that moment.
+///
+/// Reading the processor's counter makes it finish what it has begun before, so that the misses of
+/// many look-ups are not waited for together. One reading for all of them lets them overlap.
+#[derive(Debug, Clone, Copy)]
+pub struct Reading(u64);
+
+impl Reading {
+    /// What the clock shows now.
+    pub fn of(clock: &impl Clock) -> Self {
+        Self(clock.now_ns())
+    }
+}
+
+impl Clock for Reading {
+    #[inline]
+    fn now_ns(&self) -> u64 {
+        self.0
+    }
+}
+
 /// The processor's time stamp counter, by way of `quanta`, which calibrates it against the system's
 /// monotonic clock and falls back to that where the counter is not invariant.
 ///

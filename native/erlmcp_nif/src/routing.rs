@@ -7,7 +7,7 @@
 use std::panic::catch_unwind;
 
 use erlmcp_core::circuit_breaker::State;
-use erlmcp_core::clock::Clock;
+use erlmcp_core::clock::{Clock, Reading};
 use erlmcp_core::registry::{Charged, Events, Namespace, Refusal};
 use rustler::codegen_runtime::{c_int, inventory};
 use rustler::sys::{ErlNifEnv, ErlNifTerm, c_uint, enif_make_badarg, enif_make_list_from_array};
@@ -227,20 +227,24 @@ const SLICE_PERCENT: i32 = 10;
 const CONNECTION: usize = Namespace::Connection as usize;
 
 /// Results for the first messages of a list of `{Id, Message}`, in order, and the rest of the list.
-/// An id that is too long to be registered is one that is not.
+/// An id that is too long to be registered is one that is not. All belong to one moment.
 #[rustler::nif]
 fn route_batch<'a>(env: Env<'a>, messages: Term<'a>) -> NifResult<Term<'a>> {
     let registry = default_registry();
+    let now = Reading::of(clock());
     let mut rest = messages;
     let mut results = Vec::with_capacity(SLICE);
-    while results.len() < SLICE && !rest.is_empty_list() {
-        let (message, others) = rest.list_get_cell().map_err(|_| Error::BadArg)?;
-        let id = first_of_pair(message).ok_or(Error::BadArg)?;
-        let result = route::<CONNECTION>(env, registry, id, None, clock())
-            .unwrap_or_else(|| refusal_term(env, Refusal::NotFound).as_c_arg());
-        results.push(result);
-        rest = others;
-    }
+    registry.reading_connections(|| {
+        while results.len() < SLICE && !rest.is_empty_list() {
+            let (message, others) = rest.list_get_cell().map_err(|_| Error::BadArg)?;
+            let id = first_of_pair(message).ok_or(Error::BadArg)?;
+            let result = route::<CONNECTION>(env, registry, id, None, &now)
+                .unwrap_or_else(|| refusal_term(env, Refusal::NotFound).as_c_arg());
+            results.push(result);
+            rest = others;
+        }
+        Ok::<_, Error>(())
+    })?;
     let _ = rustler::schedule::consume_timeslice(env, SLICE_PERCENT);
     // SAFETY: there are so many terms of this environment.
     let results = unsafe {

@@ -238,6 +238,15 @@ where
         }
     }
 
+    /// Runs `f`, in which look-ups of connections by this thread cost less: each has to announce that
+    /// it reads, and what `f` announces once holds for all. Nothing that is removed meanwhile is
+    /// freed before `f` returns.
+    #[inline]
+    pub fn reading_connections<R>(&self, f: impl FnOnce() -> R) -> R {
+        let _guard = self.connections.guard();
+        f()
+    }
+
     /// The address and the lease of `id`.
     pub fn entry(&self, namespace: Namespace, id: &Id<'_>) -> Option<Entry<L>> {
         match namespace {
