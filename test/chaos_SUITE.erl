@@ -762,15 +762,26 @@ binding(_Target, _Targets) ->
 has_registered(All) ->
     {sibling, Sibling, _, _} = lists:keyfind(sibling, 1, supervisor:which_children(chaos_host)),
     Expected = fun(Kind) -> lists:sort([ {Id, {Pid, #{id => Id}}} || {{Of, Id}, Pid, _} <- All, Of =:= Kind ]) end,
-    is(Expected(connection), fun() -> lists:sort(connections()) end),
-    is(lists:sort([{sibling, {Sibling, #{id => sibling}}} | Expected(server)]), fun() -> lists:sort(?R:list_servers()) end),
-    is(Expected(transport), fun() -> lists:sort(?R:list_transports()) end),
+    OfSibling = {sibling, {Sibling, #{id => sibling}}},
+    ok = are(Expected(connection), fun connections/0, fun ?S:lookup_connection/1),
+    ok = are([OfSibling | Expected(server)], fun ?R:list_servers/0, fun ?R:find_server/1),
+    ok = are(Expected(transport), fun ?R:list_transports/0, fun ?R:find_transport/1),
     Bindings = maps:from_list([ {Id, Server} || {{transport, Id}, _, Server} <- All, Server =/= none ]),
     is({ok, {registry_state, Bindings}}, fun ?R:get_all_state/0),
     is({length(Expected(connection)), length(Expected(server)) + 1, length(Expected(transport))},
        fun() ->
                #{connections := C, servers := S, transports := T} = ?S:stats(),
                {C, S, T}
+       end).
+
+
+%% If not, a list that differs tells of each missing one whether its process lives and can be found.
+are(Expected, List, Find) ->
+    is({[], []},
+       fun() ->
+               Listed = List(),
+               {[ {Entry, is_process_alive(Pid), Find(Id)} || {Id, {Pid, _}} = Entry <- lists:sort(Expected) -- lists:sort(Listed) ],
+                lists:sort(Listed) -- lists:sort(Expected)}
        end).
 
 
