@@ -27,6 +27,8 @@ start_link() ->
 
 -spec init([]) -> {ok, {supervisor:sup_flags(), [supervisor:child_spec()]}}.
 init([]) ->
+    %% On a busy node, too, a restart is made at once.
+    _ = process_flag(priority, high),
     Flags = #{strategy => one_for_one, intensity => ?INTENSITY, period => ?PERIOD_SECONDS},
     {ok, {Flags, children(erlmcp_native_registry:load_error())}}.
 

@@ -178,14 +178,14 @@ shard_of(Manager) ->
 %% @doc Starts the manager of a shard of the default registry.
 -spec start_link(shard_id()) -> gen_server:start_ret().
 start_link(ShardId) ->
-    gen_server:start_link({local, erlmcp_backpressure:sampler(ShardId)}, ?MODULE, ShardId, []).
+    %% Samples are short, and what they are needed for is overload.
+    Options = [{spawn_opt, [{priority, high}]}],
+    gen_server:start_link({local, erlmcp_backpressure:sampler(ShardId)}, ?MODULE, ShardId, Options).
 
 
 %% @private
 -spec init(shard_id()) -> {ok, #state{}}.
 init(Shard) ->
-    %% Samples are short, and what they are needed for is overload.
-    _ = process_flag(priority, high),
     %% What the manager before this one has left is a bound of what it would have found.
     {Depth, _Threshold, _Admitted, _IsOverloaded, _Age} = erlmcp_nif:admission_stats(Shard),
     Began = erlmcp_nif:sample_begin(Shard),

@@ -29,6 +29,8 @@ start_link() ->
 
 -spec init([]) -> {ok, {supervisor:sup_flags(), [supervisor:child_spec()]}}.
 init([]) ->
+    %% Managers start one after the other; on a busy node each start would wait for its turn.
+    _ = process_flag(priority, high),
     ok = erlmcp_shard_stats:new(),
     #{shards := Shards} = erlmcp_shard_registry:limits(),
     Flags = #{strategy => one_for_one, intensity => ?INTENSITY, period => ?PERIOD_SECONDS},
