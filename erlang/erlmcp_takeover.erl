@@ -27,7 +27,10 @@ start_link(Module, Function, Arguments) ->
     end.
 
 
--spec end_process(pid()) -> ok.
+%% `undefined': it had the name when that was to be given to another one, and not any more a moment later.
+-spec end_process(pid() | undefined) -> ok.
+end_process(undefined) ->
+    ok;
 end_process(Pid) ->
     Monitor = monitor(process, Pid),
     true = exit(Pid, kill),

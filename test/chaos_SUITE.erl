@@ -30,10 +30,11 @@
          supervisors_are_killed/1,
          documented_rates_are_borne/1,
          more_than_that_ends_one_supervisor_alone/1,
-         orphans_lose_their_names/1]).
+         orphans_lose_their_names/1,
+         an_orphan_that_has_just_ended_is_no_obstacle/1]).
 %% The host
 -export([init/1, start_sibling/1, sibling/1]).
--export([orphan/1]).
+-export([orphan/1, start_when_free/1]).
 
 -define(M,           erlmcp_shard_manager).
 -define(R,           erlmcp_registry).
@@ -101,7 +102,8 @@ all() ->
      supervisors_are_killed,
      documented_rates_are_borne,
      more_than_that_ends_one_supervisor_alone,
-     orphans_lose_their_names].
+     orphans_lose_their_names,
+     an_orphan_that_has_just_ended_is_no_obstacle].
 
 
 %% Supervisors report each restart.
@@ -484,6 +486,21 @@ orphans_lose_their_names(_Config) ->
                                     {erlmcp_native_sup, erlmcp_control_plane_sup},
                                     {erlmcp_native_sup, erlmcp_shard_sup}] ],
     is(ok, fun erlmcp_native:health/0).
+
+
+%% A start may find a name taken, and nobody who has it a moment later.
+an_orphan_that_has_just_ended_is_no_obstacle(_Config) ->
+    Attempts = counters:new(1, []),
+    ?assertEqual({ok, self()}, erlmcp_takeover:start_link(?MODULE, start_when_free, [Attempts])),
+    ?assertEqual(3, counters:get(Attempts, 1)).
+
+
+start_when_free(Attempts) ->
+    ok = counters:add(Attempts, 1, 1),
+    case counters:get(Attempts, 1) of
+        3 -> {ok, self()};
+        _ -> {error, {already_started, undefined}}
+    end.
 
 
 start_orphan(Name) ->
