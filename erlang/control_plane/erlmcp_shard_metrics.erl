@@ -78,7 +78,7 @@ get() ->
 
 
 %% @private
-%% How old what {@link get/0} returns is, if there is anything.
+%% How long ago the process has measured or, before that, was started.
 -spec age_ms() -> integer() | none.
 age_ms() ->
     try
@@ -101,6 +101,7 @@ start_link() ->
 -spec init([]) -> {ok, #state{}}.
 init([]) ->
     _ = ets:new(?MODULE, [named_table, {read_concurrency, true}]),
+    true = ets:insert(?MODULE, {measured_ms, erlang:monotonic_time(millisecond)}),
     ok = start_timer(),
     {ok, #state{counters = read_counters()}}.
 
