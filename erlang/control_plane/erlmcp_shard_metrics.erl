@@ -5,7 +5,8 @@
 %%% really passed, so a second that was late makes no peak.
 %%%
 %%% Messages are counted as admitted where admission control has a threshold. With `admission' set to
-%%% `infinity', or `backpressure' to `off', a route leaves no trace, and the rates are zero.
+%%% `infinity', or `backpressure' to `off', a route leaves no trace, and the rates are zero. Nor does what the
+%%% pure-Erlang registry routes ({@link erlmcp_rollout}).
 -module(erlmcp_shard_metrics).
 
 -behaviour(gen_server).

@@ -234,7 +234,7 @@ fn route_batch<'a>(env: Env<'a>, messages: Term<'a>) -> NifResult<Term<'a>> {
         let (message, others) = rest.list_get_cell().map_err(|_| Error::BadArg)?;
         let id = first_of_pair(message).ok_or(Error::BadArg)?;
         let result = route(env, registry, Namespace::Connection, id, None)
-            .unwrap_or_else(|_| refusal_term(env, Refusal::NotFound));
+            .unwrap_or_else(|_| refusal_term(env, registry.refuse_unknown()));
         results.push(result);
         rest = others;
     }
