@@ -193,13 +193,20 @@ not_found_is_counted_once(_Config) ->
     ?assertEqual(#{not_found => 125}, Counts).
 
 
-%% They are dropped with a warning, and `ok'.
+%% They are dropped with a warning, and `ok'. The pure-Erlang registry counts nothing.
 unknown_servers_and_transports_are_counted_once(_Config) ->
-    Counts = refusals_of(fun() ->
-                                 _ = [ ok = erlmcp_registry:route_to_server({nobody, N}, t, x) || N <- lists:seq(1, 10) ],
-                                 _ = [ ok = erlmcp_registry:route_to_transport({nobody, N}, s, x) || N <- lists:seq(1, 7) ]
-                         end),
-    ?assertEqual(#{not_found => 17}, Counts).
+    Route = fun() ->
+                    _ = [ ok = erlmcp_registry:route_to_server({nobody, N}, t, x) || N <- lists:seq(1, 10) ],
+                    _ = [ ok = erlmcp_registry:route_to_transport({nobody, N}, s, x) || N <- lists:seq(1, 7) ]
+            end,
+    ?assertEqual(#{not_found => 17}, refusals_of(Route)),
+    ok = erlmcp_rollout:set({percent, 100}),
+    InBoth = refusals_of(Route),
+    ok = erlmcp_rollout:set(current),
+    InClassic = refusals_of(Route),
+    ok = erlmcp_rollout:set('100x'),
+    application:unset_env(erlmcp_native, architecture_version),
+    ?assertEqual({#{not_found => 17}, #{}}, {InBoth, InClassic}).
 
 
 circuit_open_is_counted(_Config) ->
@@ -459,7 +466,7 @@ receiver() ->
 leaving(Number) ->
     timer:sleep(5),
     {message_queue_len, Length} = process_info(self(), message_queue_len),
-    _ = [ receive x -> ok end || _ <- lists:seq(Number + 1, Length) ],
+    _ = [ receive x -> ok end || _ <- lists:seq(1, max(0, Length - Number)) ],
     leaving(Number).
 
 
