@@ -72,7 +72,8 @@ health() ->
 %% @doc What is known of an id as a connection, as a server and as a transport, and what a route to it
 %% would answer now.
 %%
-%% `registered' says whether it is there at all. If so there are its `pid' and `config_bytes', the size
+%% `registered' says whether it is there at all, `registry' which one looks it up and routes to it now:
+%% `native', or `classic' for the pure-Erlang one ({@link erlmcp_rollout}). If it is there, so are its `pid' and `config_bytes', the size
 %% that its config or capabilities have in the external term format. `bucket' is the token bucket of a
 %% connection or a transport, `binding' the server that a transport is bound to.
 %%
@@ -80,11 +81,15 @@ health() ->
 %% erlmcp_registry:route_to_server/3} for a server, whatever the bucket of the transport that pays says,
 %% and {@link erlmcp_registry:route_to_transport/3} for a transport. `decided_by' is the layer that
 %% decides it: `circuit', `admission', `token_bucket', `registry' where the id is not registered (a
-%% message to no server or no transport is dropped with a warning and `ok', as in erlmcp), or `none'.
-%% `sends' is what the bucket of a transport would answer to a message that it sends to a server.
+%% message to no server or no transport is dropped with a warning and `ok', as in erlmcp), or `none'. What the
+%% pure-Erlang registry routes passes no layer.
+%% `sends' is what the bucket of a transport would answer to a message that it sends to a server of the
+%% native registry. Where that has no such transport, `bucket' and `sends' are missing.
 %%
-%% Takes no token and no probe and counts nothing. An id that is too long to be registered, for which
-%% the other functions raise `badarg', is `{error, {id_too_long, MaxIdBytes}}'.
+%% Takes no token and no probe and counts nothing. An id that is too long for the native registry, for
+%% which the other functions raise `badarg', is `{error, {id_too_long, MaxIdBytes}}', also where the
+%% pure-Erlang one has it. That one is asked by a message to its process; if it does not answer within five
+%% seconds that is `{error, registry_busy}'.
 -spec explain(Id :: term()) -> explanation() | {error, erlmcp_route_explanation:error()}.
 explain(Id) ->
     erlmcp_route_explanation:of_id(Id).

@@ -35,8 +35,9 @@ init([]) ->
 
 -spec children(none | erlmcp_nif:load_error()) -> [supervisor:child_spec()].
 children(none) ->
-    %% Here, so that it outlives the supervisor of those who use it.
+    %% Here, so that they outlive the supervisor of those who use them.
     ok = erlmcp_shard_recovery_records:new(),
+    ok = erlmcp_shard_health:new(),
     [ supervisor(Module) || Module <- [erlmcp_shard_sup, erlmcp_control_plane_sup] ];
 children(_LoadError) ->
     [].

@@ -37,7 +37,7 @@
 -export([set_shared_limits/1, shared_limits/0, are_limits/1, enforce_limits/1, has_token_buckets/0]).
 %% Admission control
 -export([admission_check/1, admission_adjust/2, admission_set_threshold/2, admission_stats/1]).
--export([admission_is_unwatched/1, refused/1]).
+-export([admission_is_unwatched/1, refused/1, count_not_found/0]).
 -export([set_sample_interval/1, sample_begin/1, sample_end/4, sample_skip/1]).
 -export([shard_receivers/1, shard_receivers_dirty/1]).
 %% Circuit breaker
@@ -114,6 +114,7 @@
        admission_stats/1,
        admission_is_unwatched/1,
        refused/1,
+       count_not_found/0,
        set_sample_interval/1,
        sample_begin/1,
        sample_end/4,
@@ -531,6 +532,11 @@ admission_is_unwatched(_Shard) -> ?NOT_LOADED.
            ShardOverloaded :: non_neg_integer(),
            RateLimited :: non_neg_integer()}.
 refused(_Shard) -> ?NOT_LOADED.
+
+
+%% A message to nobody that was not looked up. All that were are counted where they were.
+-spec count_not_found() -> ok.
+count_not_found() -> ?NOT_LOADED.
 
 
 -spec set_sample_interval(Ms :: pos_integer()) -> ok.

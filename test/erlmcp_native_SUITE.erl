@@ -1,4 +1,7 @@
 %% The application: its start with good and bad configuration, and the face it shows in the shell.
+%%
+%% Of explain/1: it says what a route then answers, and why, in whatever state the layers are and whichever
+%% registry routes; and asking leaves no trace.
 -module(erlmcp_native_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -8,7 +11,20 @@
          refuses_a_bad_environment/1,
          keeps_an_existing_default_registry/1,
          info_is_complete/1,
-         i_prints_an_overview/1]).
+         i_prints_an_overview/1,
+         explains_what_is_not_there/1,
+         explains_each_layer/1,
+         explains_the_bucket_that_pays/1,
+         explanations_agree_with_routes/1,
+         explains_without_the_application/1,
+         explains_ids_that_are_too_long/1,
+         explains_in_every_mode/1,
+         explains_when_the_registry_was_killed/1,
+         explains_while_the_registry_stands_still/1]).
+
+-define(SLOW,        1 / 3600).
+-define(MODES,       [current, {percent, 0}, {percent, 50}, {percent, 100}, '100x']).
+-define(DEADLINE_MS, 30_000).
 
 
 all() ->
@@ -16,7 +32,16 @@ all() ->
      refuses_a_bad_environment,
      keeps_an_existing_default_registry,
      info_is_complete,
-     i_prints_an_overview].
+     i_prints_an_overview,
+     explains_what_is_not_there,
+     explains_each_layer,
+     explains_the_bucket_that_pays,
+     explanations_agree_with_routes,
+     explains_without_the_application,
+     explains_ids_that_are_too_long,
+     explains_in_every_mode,
+     explains_when_the_registry_was_killed,
+     explains_while_the_registry_stands_still].
 
 
 init_per_testcase(_Case, Config) ->
@@ -25,9 +50,20 @@ init_per_testcase(_Case, Config) ->
 
 
 end_per_testcase(_Case, _Config) ->
+    _ = whereis(erlmcp_registry) =:= undefined orelse gen_server:stop(erlmcp_registry),
     _ = application:stop(erlmcp_native),
     _ = [ application:unset_env(erlmcp_native, Key)
           || {Key, _} <- application:get_all_env(erlmcp_native) ],
+    _ = [ erlmcp_shard_registry:unregister_connection(Id)
+          || Shard <- lists:seq(0, 63), {Id, _} <- erlmcp_shard_registry:list_connections(Shard) ],
+    ok = erlmcp_backpressure:configure(),
+    ok = erlmcp_backpressure:admit_everything(),
+    ok = erlmcp_circuit_breaker:force_close(),
+    %% The mode of the next registry process.
+    start_registry(),
+    ok = erlmcp_rollout:set('100x'),
+    ok = gen_server:stop(erlmcp_registry),
+    _ = application:unset_env(erlmcp_native, architecture_version),
     ok.
 
 
@@ -93,3 +129,363 @@ i_prints_an_overview(_Config) ->
     _ = [ ?assertNotEqual(nomatch, string:find(Printed, Part), Part)
           || Part <- ["erlmcp_native", "native library", "loaded", "connections", "shards", "bindings"] ],
     ok.
+
+
+%%% Explanations
+
+
+explains_what_is_not_there(_Config) ->
+    ok = start_for_explanations(),
+    Shard = erlmcp_shard_registry:get_shard_id(nobody),
+    Unknown = #{registered => false, registry => native, shard => Shard, route => ok, decided_by => registry},
+    ?assertEqual(#{connection => Unknown#{route := {error, not_found}}, server => Unknown, transport => Unknown},
+                 erlmcp_native:explain(nobody)),
+    %% The layers are asked for what is there.
+    ok = erlmcp_circuit_breaker:force_open(),
+    ?assertEqual(#{connection => Unknown#{route := {error, not_found}}, server => Unknown, transport => Unknown},
+                 erlmcp_native:explain(nobody)).
+
+
+%% Circuit, admission and bucket, in this order: each decides once, since all refuse that come after it.
+explains_each_layer(_Config) ->
+    ok = start_for_explanations(),
+    Shard = erlmcp_shard_registry:get_shard_id(id),
+    ok = erlmcp_shard_registry:register_connection(id, self(), #{a => 1}),
+    ok = erlmcp_registry:register_server(id, self(), #{}),
+    ok = erlmcp_registry:register_transport(id, self(), #{server_id => id}),
+    Pid = self(),
+    Bytes = erlang:external_size(#{a => 1}),
+    #{connection := Connection, server := Server, transport := Transport} = erlmcp_native:explain(id),
+    ?assertMatch(#{
+                   registered := true,
+                   registry := native,
+                   shard := Shard,
+                   pid := Pid,
+                   config_bytes := Bytes,
+                   route := ok,
+                   decided_by := none,
+                   bucket := #{tokens := 1000, capacity := 1000}
+                  },
+                 Connection),
+    ?assertEqual(false, is_map_key(bucket, Server)),
+    ?assertMatch(#{registered := true, pid := Pid, route := ok, decided_by := none}, Server),
+    ?assertMatch(#{binding := {ok, id}, sends := ok, bucket := #{tokens := 1000}, route := ok, decided_by := none}, Transport),
+    Decided = fun() ->
+                      [ {maps:get(route, Entry), maps:get(decided_by, Entry)}
+                        || Explanation <- [erlmcp_native:explain(id)],
+                           Entry <- [ maps:get(Namespace, Explanation) || Namespace <- [connection, server, transport] ] ]
+              end,
+    ok = erlmcp_token_bucket:set_limits(id, #{capacity => 1, rate_per_second => ?SLOW}),
+    {ok, 0} = erlmcp_token_bucket:consume(id, 1),
+    ?assertEqual([{{error, rate_limited}, token_bucket}, {ok, none}, {ok, none}], Decided()),
+    ok = erlmcp_admission_control:set_threshold(Shard, 10),
+    ok = erlmcp_admission_control:update_queue_depth(Shard, 10),
+    ?assertEqual([ {{error, shard_overloaded}, admission} || _ <- [1, 2, 3] ], Decided()),
+    ok = erlmcp_circuit_breaker:force_open(),
+    ?assertEqual([ {{error, circuit_open}, circuit} || _ <- [1, 2, 3] ], Decided()),
+    ok = erlmcp_backpressure:set(backpressure, off),
+    ?assertEqual([ {ok, none} || _ <- [1, 2, 3] ], Decided()).
+
+
+%% That of the transport that a message comes from.
+explains_the_bucket_that_pays(_Config) ->
+    ok = start_for_explanations(),
+    ok = erlmcp_registry:register_server(s, self(), #{}),
+    ok = erlmcp_registry:register_transport(t, self(), #{}),
+    ok = erlmcp_token_bucket:set_limits(transport, t, #{capacity => 3, rate_per_second => ?SLOW}),
+    _ = [ begin
+              #{transport := #{bucket := #{tokens := Left}, sends := Sends, route := ok}} = erlmcp_native:explain(t),
+              ?assertEqual({Left, Sends}, {Left, erlmcp_registry:route_to_server(s, t, x)})
+          end || Left <- [3, 2, 1, 0, 0] ],
+    ?assertMatch(#{transport := #{sends := {error, rate_limited}, route := ok, binding := {error, not_found}}},
+                 erlmcp_native:explain(t)),
+    %% That is no matter of the server.
+    ?assertMatch(#{server := #{route := ok, decided_by := none}}, erlmcp_native:explain(s)),
+    ok = erlmcp_token_bucket:set_limits(transport, t, infinity),
+    ?assertMatch(#{transport := #{sends := ok, bucket := #{tokens := infinity}}}, erlmcp_native:explain(t)).
+
+
+%% Random states of all layers; the seed is in the log.
+explanations_agree_with_routes(_Config) ->
+    ok = start_for_explanations(),
+    Seed = erlang:unique_integer([positive]) + erlang:system_time(),
+    ct:pal("seed ~b", [Seed]),
+    _ = rand:seed(exsss, Seed),
+    Ids = [a, <<"b">>, {c, 3}],
+    _ = [ begin
+              ok = erlmcp_shard_registry:register_connection(Id, self(), #{}),
+              ok = erlmcp_registry:register_server(Id, self(), #{}),
+              ok = erlmcp_registry:register_transport(Id, self(), #{})
+          end || Id <- Ids ],
+    Rounds = 3_000,
+    Decided = [ begin
+                    ok = random_state(Ids),
+                    Id = one_of([nobody | Ids]),
+                    Namespace = one_of([connection, server, transport]),
+                    Before = traces(Ids),
+                    #{Namespace := #{route := Route, decided_by := Layer, registered := IsRegistered}} = erlmcp_native:explain(Id),
+                    ?assertEqual(Before, traces(Ids)),
+                    State = {Namespace, Id, Before},
+                    ?assertEqual({State, Route}, {State, route(Namespace, Id)}),
+                    ?assertEqual({State, Layer}, {State, layer(Route, IsRegistered)}),
+                    ?assertEqual({State, received_if(Route =:= ok andalso IsRegistered)}, {State, received()}),
+                    {Namespace, Layer}
+                end || _ <- lists:seq(1, Rounds) ],
+    Counts = lists:foldl(fun(Key, Counts) -> Counts#{Key => maps:get(Key, Counts, 0) + 1} end, #{}, Decided),
+    ct:pal("~p", [Counts]),
+    %% All that there is has come to pass.
+    Possible = [{connection, token_bucket} | [ {Namespace, Layer} || Namespace <- [connection, server, transport],
+                                                                     Layer <- [none, registry, circuit, admission] ]],
+    ?assertEqual(lists:sort(Possible), lists:sort(maps:keys(Counts))).
+
+
+random_state(Ids) ->
+    Id = one_of(Ids),
+    case rand:uniform(11) of
+        1 ->
+            erlmcp_circuit_breaker:force_open();
+        2 ->
+            erlmcp_circuit_breaker:force_close();
+        3 ->
+            %% Open and over at once, or for long.
+            ok = erlmcp_backpressure:set(circuit_breaker, (circuit_settings())#{timeout_ms => one_of([0, 3_600_000])}),
+            erlmcp_circuit_breaker:force_open();
+        4 ->
+            %% Half open, with one place left or none.
+            ok = erlmcp_backpressure:set(circuit_breaker, (circuit_settings())#{timeout_ms => 0}),
+            ok = erlmcp_circuit_breaker:force_open(),
+            true = erlmcp_circuit_breaker:allow_test_request(),
+            ok = erlmcp_backpressure:set(circuit_breaker, (circuit_settings())#{timeout_ms => 3_600_000}),
+            _ = one_of([true, false]) andalso erlmcp_circuit_breaker:allow_test_request(),
+            ok;
+        5 ->
+            erlmcp_backpressure:set(circuit_breaker, one_of([off, circuit_settings()]));
+        6 ->
+            erlmcp_backpressure:set(backpressure, one_of([on, on, off]));
+        7 ->
+            erlmcp_admission_control:set_threshold(erlmcp_shard_registry:get_shard_id(Id), one_of([1, 3, 1000, infinity]));
+        8 ->
+            erlmcp_admission_control:update_queue_depth(erlmcp_shard_registry:get_shard_id(Id), one_of([1, 3, -1, -1000]));
+        9 ->
+            erlmcp_token_bucket:set_limits(Id, one_of([infinity, default, #{capacity => 2, rate_per_second => ?SLOW}]));
+        10 ->
+            _ = erlmcp_token_bucket:consume(Id, 1),
+            ok;
+        11 ->
+            erlmcp_backpressure:set(token_bucket, one_of([infinity, #{capacity => 3, rate_per_second => ?SLOW}]))
+    end.
+
+
+one_of(List) ->
+    lists:nth(rand:uniform(length(List)), List).
+
+
+%% What a route, a probe or a question that is counted would change.
+traces(Ids) ->
+    Shards = lists:seq(0, 63),
+    #{
+      circuit => maps:without([since_ms], erlmcp_circuit_breaker_node:stats()),
+      shards => [ {Depth, Threshold, Admitted, IsOverloaded}
+                  || Shard <- Shards, {Depth, Threshold, Admitted, IsOverloaded, _Age} <- [erlmcp_nif:admission_stats(Shard)] ],
+      refused => [ erlmcp_nif:refused(Shard) || Shard <- Shards ],
+      buckets => [ erlmcp_token_bucket:get_state(Namespace, Id) || Namespace <- [connection, transport], Id <- Ids ]
+     }.
+
+
+route(connection, Id) -> erlmcp_shard_manager:route_message(Id, x);
+route(server, Id) -> erlmcp_registry:route_to_server(Id, no_transport, x);
+route(transport, Id) -> erlmcp_registry:route_to_transport(Id, no_server, x).
+
+
+layer(ok, true) -> none;
+layer(_Dropped, false) -> registry;
+layer({error, circuit_open}, true) -> circuit;
+layer({error, shard_overloaded}, true) -> admission;
+layer({error, rate_limited}, true) -> token_bucket.
+
+
+received_if(true) -> 1;
+received_if(false) -> 0.
+
+
+received() ->
+    receive
+        x -> 1 + received();
+        {mcp_message, no_transport, x} -> 1 + received();
+        {mcp_response, no_server, x} -> 1 + received()
+    after
+        0 ->
+            0
+    end.
+
+
+explains_without_the_application(_Config) ->
+    ok = erlmcp_shard_registry:register_connection(id, self(), #{}),
+    ?assertMatch(#{
+                   connection := #{registered := true, route := ok, decided_by := none},
+                   server := #{registered := false, route := ok, decided_by := registry}
+                  },
+                 erlmcp_native:explain(id)).
+
+
+explains_ids_that_are_too_long(_Config) ->
+    ok = start_for_explanations(),
+    #{max_id_bytes := Max} = erlmcp_shard_registry:limits(),
+    ?assertEqual({error, {id_too_long, Max}}, erlmcp_native:explain(binary:copy(<<"x">>, Max + 1))),
+    ?assertEqual({error, {id_too_long, Max}}, erlmcp_native:explain(lists:seq(1, Max))),
+    ?assertMatch(#{connection := #{registered := false}}, erlmcp_native:explain(binary:copy(<<"x">>, Max))),
+    %% Also where the other registry takes it.
+    ok = erlmcp_rollout:set(current),
+    ?assertEqual({error, {id_too_long, Max}}, erlmcp_native:explain(binary:copy(<<"x">>, Max + 1))).
+
+
+%% With an open circuit an answer shows which registry routes.
+explains_in_every_mode(_Config) ->
+    ok = start_for_explanations(),
+    Ids = lists:seq(1, 60),
+    _ = [ begin
+              ok = erlmcp_registry:register_server(Id, self(), #{of_server => Id}),
+              ok = erlmcp_registry:register_transport(Id, self(), #{server_id => Id})
+          end || Id <- Ids ],
+    Natively = [ begin
+                     ok = erlmcp_rollout:set(Mode),
+                     ok = erlmcp_circuit_breaker:force_open(),
+                     agree(Mode, Ids)
+                 end || Mode <- ?MODES ],
+    [0, 0, Some, 60, 60] = Natively,
+    ?assert(Some > 10 andalso Some < 50, Some),
+    %% And closed, all is routed; what is unknown is known to be.
+    ok = erlmcp_circuit_breaker:force_close(),
+    _ = [ begin
+              ok = erlmcp_rollout:set(Mode),
+              _ = agree(Mode, [1, 2, 3, 61, 62]),
+              ?assertMatch(#{server := #{registered := false, route := ok, decided_by := registry}}, erlmcp_native:explain(61)),
+              %% Connections are native in every mode.
+              ?assertMatch(#{connection := #{registry := native, route := {error, not_found}}}, erlmcp_native:explain(1))
+          end || Mode <- ?MODES ],
+    %% Without buckets, where the native registry has no transports.
+    ok = erlmcp_rollout:set(current),
+    #{transport := Entry} = erlmcp_native:explain(1),
+    ?assertEqual([binding, config_bytes, decided_by, pid, registered, registry, route, shard], lists:sort(maps:keys(Entry))),
+    ?assertEqual({ok, 1}, maps:get(binding, Entry)).
+
+
+%% How many of the servers are routed natively, if all is as it is said.
+agree(Mode, Ids) ->
+    lists:sum([ begin
+                    #{server := Server, transport := Transport} = erlmcp_native:explain(Id),
+                    _ = [ begin
+                              #{route := Route, decided_by := Layer, registered := IsRegistered} = Entry,
+                              ?assertEqual({Mode, Namespace, Id, Route}, {Mode, Namespace, Id, route(Namespace, Id)}),
+                              ?assertEqual({Mode, Id, Layer}, {Mode, Id, layer(Route, IsRegistered)}),
+                              case Route =:= ok andalso IsRegistered of
+                                  true -> ?assertEqual({Mode, 1}, {Mode, received_in_time()});
+                                  false -> ok
+                              end
+                          end || {Namespace, Entry} <- [{server, Server}, {transport, Transport}] ],
+                    ?assertEqual(maps:get(registry, Server), maps:get(registry, Transport)),
+                    case Server of
+                        #{registered := true, registry := native} -> 1;
+                        _ -> 0
+                    end
+                end || Id <- Ids ]).
+
+
+received_in_time() ->
+    receive
+        {mcp_message, no_transport, x} -> 1;
+        {mcp_response, no_server, x} -> 1
+    after
+        ?DEADLINE_MS ->
+            0
+    end.
+
+
+%% Routes go on where the native registry has everything, and with `current' go nowhere.
+explains_when_the_registry_was_killed(_Config) ->
+    ok = start_for_explanations(),
+    Ids = lists:seq(1, 20),
+    _ = [ ok = erlmcp_registry:register_server(Id, self(), #{}) || Id <- Ids ],
+    _ = [ begin
+              ok = erlmcp_rollout:set(Mode),
+              ok = erlmcp_circuit_breaker:force_open(),
+              ok = kill_registry(),
+              Explained = [ maps:get(server, erlmcp_native:explain(Id)) || Id <- Ids ],
+              ?assertEqual({Mode, [ maps:get(route, Entry) || Entry <- Explained ]},
+                           {Mode, [ route(server, Id) || Id <- Ids ]}),
+              Expected = case Mode of
+                             current -> {classic, registry, false};
+                             _ -> {native, circuit, true}
+                         end,
+              ?assertEqual({Mode, [Expected]},
+                           {Mode,
+                            lists:usort([ {Registry, Layer, IsRegistered}
+                                          || #{registry := Registry, decided_by := Layer, registered := IsRegistered} <- Explained ])}),
+              start_registry(),
+              ?assertEqual(20, length([ Id || Id <- Ids, #{server := #{registered := true}} <- [erlmcp_native:explain(Id)] ]))
+          end || Mode <- ?MODES ].
+
+
+explains_while_the_registry_stands_still(_Config) ->
+    ok = start_for_explanations(),
+    ok = erlmcp_registry:register_server(s, self(), #{}),
+    ok = sys:suspend(erlmcp_registry),
+    %% It is not asked,
+    ?assertMatch(#{server := #{registered := true, registry := native}}, erlmcp_native:explain(s)),
+    ok = sys:resume(erlmcp_registry),
+    ok = erlmcp_rollout:set(current),
+    ok = sys:suspend(erlmcp_registry),
+    %% or it is said that it does not answer.
+    ?assertEqual({error, registry_busy}, erlmcp_native:explain(s)),
+    ok = sys:resume(erlmcp_registry),
+    ?assertMatch(#{server := #{registered := true, registry := classic}}, erlmcp_native:explain(s)).
+
+
+%% Nobody samples, and nothing is refilled or over within a case.
+start_for_explanations() ->
+    ok = application:set_env(erlmcp_native, admission, #{threshold => 10_000, sample_interval_ms => 3_600_000}),
+    ok = application:set_env(erlmcp_native, token_bucket, #{capacity => 1000, rate_per_second => ?SLOW}),
+    ok = application:set_env(erlmcp_native, circuit_breaker, circuit_settings()),
+    ok = application:start(erlmcp_native),
+    true = await(fun() ->
+                         lists:all(fun(Shard) ->
+                                           maps:get(sample_age_ms, erlmcp_admission_control:get_shard_stats(Shard)) =/= infinity
+                                   end,
+                                   lists:seq(0, 63))
+                 end),
+    ok = supervisor:terminate_child(erlmcp_native_sup, erlmcp_shard_sup),
+    start_registry().
+
+
+circuit_settings() ->
+    #{failure_threshold => 5, window_ms => 3_600_000, success_threshold => 3, timeout_ms => 3_600_000, probe_limit => 2}.
+
+
+start_registry() ->
+    {ok, _} = gen_server:start({local, erlmcp_registry}, erlmcp_registry, [], []),
+    true = await(fun() -> maps:get(switching_to, erlmcp_rollout:status()) =:= none end),
+    ok.
+
+
+kill_registry() ->
+    Pid = whereis(erlmcp_registry),
+    Monitor = monitor(process, Pid),
+    exit(Pid, kill),
+    receive {'DOWN', Monitor, process, Pid, _} -> ok end.
+
+
+await(Condition) ->
+    await_until(Condition, erlang:monotonic_time(millisecond) + ?DEADLINE_MS).
+
+
+await_until(Condition, Deadline) ->
+    case Condition() of
+        true ->
+            true;
+        false ->
+            erlang:monotonic_time(millisecond) < Deadline andalso
+            begin
+                timer:sleep(1),
+                await_until(Condition, Deadline)
+            end
+    end.

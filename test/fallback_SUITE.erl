@@ -126,6 +126,13 @@ in_current() ->
     #{mode := current, native_library := {not_loaded, _}, classic := #{servers := 1}} = erlmcp_rollout:status(),
     #{nif := {not_loaded, _}, application := running, mode := current} = erlmcp_native:info(),
     ok = erlmcp_native:i(),
+    %% That is what is wrong, and nothing else; there are no shards.
+    {degraded, [{native_library, #{path := _, reason := _, remedy := [_ | _]}}]} = erlmcp_native:health(),
+    ok = erlmcp_shard_health:set_limits(#{memory_bytes => 1}),
+    {degraded, [{native_library, _}, {memory_bytes, _, 1}]} = erlmcp_native:health(),
+    {error, {native_library, #{remedy := [_ | _]}}} = erlmcp_native:explain(s),
+    {error, not_running} = erlmcp_shard_metrics:get(),
+    {error, not_running} = erlmcp_shard_recovery:subscribe(),
     ok = gen_server:stop(erlmcp_registry),
     ok = application:stop(erlmcp_native).
 

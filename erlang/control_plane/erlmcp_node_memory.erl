@@ -47,14 +47,22 @@ limit_bytes(Root) ->
 %% outside, or `/'. A file that is not there, or says `max', sets no limit.
 -spec control_group_files(file:filename()) -> [file:filename()].
 control_group_files(Root) ->
-    Groups = [ {Controllers, Path}
+    %% A path may have colons itself, and a hierarchy several controllers.
+    Groups = [ {binary:split(Controllers, <<",">>, [global]), Path}
                || Line <- binary:split(content(filename:join([Root, "proc", "self", "cgroup"])), <<"\n">>, [global]),
-                  [_Id, Controllers, Path] <- [binary:split(Line, <<":">>, [global])] ],
-    Of = fun({<<>>, Path}) -> files(Root, "sys/fs/cgroup", Path, "memory.max");
-            ({<<"memory">>, Path}) -> files(Root, "sys/fs/cgroup/memory", Path, "memory.limit_in_bytes");
-            (_Other) -> []
-         end,
-    lists:usort(lists:flatmap(Of, Groups)).
+                  [_Id, Group] <- [binary:split(Line, <<":">>)],
+                  [Controllers, Path] <- [binary:split(Group, <<":">>)] ],
+    lists:usort(lists:append([ limit_files(Root, Controllers, Path) || {Controllers, Path} <- Groups ])).
+
+
+-spec limit_files(file:filename(), Controllers :: [binary()], Path :: binary()) -> [file:filename()].
+limit_files(Root, [<<>>], Path) ->
+    files(Root, "sys/fs/cgroup", Path, "memory.max");
+limit_files(Root, Controllers, Path) ->
+    case lists:member(<<"memory">>, Controllers) of
+        true -> files(Root, "sys/fs/cgroup/memory", Path, "memory.limit_in_bytes");
+        false -> []
+    end.
 
 
 -spec files(file:filename(), file:filename(), binary(), file:filename()) -> [file:filename()].

@@ -37,7 +37,8 @@
 %%%
 %%% == Logs ==
 %%% The monitor logs when the node has been degraded for three seconds, and when it has been well for as
-%%% long: one line each, with `event' `health_degraded' or `health_ok'.
+%%% long: one line each, with `event' `health_degraded' or `health_ok'. A monitor that was restarted knows
+%%% what the one before has logged.
 -module(erlmcp_shard_health).
 
 -behaviour(gen_server).
@@ -46,6 +47,7 @@
 
 -export([check/0, set_limits/1]).
 %% Process
+-export([new/0]).
 -export([start_link/0]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
 
@@ -84,8 +86,7 @@
           %% The latest first.
           run_queues = [] :: [non_neg_integer()],
           uses = [] :: [scheduler_use()],
-          %% What was logged last, and how many checks in a row have found otherwise.
-          logged = ok :: ok | degraded,
+          %% How many checks in a row have found otherwise than what was logged last.
           otherwise = 0 :: non_neg_integer()
          }).
 
@@ -178,10 +179,8 @@ control_plane_down() ->
 
 -spec is_silent(atom()) -> boolean().
 is_silent(?MODULE) ->
-    case window() of
-        {AtMs, _RunQueue, _UsePercent} -> now_ms() - AtMs > ?SILENT_MS;
-        none -> false
-    end;
+    %% It has a window from its start on.
+    window() =:= none;
 is_silent(erlmcp_shard_recovery) ->
     case erlmcp_shard_recovery_records:alive_us() of
         none -> false;
@@ -199,7 +198,7 @@ is_silent(_Supervisor) ->
 -spec window_reasons(map()) -> [reason()].
 window_reasons(#{run_queue_per_scheduler := PerScheduler, scheduler_use_percent := UseLimit}) ->
     case window() of
-        {_AtMs, RunQueue, UsePercent} ->
+        {RunQueue, UsePercent} ->
             QueueLimit =
                 case PerScheduler of
                     infinity -> infinity;
@@ -228,6 +227,15 @@ above(_Reason, _Value, _Limit) -> [].
 
 
 %% @private
+%% Makes the table of what the process measures and has logged; it goes with the calling process, and
+%% so outlives the one that writes it.
+-spec new() -> ok.
+new() ->
+    _ = ets:new(?MODULE, [named_table, public, {read_concurrency, true}]),
+    ok.
+
+
+%% @private
 -spec start_link() -> gen_server:start_ret().
 start_link() ->
     gen_server:start_link({local, ?MODULE}, ?MODULE, [], []).
@@ -238,9 +246,9 @@ start_link() ->
 init([]) ->
     %% What it measures is a node that is too busy to run it.
     _ = process_flag(priority, high),
-    _ = ets:new(?MODULE, [named_table, {read_concurrency, true}]),
     %% Until this process ends.
     _ = erlang:system_flag(scheduler_wall_time, true),
+    ok = set_window(0, 0),
     ok = start_timer(),
     {ok, #state{uses = [scheduler_use()]}}.
 
@@ -285,7 +293,7 @@ measure(#state{run_queues = RunQueues0, uses = Uses0} = State) ->
     %% One more, for as many intervals.
     Uses = lists:sublist([scheduler_use() | Uses0], ?WINDOW + 1),
     Median = lists:nth((length(RunQueues) + 1) div 2, lists:sort(RunQueues)),
-    true = ets:insert(?MODULE, {window, now_ms(), Median, use_percent(hd(Uses), lists:last(Uses))}),
+    ok = set_window(Median, use_percent(hd(Uses), lists:last(Uses))),
     State#state{run_queues = RunQueues, uses = Uses}.
 
 
@@ -303,11 +311,23 @@ use_percent({Active, Total}, {ActiveBefore, TotalBefore}) ->
     round((Active - ActiveBefore) * 100 / max(1, Total - TotalBefore)).
 
 
--spec window() -> {AtMs :: integer(), RunQueue :: non_neg_integer(), UsePercent :: non_neg_integer()} | none.
+-spec set_window(RunQueue :: non_neg_integer(), UsePercent :: non_neg_integer()) -> ok.
+set_window(RunQueue, UsePercent) ->
+    true = ets:insert(?MODULE, {window, now_ms(), RunQueue, UsePercent}),
+    ok.
+
+
+%% `none' if nothing was measured for so long that it says nothing of now.
+-spec window() -> {RunQueue :: non_neg_integer(), UsePercent :: non_neg_integer()} | none.
 window() ->
     try ets:lookup(?MODULE, window) of
-        [{window, AtMs, RunQueue, UsePercent}] -> {AtMs, RunQueue, UsePercent};
-        [] -> none
+        [{window, AtMs, RunQueue, UsePercent}] ->
+            case now_ms() - AtMs > ?SILENT_MS of
+                true -> none;
+                false -> {RunQueue, UsePercent}
+            end;
+        [] ->
+            none
     catch
         error:badarg -> none
     end.
@@ -317,15 +337,26 @@ window() ->
 
 
 -spec log_change(health(), #state{}) -> #state{}.
-log_change(Health, #state{logged = Logged, otherwise = Otherwise} = State) ->
+log_change(Health, #state{otherwise = Otherwise} = State) ->
+    Logged = logged(),
     case condition(Health) of
         Logged ->
             State#state{otherwise = 0};
         Condition when Otherwise + 1 >= ?LOGGED_AFTER ->
+            true = ets:insert(?MODULE, {logged, Condition}),
             ok = log(Health),
-            State#state{logged = Condition, otherwise = 0};
+            State#state{otherwise = 0};
         _Condition ->
             State#state{otherwise = Otherwise + 1}
+    end.
+
+
+%% What was logged last, by this process or the one before.
+-spec logged() -> ok | degraded.
+logged() ->
+    case ets:lookup(?MODULE, logged) of
+        [{logged, Condition}] -> Condition;
+        [] -> ok
     end.
 
 

@@ -5,7 +5,8 @@
 %%% really passed, so a second that was late makes no peak.
 %%%
 %%% Messages are counted as admitted where admission control has a threshold. With `admission' set to
-%%% `infinity', or `backpressure' to `off', a route leaves no trace, and the rates are zero.
+%%% `infinity', or `backpressure' to `off', a route leaves no trace, and the rates are zero. Nor does what the
+%%% pure-Erlang registry routes ({@link erlmcp_rollout}).
 -module(erlmcp_shard_metrics).
 
 -behaviour(gen_server).
@@ -78,7 +79,7 @@ get() ->
 
 
 %% @private
-%% How old what {@link get/0} returns is, if there is anything.
+%% How long ago the process has measured or, before that, was started.
 -spec age_ms() -> integer() | none.
 age_ms() ->
     try
@@ -101,6 +102,7 @@ start_link() ->
 -spec init([]) -> {ok, #state{}}.
 init([]) ->
     _ = ets:new(?MODULE, [named_table, {read_concurrency, true}]),
+    true = ets:insert(?MODULE, {measured_ms, erlang:monotonic_time(millisecond)}),
     ok = start_timer(),
     {ok, #state{counters = read_counters()}}.
 

@@ -297,7 +297,7 @@ route_to_transport_id(TransportId, ServerId, Message) ->
 deliver(diverted, Entry, Sender, Content, Message) ->
     erlmcp_registry_detour:route(Entry, Sender, Content, Message);
 deliver(undefined, Entry, Sender, Content, Message) ->
-    erlmcp_registry_detour:route(Entry, Sender, Content, Message);
+    erlmcp_registry_detour:route_elsewhere(Entry, Sender, Content, Message);
 deliver(Routed, _Entry, _Sender, _Content, Message) ->
     erlmcp_backpressure:deliver(Routed, Message).
 

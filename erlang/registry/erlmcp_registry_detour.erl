@@ -6,7 +6,7 @@
 %%% sent; {@link erlmcp_rollout_switch} says why.
 -module(erlmcp_registry_detour).
 
--export([request/1, route/4, broadcast/2, broadcast_natively/2, deliver/3]).
+-export([request/1, route/4, route_elsewhere/4, broadcast/2, broadcast_natively/2, deliver/3]).
 
 -define(REGISTRY, erlmcp_registry).
 
@@ -133,6 +133,22 @@ route({_Kind, Id} = Entry, Sender, Content, Message) ->
         joining ->
             ok = wait(),
             route_natively(Entry, Sender, Content, Message, Plan)
+    end.
+
+
+%% As {@link route/4}, after a native route that has found nobody, and has counted that. Where there is no
+%% other registry the answer stays.
+-spec route_elsewhere(erlmcp_registry_pair:entry(), Sender :: term(), Content :: term(), Message :: term()) ->
+          ok | {error, reason()}.
+route_elsewhere({Kind, Id} = Entry, Sender, Content, Message) ->
+    Plan = erlmcp_rollout_plan:read(),
+    %% It may have been emptied at that time, and filled again since.
+    IsNowhere = erlmcp_rollout_plan:keepers(Plan) =:= native andalso
+        erlmcp_nif:whereis(exclusive, Kind, Id) =:= undefined andalso
+        erlmcp_rollout_plan:read() =:= Plan,
+    case IsNowhere of
+        true -> {error, not_found};
+        false -> route(Entry, Sender, Content, Message)
     end.
 
 

@@ -13,6 +13,7 @@
 -type explanation() :: #{connection := entry(), server := entry(), transport := entry()}.
 -type entry() :: #{
                    registered := boolean(),
+                   registry := native | classic,
                    shard := erlmcp_admission_control:shard_id(),
                    route := ok | {error, erlmcp_backpressure:reason()},
                    decided_by := layer(),
@@ -23,7 +24,11 @@
                    sends => ok | {error, rate_limited}
                   }.
 -type layer() :: registry | circuit | admission | token_bucket | none.
--type error() :: {id_too_long, MaxIdBytes :: pos_integer()} | {native_library, erlmcp_nif:load_error()}.
+-type error() :: {id_too_long, MaxIdBytes :: pos_integer()} |
+                 {native_library, erlmcp_nif:load_error()} |
+                 registry_busy.
+
+-define(REGISTRY, erlmcp_registry).
 
 
 -spec of_id(term()) -> explanation() | {error, error()}.
@@ -34,7 +39,8 @@ of_id(Id) ->
                 maps:from_list([ {Namespace, entry(Namespace, Id)} || Namespace <- [connection, server, transport] ])
             catch
                 %% Nothing else is wrong with an id.
-                error:badarg -> {error, {id_too_long, maps:get(max_id_bytes, erlmcp_shard_registry:limits())}}
+                error:badarg -> {error, {id_too_long, maps:get(max_id_bytes, erlmcp_shard_registry:limits())}};
+                throw:registry_busy -> {error, registry_busy}
             end;
         LoadError ->
             {error, {native_library, LoadError}}
@@ -43,43 +49,103 @@ of_id(Id) ->
 
 -spec entry(erlmcp_nif:namespace(), term()) -> entry().
 entry(Namespace, Id) ->
-    Shard = erlmcp_shard_registry:get_shard_id(Id),
-    case erlmcp_native_registry:find(default, Namespace, Id) of
+    Registry = registry(Namespace, Id),
+    Known = #{registry => Registry, shard => erlmcp_shard_registry:get_shard_id(Id)},
+    case find(Registry, Namespace, Id) of
         {ok, {Pid, Config}} ->
-            Entry = #{registered => true, shard => Shard, pid => Pid, config_bytes => erlang:external_size(Config)},
+            Entry = Known#{registered => true, pid => Pid, config_bytes => erlang:external_size(Config)},
             details(Namespace, Id, Entry);
         {error, not_found} ->
-            not_registered(Namespace, Shard)
+            not_registered(Namespace, Known)
     end.
 
 
 %% Messages to a server or a transport that is not there are dropped with a warning.
--spec not_registered(erlmcp_nif:namespace(), erlmcp_admission_control:shard_id()) -> entry().
-not_registered(connection, Shard) ->
-    #{registered => false, shard => Shard, route => {error, not_found}, decided_by => registry};
-not_registered(_Namespace, Shard) ->
-    #{registered => false, shard => Shard, route => ok, decided_by => registry}.
+-spec not_registered(erlmcp_nif:namespace(), map()) -> entry().
+not_registered(connection, Known) ->
+    Known#{registered => false, route => {error, not_found}, decided_by => registry};
+not_registered(_Namespace, Known) ->
+    Known#{registered => false, route => ok, decided_by => registry}.
+
+
+%%% The registry that looks an id up, and routes to it
+
+
+-spec registry(erlmcp_nif:namespace(), term()) -> native | classic.
+registry(connection, _Id) ->
+    native;
+registry(_Namespace, Id) ->
+    Plan = erlmcp_rollout_plan:read(),
+    case erlmcp_rollout_plan:path(Id, Plan) of
+        classic ->
+            case erlmcp_rollout_plan:keepers(Plan) =:= both andalso whereis(?REGISTRY) =:= undefined of
+                %% Routes go on without the process that has the other one.
+                true -> native;
+                false -> classic
+            end;
+        _NativeOrJoining ->
+            native
+    end.
+
+
+-spec find(native | classic, erlmcp_nif:namespace(), term()) -> {ok, {pid(), term()}} | {error, not_found}.
+find(native, Namespace, Id) -> erlmcp_native_registry:find(default, Namespace, Id);
+find(classic, server, Id) -> ask({find_server, Id});
+find(classic, transport, Id) -> ask({find_transport, Id}).
+
+
+-spec binding(native | classic, term()) -> {ok, term()} | {error, not_found}.
+binding(native, Id) -> erlmcp_native_registry:bound_server(default, Id);
+binding(classic, Id) -> ask({get_server_for_transport, Id}).
+
+
+%% Without the process nothing is registered there, as far as a route is concerned.
+-spec ask(term()) -> {ok, term()} | {error, not_found}.
+ask(Request) ->
+    try
+        gen_server:call(?REGISTRY, Request)
+    catch
+        exit:{timeout, _} -> throw(registry_busy);
+        exit:_ -> {error, not_found}
+    end.
+
+
+%%% Layers
 
 
 -spec details(erlmcp_nif:namespace(), term(), entry() | map()) -> entry().
 details(server, _Id, Entry) ->
     %% The bucket that pays is that of the transport that the message comes from.
-    answered([circuit, admission], Entry);
-details(Namespace, Id, #{shard := Shard} = Entry) ->
-    case erlmcp_token_bucket:get_state(Namespace, Id) of
+    answered(layers(server, Entry), Entry);
+details(transport, Id, #{registry := Registry} = Entry) ->
+    answered(layers(transport, Entry), maps:merge(Entry#{binding => binding(Registry, Id)}, payer(Id)));
+details(connection, Id, Entry) ->
+    case erlmcp_token_bucket:get_state(connection, Id) of
+        %% Gone meanwhile.
+        {error, not_found} -> not_registered(connection, maps:with([registry, shard], Entry));
+        Bucket -> answered(layers(connection, Entry), Entry#{bucket => Bucket})
+    end.
+
+
+%% The registry's process asks none.
+-spec layers(erlmcp_nif:namespace(), map()) -> [layer()].
+layers(_Namespace, #{registry := classic}) -> [];
+layers(connection, _Entry) -> [circuit, admission, token_bucket];
+layers(_Namespace, _Entry) -> [circuit, admission].
+
+
+%% What a transport's messages to servers are paid from, if they are; only the native registry has
+%% buckets.
+-spec payer(Transport :: term()) -> map().
+payer(Id) ->
+    case erlmcp_token_bucket:get_state(transport, Id) of
         {error, not_found} ->
-            %% Gone meanwhile.
-            not_registered(Namespace, Shard);
-        Bucket when Namespace =:= connection ->
-            answered([circuit, admission, token_bucket], Entry#{bucket => Bucket});
+            #{};
         Bucket ->
-            Sends =
-                case lets_through(token_bucket, #{bucket => Bucket}) of
-                    true -> ok;
-                    false -> {error, rate_limited}
-                end,
-            Binding = erlmcp_native_registry:bound_server(default, Id),
-            answered([circuit, admission], Entry#{bucket => Bucket, sends => Sends, binding => Binding})
+            case lets_through(token_bucket, #{bucket => Bucket}) of
+                true -> #{bucket => Bucket, sends => ok};
+                false -> #{bucket => Bucket, sends => {error, rate_limited}}
+            end
     end.
 
 

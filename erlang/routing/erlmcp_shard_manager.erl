@@ -111,8 +111,11 @@ route_message(Manager, Id, Message) when is_pid(Manager) ->
 route_message(ShardId, Id, Message) ->
     _ = erlmcp_nif:count_shard(default, ShardId),
     case erlmcp_nif:shard(default, Id) of
-        ShardId -> route_message(Id, Message);
-        _Other -> {error, not_found}
+        ShardId ->
+            route_message(Id, Message);
+        _Other ->
+            ok = erlmcp_nif:count_not_found(),
+            {error, not_found}
     end.
 
 

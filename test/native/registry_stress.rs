@@ -251,6 +251,48 @@ fn readers_find_everything_while_the_table_grows() {
 }
 
 /// Entering against closing: what was not refused has been removed.
+/// Ids come back at other places while the table grows, so that the former table still has their
+/// former keys: each is found and removed at its place, and listed there.
+#[test]
+fn every_place_is_found_while_the_table_grows() {
+    const FILLERS: u64 = if cfg!(miri) { 300 } else { 20_000 };
+    const RETURNING: u64 = 16;
+    let registry = registry();
+    let register = |name: String, lease: u64| {
+        let mut place = None;
+        let id = registry.id(0, name.as_bytes());
+        registry
+            .register(Namespace::Connection, id, 0, lease, None, |location| {
+                place = Some(location);
+                lease
+            })
+            .unwrap();
+        place.unwrap()
+    };
+    let returning = |n: u64| format!("returning {n}");
+    for n in 0..RETURNING {
+        register(returning(n), n);
+    }
+    for filler in 0..FILLERS {
+        let lease = RETURNING + filler;
+        let n = filler % RETURNING;
+        let name = returning(n);
+        let id = registry.id(0, name.as_bytes());
+        registry.remove(Namespace::Connection, &id).unwrap();
+        // Takes the place that has become free.
+        register(format!("filler {filler}"), u64::MAX);
+        let place = register(returning(n), lease);
+        let mut listed = 0;
+        if filler % 64 == 0 {
+            registry.for_each_address_of(0, |address| listed += u64::from(address == lease));
+            assert_eq!(listed, 1, "filler {filler}");
+        }
+        let removed = registry.remove_leased(&place, |held| *held == lease);
+        assert!(removed.is_some(), "filler {filler}");
+        register(returning(n), lease);
+    }
+}
+
 #[test]
 fn nothing_is_left_behind_a_close() {
     let closes = if cfg!(miri) { 3 } else { 300 };

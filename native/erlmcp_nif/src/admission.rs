@@ -97,6 +97,13 @@ fn refused(shard: Term<'_>) -> NifResult<(u64, u64, u64, u64)> {
     ))
 }
 
+/// Counts a message to nobody that was not looked up.
+#[rustler::nif]
+fn count_not_found() -> Atom {
+    let _ = default_registry().refuse_unknown();
+    atoms::ok()
+}
+
 /// Begins a sample.
 #[rustler::nif]
 fn sample_begin(shard: Term<'_>) -> NifResult<u64> {

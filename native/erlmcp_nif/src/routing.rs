@@ -239,7 +239,7 @@ fn route_batch<'a>(env: Env<'a>, messages: Term<'a>) -> NifResult<Term<'a>> {
             let (message, others) = rest.list_get_cell().map_err(|_| Error::BadArg)?;
             let id = first_of_pair(message).ok_or(Error::BadArg)?;
             let result = route::<CONNECTION>(env, registry, id, None, &now)
-                .unwrap_or_else(|| refusal_term(env, Refusal::NotFound).as_c_arg());
+                .unwrap_or_else(|| refusal_term(env, registry.refuse_unknown()).as_c_arg());
             results.push(result);
             rest = others;
         }

@@ -207,7 +207,10 @@ where
                     shard,
                     namespace: Namespace::Transport,
                 })
-                .and_then(|place| self.transports.get(&place, &transports))
+                .and_then(|place| {
+                    let (key, transport) = self.transports.get_key_value(&place, &transports)?;
+                    place.is_place_of(key).then_some(transport)
+                })
             else {
                 continue;
             };

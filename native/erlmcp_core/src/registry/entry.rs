@@ -194,19 +194,34 @@ impl Hash for Id<'_> {
     }
 }
 
-/// A query for the entry at a place, whatever its id is.
-pub(super) struct Located {
+/// A query for the entry at a place, whatever its id is: finds the id that has this hash, whose key may
+/// by now be at another place (see [`Located::is_place_of`]).
+///
+/// It must not ask for the place itself. While a map is resized, what was copied and then removed
+/// still stands in the former table and leads on to the next one; the same id, registered anew at
+/// another place, is found behind it. Whoever took only the other place for an answer would pass by
+/// and end the search in the former table. No two ids have the same hash but once in millions of
+/// registries that are full (63 bits, keyed at random).
+pub(super) struct Located<'a> {
+    pub(super) hashing: &'a IdHashing,
     pub(super) hash: u64,
     pub(super) location: Location,
 }
 
-impl Equivalent<Key> for Located {
-    fn equivalent(&self, key: &Key) -> bool {
+impl Located<'_> {
+    /// Whether the key that was found is that of the place.
+    pub(super) fn is_place_of(&self, key: &Key) -> bool {
         self.location == key.location()
     }
 }
 
-impl Hash for Located {
+impl Equivalent<Key> for Located<'_> {
+    fn equivalent(&self, key: &Key) -> bool {
+        self.hash == self.hashing.hash(key.kind, key.bytes())
+    }
+}
+
+impl Hash for Located<'_> {
     fn hash<H: Hasher>(&self, state: &mut H) {
         state.write_u64(self.hash);
     }

@@ -207,11 +207,19 @@ where
     }
 
     /// A query for the entry at a place; `None` if nothing is registered there.
-    fn located(&self, location: Location) -> Option<Located> {
+    fn located(&self, location: Location) -> Option<Located<'_>> {
         let hash = self.shards[usize::from(location.shard)]
             .slots
             .get(location.slot)?;
-        Some(Located { hash, location })
+        Some(self.at(location, hash))
+    }
+
+    fn at(&self, location: Location, hash: u64) -> Located<'_> {
+        Located {
+            hashing: &self.hashing,
+            hash,
+            location,
+        }
     }
 
     // ---- Look-up ----
@@ -347,8 +355,10 @@ where
                 shard,
                 namespace: Namespace::Connection,
             };
-            let place = Located { hash, location };
-            if let Some((key, connection)) = self.connections.get_key_value(&place, &guard) {
+            let place = self.at(location, hash);
+            if let Some((key, connection)) = self.connections.get_key_value(&place, &guard)
+                && place.is_place_of(key)
+            {
                 each(self.id_of(key), &connection.entry)?;
             }
         }
@@ -365,7 +375,7 @@ where
                     shard,
                     namespace,
                 };
-                self.address_at(&Located { hash, location })
+                self.address_at(&self.at(location, hash))
             };
             // An id that comes last here is the one most often there.
             if let Some(address) = Namespace::ALL.into_iter().rev().find_map(at) {
@@ -374,20 +384,23 @@ where
         }
     }
 
-    fn address_at(&self, place: &Located) -> Option<u64> {
+    fn address_at(&self, place: &Located<'_>) -> Option<u64> {
         match place.location.namespace {
             Namespace::Connection => {
                 let guard = self.connections.guard();
-                Some(self.connections.get(place, &guard)?.entry.address)
+                let (key, connection) = self.connections.get_key_value(place, &guard)?;
+                place.is_place_of(key).then_some(connection.entry.address)
             }
             Namespace::Server => {
                 let guard = self.servers.guard();
-                Some(self.servers.get(place, &guard)?.entry()?.address)
+                let (key, server) = self.servers.get_key_value(place, &guard)?;
+                let entry = server.entry()?;
+                place.is_place_of(key).then_some(entry.address)
             }
             Namespace::Transport => {
                 let guard = self.transports.guard();
-                let transport = self.transports.get(place, &guard)?;
-                self.is_registered(transport)
+                let (key, transport) = self.transports.get_key_value(place, &guard)?;
+                (place.is_place_of(key) && self.is_registered(transport))
                     .then_some(transport.entry.address)
             }
         }

@@ -196,14 +196,26 @@ where
         location: &Location,
         is_meant: impl Fn(&L) -> bool,
     ) -> Option<Entry<L>> {
-        self.remove_if(location.namespace, &self.located(*location)?, is_meant)
+        let place = self.located(*location)?;
+        self.remove_if_key(location.namespace, &place, |key, lease| {
+            place.is_place_of(key) && is_meant(lease)
+        })
     }
 
-    fn remove_if<Q>(
+    fn remove_if(
+        &self,
+        namespace: Namespace,
+        id: &Id<'_>,
+        is_meant: impl Fn(&L) -> bool,
+    ) -> Option<Entry<L>> {
+        self.remove_if_key(namespace, id, |_, lease| is_meant(lease))
+    }
+
+    fn remove_if_key<Q>(
         &self,
         namespace: Namespace,
         query: &Q,
-        is_meant: impl Fn(&L) -> bool,
+        is_meant: impl Fn(&Key, &L) -> bool,
     ) -> Option<Entry<L>>
     where
         Q: papaya::Equivalent<Key> + std::hash::Hash,
@@ -213,7 +225,7 @@ where
                 let guard = self.connections.guard();
                 let (key, connection) = self
                     .connections
-                    .remove_if(query, |_, held| is_meant(&held.entry.lease), &guard)
+                    .remove_if(query, |key, held| is_meant(key, &held.entry.lease), &guard)
                     .ok()??;
                 self.buckets.left(&connection.level);
                 (key.location(), connection.entry.clone())
@@ -224,7 +236,7 @@ where
                     .servers
                     .remove_if(
                         query,
-                        |_, server| server.entry().is_some_and(|e| is_meant(&e.lease)),
+                        |key, server| server.entry().is_some_and(|e| is_meant(key, &e.lease)),
                         &guard,
                     )
                     .ok()??;
@@ -237,7 +249,7 @@ where
                     .transports
                     .remove_if(
                         query,
-                        |_, t| is_meant(&t.entry.lease) && self.is_registered(t),
+                        |key, t| is_meant(key, &t.entry.lease) && self.is_registered(t),
                         &guard,
                     )
                     .ok()??;

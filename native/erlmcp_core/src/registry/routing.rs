@@ -190,6 +190,12 @@ where
         Ok(target.address)
     }
 
+    /// Refuses a message to an id that cannot be registered, or not where it is looked for, and was
+    /// not looked up.
+    pub fn refuse_unknown(&self) -> Refusal {
+        refused(&self.shards[0], Refusal::NotFound)
+    }
+
     /// Counted in any shard: what is not registered has none, and its hash spreads the writers.
     #[cold]
     fn not_found(&self, id: &Id<'_>) -> Refusal {

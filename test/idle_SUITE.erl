@@ -1,0 +1,87 @@
+%%% What a node costs that has many connections and nothing to do.
+%%%
+%%% The contract: with 15,000 idle connections and the application running, less than one percent of one
+%%% core, all threads of the virtual machine counted. It is measured in a node of its own, and in time of
+%%% processors, so that other work on the machine does not count.
+-module(idle_SUITE).
+
+-include_lib("stdlib/include/assert.hrl").
+
+-export([all/0, suite/0]).
+-export([many_idle_connections_cost_nothing/1]).
+%% Called in peer nodes
+-export([in_idle/0, idle/0]).
+
+
+suite() ->
+    [{timetrap, {minutes, 3}}].
+
+
+all() ->
+    [many_idle_connections_cost_nothing].
+
+
+%% Less than one percent of one core, of which the runtime alone takes some.
+many_idle_connections_cost_nothing(_Config) ->
+    #{seconds := Seconds, cpu_ms := CpuMs, connections := 15_000, health := ok} = in_peer(in_idle, []),
+    Percent = CpuMs / (10 * Seconds),
+    ct:pal("15,000 idle connections: ~.3f % of a core (~.1f ms in ~.1f s)", [Percent, CpuMs, Seconds]),
+    ?assert(Percent < 1.0, Percent).
+
+
+in_idle() ->
+    ok = application:load(erlmcp_native),
+    %% The machine may be busy with other things.
+    ok = application:set_env(erlmcp_native, health, #{run_queue_per_scheduler => infinity, scheduler_use_percent => infinity}),
+    ok = application:start(erlmcp_native),
+    Pids = [ begin
+                 Pid = spawn(fun idle/0),
+                 ok = erlmcp_shard_registry:register_connection({connection, N}, Pid, #{client => idle}),
+                 Pid
+             end || N <- lists:seq(1, 15_000) ],
+    %% Each has had a message.
+    [ok] = lists:usort([ erlmcp_shard_manager:route_message({connection, N}, x) || N <- lists:seq(1, 15_000) ]),
+    timer:sleep(3_000),
+    _ = erlang:garbage_collect(),
+    Began = now_us(),
+    Before = cpu_ms(),
+    timer:sleep(10_000),
+    CpuMs = cpu_ms() - Before,
+    #{
+      seconds => (now_us() - Began) / 1_000_000,
+      cpu_ms => CpuMs,
+      connections => length([ Pid || Pid <- Pids, is_process_alive(Pid) ]),
+      health => erlmcp_native:health()
+     }.
+
+
+idle() ->
+    receive
+        x -> erlang:hibernate(?MODULE, idle, [])
+    end.
+
+
+%% Of all threads: in nanoseconds where the scheduler of the operating system tells them.
+cpu_ms() ->
+    Files = filelib:wildcard("/proc/self/task/*/schedstat"),
+    Times = [ Ns || File <- Files, {ok, Content} <- [file:read_file(File)], [Ns | _] <- [string:split(Content, " ")] ],
+    case lists:sum([ binary_to_integer(Ns) || Ns <- Times ]) of
+        0 -> float(element(1, statistics(runtime)));
+        Ns -> Ns / 1_000_000
+    end.
+
+
+now_us() ->
+    erlang:monotonic_time(microsecond).
+
+
+%% A function of this module in a node of its own.
+in_peer(Function, Arguments) ->
+    Root = code:root_dir(),
+    Paths = [ filename:absname(Path) || Path <- code:get_path(), not lists:prefix(Root, Path), Path =/= "." ],
+    %% Compiled for cover, a module has no file.
+    Own = [ filename:dirname(File) || File <- [code:which(?MODULE)], is_list(File) ],
+    {ok, Peer, _} = peer:start_link(#{connection => standard_io, wait_boot => 60_000, args => ["-pa" | Paths ++ Own]}),
+    Result = peer:call(Peer, ?MODULE, Function, Arguments, 120_000),
+    peer:stop(Peer),
+    Result.
