@@ -94,28 +94,34 @@ pub(crate) fn encode(term: Term<'_>, max_bytes: usize) -> NifResult<EncodedId<'_
     })
 }
 
+/// What the bytes of a term encode, and the bytes, which stand in `encoded` if they are not the term's
+/// own; `None` if they are more than `max_bytes`.
+///
+/// Inlined: what is returned through memory here costs as much as the hash.
+#[inline(always)]
+pub(crate) fn kind_and_bytes<'b, 'a: 'b>(
+    term: Term<'a>,
+    max_bytes: usize,
+    encoded: &'b mut Option<EncodedId<'a>>,
+) -> Option<(u8, &'b [u8])> {
+    if let Some(bytes) = binary(term) {
+        return (bytes.len() <= max_bytes).then_some((BINARY, bytes));
+    }
+    let encoded = encoded.insert(encode(term, max_bytes).ok()?);
+    Some((encoded.kind, encoded.bytes()))
+}
+
 /// Calls `f` with the id of a term; `None` if that takes more bytes than the registry's bound.
 ///
-/// Inlined with what it calls, which is in one place for that reason. On the hot path `R` is one word:
-/// results that the compiler writes to memory in parts and copies as a whole cost as much as the hash
-/// (see [`binary`]).
+/// Inlined with what it calls. On the hot path `R` is one word, for the same reason.
 #[inline(always)]
 pub(crate) fn with<R>(
     registry: &Registry,
     term: Term<'_>,
     f: impl FnOnce(&Id<'_>) -> R,
 ) -> Option<R> {
-    let max_bytes = registry.limits().max_id_bytes();
-    let encoded;
-    let (kind, bytes) = if let Some(bytes) = binary(term) {
-        if bytes.len() > max_bytes {
-            return None;
-        }
-        (BINARY, bytes)
-    } else {
-        encoded = encode(term, max_bytes).ok()?;
-        (encoded.kind, encoded.bytes())
-    };
+    let mut encoded = None;
+    let (kind, bytes) = kind_and_bytes(term, registry.limits().max_id_bytes(), &mut encoded)?;
     Some(f(&registry.id(kind, bytes)))
 }
 

@@ -74,11 +74,14 @@ fn route<'a, const NAMESPACE: usize>(
 ) -> Option<ErlNifTerm> {
     let namespace = Namespace::ALL[NAMESPACE];
     // Without limits nobody needs to know who pays. What is too long to be registered has no bucket.
+    let mut encoded = None;
     let payer = payer
         .filter(|_| registry.has_token_buckets())
-        .and_then(|payer| id::encode(payer, registry.limits().max_id_bytes()).ok());
-    let charged = match &payer {
-        Some(payer) => Charged::Transport(registry.id(payer.kind, payer.bytes())),
+        .and_then(|payer| {
+            id::kind_and_bytes(payer, registry.limits().max_id_bytes(), &mut encoded)
+        });
+    let charged = match payer {
+        Some((kind, bytes)) => Charged::Transport(registry.id(kind, bytes)),
         None if namespace == Namespace::Connection => Charged::Target,
         None => Charged::Nobody,
     };
@@ -234,7 +237,7 @@ fn route_batch<'a>(env: Env<'a>, messages: Term<'a>) -> NifResult<Term<'a>> {
     let now = Reading::of(clock());
     let mut rest = messages;
     let mut results = Vec::with_capacity(SLICE);
-    registry.reading_connections(|| {
+    registry.reading(|| {
         while results.len() < SLICE && !rest.is_empty_list() {
             let (message, others) = rest.list_get_cell().map_err(|_| Error::BadArg)?;
             let id = first_of_pair(message).ok_or(Error::BadArg)?;

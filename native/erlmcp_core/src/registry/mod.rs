@@ -42,9 +42,11 @@ mod routing;
 
 use std::fmt;
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use ahash::RandomState;
 use papaya::HashMap;
+use seize::Collector;
 
 use buckets::Buckets;
 pub use buckets::{BucketError, BucketState, EntryLimits};
@@ -137,6 +139,15 @@ impl Default for Limits {
 
 type Map<V> = HashMap<Key, V, IdHashing>;
 
+/// All maps have one collector: a thread that reads one of them and then another one announces that
+/// once.
+fn map<V: Send + 'static>(collector: &Arc<Collector>, hashing: &IdHashing) -> Map<V> {
+    HashMap::builder()
+        .shared_collector(Arc::clone(collector))
+        .hasher(hashing.clone())
+        .build()
+}
+
 const DEFAULT_SAMPLE_INTERVAL_MS: u64 = 100;
 
 /// See the [module's documentation](self).
@@ -166,11 +177,12 @@ where
     /// [`Self::set_limits`] or the thresholds of [`Self::admission`] are set.
     pub fn new(limits: Limits, clock: &impl Clock) -> Self {
         let hashing = IdHashing(RandomState::new());
+        let collector = Arc::new(Collector::new());
         Self {
             limits,
-            servers: HashMap::with_hasher(hashing.clone()),
-            transports: HashMap::with_hasher(hashing.clone()),
-            connections: HashMap::with_hasher(hashing.clone()),
+            servers: map(&collector, &hashing),
+            transports: map(&collector, &hashing),
+            connections: map(&collector, &hashing),
             hashing,
             shards: (0..limits.shards).map(|_| Shard::default()).collect(),
             buckets: Buckets::new(clock),
@@ -246,11 +258,11 @@ where
         }
     }
 
-    /// Runs `f`, in which look-ups of connections by this thread cost less: each has to announce that
-    /// it reads, and what `f` announces once holds for all. Nothing that is removed meanwhile is
-    /// freed before `f` returns.
+    /// Runs `f`, in which look-ups by this thread cost less: each has to announce that it reads, and
+    /// what is announced once here holds for all. Nothing that is removed meanwhile is freed before
+    /// `f` returns.
     #[inline]
-    pub fn reading_connections<R>(&self, f: impl FnOnce() -> R) -> R {
+    pub fn reading<R>(&self, f: impl FnOnce() -> R) -> R {
         let _guard = self.connections.guard();
         f()
     }
