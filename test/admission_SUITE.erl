@@ -26,6 +26,7 @@
          environment_alone_changes_nothing/1,
          stats/1,
          stats_show_rate_and_latency/1,
+         first_rate_after_a_pause/1,
          idle_shards_cost_nothing/1,
          one_line_for_overload_and_recovery/1,
          one_line_for_an_overload_that_comes_and_goes/1,
@@ -62,6 +63,7 @@ all() ->
      environment_alone_changes_nothing,
      stats,
      stats_show_rate_and_latency,
+     first_rate_after_a_pause,
      idle_shards_cost_nothing,
      one_line_for_overload_and_recovery,
      one_line_for_an_overload_that_comes_and_goes,
@@ -429,6 +431,30 @@ stats_show_rate_and_latency(_Config) ->
     ?assert(P95 >= P50 andalso P99 >= P95),
     %% When nothing comes any more the rate is zero.
     true = await(fun() -> maps:get(messages_per_second, ?M:get_shard_stats(?SHARD)) =:= 0 end).
+
+
+%% The rate is that of the time since the messages came, and not of the pause before them.
+first_rate_after_a_pause(_Config) ->
+    [{Id, Pid}] = receivers(?SHARD, 1),
+    Pid ! keep_taking,
+    Rate = fun() -> maps:get(messages_per_second, ?M:get_shard_stats(?SHARD)) end,
+    ok = erlmcp_shard_manager:route_message(Id, x),
+    timer:sleep(3000),
+    ?assertEqual(0, Rate()),
+    _ = [ ok = erlmcp_shard_manager:route_message(Id, x) || _ <- lists:seq(1, 100) ],
+    First = first_that_is_not(0, Rate),
+    %% 100 within a tick of 50 ms; together with the pause they would be 33 a second.
+    ?assert(First > 100, First).
+
+
+first_that_is_not(Value, Look) ->
+    case Look() of
+        Value ->
+            timer:sleep(1),
+            first_that_is_not(Value, Look);
+        Other ->
+            Other
+    end.
 
 
 idle_shards_cost_nothing(_Config) ->

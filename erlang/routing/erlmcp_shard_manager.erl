@@ -216,9 +216,9 @@ handle_cast(_Cast, State) ->
 %% @private
 -spec handle_info(term(), #state{}) -> {noreply, #state{}} | {noreply, #state{}, hibernate}.
 handle_info(sample, State) ->
-    next(start_timer(sample(State)));
+    next(start_timer(sample(resume(State))));
 handle_info(overloaded, State) ->
-    next(start_timer(sample(overloaded(State))));
+    next(start_timer(sample(overloaded(resume(State)))));
 handle_info(interval_changed, State) ->
     next(start_timer(sample(cancel_timer(State))));
 handle_info({timeout, Timer, tick}, #state{timer = Timer} = State) ->
@@ -241,6 +241,13 @@ next(State) -> {noreply, State}.
 
 
 %%% Ticks
+
+
+%% After a pause the next tick's rate is that of the time from here on: all that is new since the last
+%% one has come just now.
+-spec resume(#state{}) -> #state{}.
+resume(#state{timer = idle, ticked = {Admitted, _Ms}} = State) -> State#state{ticked = {Admitted, now_ms()}};
+resume(State) -> State.
 
 
 -spec tick(#state{}) -> #state{}.
