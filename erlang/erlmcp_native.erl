@@ -102,7 +102,7 @@ i() ->
     io:format("erlmcp_native ~ts on OTP ~ts, ~ts~n",
               [maps:get(version, Info), maps:get(otp_release, Info), maps:get(system_architecture, Info)]),
     print("application", "~p", [maps:get(application, Info)]),
-    print("mode", "~tp", [maps:get(mode, Info)]),
+    print_mode(maps:get(mode, Info)),
     print("erlmcp_registry", "~ts", [process_state(maps:get(registry_process, Info))]),
     print_health(maps:get(health, Info)),
     case Info of
@@ -123,6 +123,13 @@ i() ->
             print("distinct configs", "~b", [Configs]),
             print_backpressure(Backpressure)
     end.
+
+
+-spec print_mode(erlmcp_rollout:mode()) -> ok.
+print_mode('100x') ->
+    print("mode", "~tp", ['100x']);
+print_mode(Mode) ->
+    print("mode", "~tp (below is the native registry; of both tells erlmcp_rollout:status())", [Mode]).
 
 
 -spec print_health(health()) -> ok.
