@@ -3,6 +3,8 @@
 //! Times are nanoseconds since the clock was made, in 64 bits. The structures of this crate are
 //! defined for 100 years of them, and for readings that go backwards: these count as what they say.
 
+use std::cell::Cell;
+
 use crate::sync::{AtomicU64, Ordering};
 
 /// Where the time comes from.
@@ -14,26 +16,43 @@ pub trait Clock {
     fn now_ms(&self) -> u64 {
         self.now_ns() / 1_000_000
     }
-}
 
-/// One reading of a clock, for work on many things that all belong to that moment.
-///
-/// Reading the processor's counter makes it finish what it has begun before, so that the misses of
-/// many look-ups are not waited for together. One reading for all of them lets them overlap.
-#[derive(Debug, Clone, Copy)]
-pub struct Reading(u64);
-
-impl Reading {
-    /// What the clock shows now.
-    pub fn of(clock: &impl Clock) -> Self {
-        Self(clock.now_ns())
+    /// For whoever is refused for the time: whether it may be later now than [`Self::now_ns`] has
+    /// said, which from here on says what is true now.
+    fn renew(&self) -> bool {
+        false
     }
 }
 
-impl Clock for Reading {
+/// One reading of a clock, for work on many things at about the same moment.
+///
+/// Reading the processor's counter makes it finish what it has begun before, so that the misses of
+/// many look-ups are waited for one after the other. One reading for all of them lets them overlap.
+#[derive(Debug)]
+pub struct Reading<'a, C> {
+    clock: &'a C,
+    now_ns: Cell<u64>,
+}
+
+impl<'a, C: Clock> Reading<'a, C> {
+    /// What the clock shows now.
+    pub fn of(clock: &'a C) -> Self {
+        Self {
+            clock,
+            now_ns: Cell::new(clock.now_ns()),
+        }
+    }
+}
+
+impl<C: Clock> Clock for Reading<'_, C> {
     #[inline]
     fn now_ns(&self) -> u64 {
-        self.0
+        self.now_ns.get()
+    }
+
+    fn renew(&self) -> bool {
+        self.now_ns.set(self.clock.now_ns());
+        true
     }
 }
 
@@ -98,5 +117,21 @@ impl FakeClock {
 impl Clock for FakeClock {
     fn now_ns(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reading_stands_still_until_it_is_renewed() {
+        let clock = FakeClock::at_ns(5_000_000);
+        let reading = Reading::of(&clock);
+        clock.advance_ns(2_000_000);
+        assert_eq!((reading.now_ns(), reading.now_ms()), (5_000_000, 5));
+        assert!(reading.renew());
+        assert_eq!((reading.now_ns(), reading.now_ms()), (7_000_000, 7));
+        assert!(!clock.renew());
     }
 }

@@ -175,7 +175,11 @@ where
             }
             return Err(refused(shard, Refusal::ShardOverloaded));
         }
-        if self.buckets.is_on() && !self.pay(target.level, charged, clock) {
+        // A bucket that has just been taken from may hold another token by now.
+        if self.buckets.is_on()
+            && !self.pay(target.level, charged, clock)
+            && !(clock.renew() && self.pay(target.level, charged, clock))
+        {
             if permit != Permit::Free {
                 circuit.release_probe();
             }
