@@ -271,7 +271,7 @@ sample_if_due(#state{shard = Shard, ticked = {Before, BeforeMs}} = State0) ->
             start_timer(pass_over(State));
         #state{overload = none} when Threshold =:= infinity ->
             State;
-        #state{overload = none, sampled = {Admitted, 0}} ->
+        #state{overload = none, sampled = {Admitted, 0}} when Admitted =:= Before ->
             stop_ticking(State);
         #state{} when Admitted =:= Before; Depth >= Threshold div 2 ->
             start_timer(sample(State));
