@@ -154,10 +154,18 @@ managers_are_killed(_Config) ->
     ?assertEqual([], told()),
     ?assertEqual(Managers, managers()),
     ?assertEqual(Others, pids([erlmcp_native_sup, erlmcp_shard_sup | ?CONTROL_PLANE])),
-    #{count := Count, unobserved_count := Unobserved, worst_us := WorstUs, down := Down} = ?RECOVERY:downtimes(),
-    ?assertEqual({Kills, 0, []}, {Count, Unobserved, Down}),
+    #{
+      count := Count,
+      unobserved_count := Unobserved,
+      worst_us := WorstUs,
+      unobserved_worst_us := WorstBoundUs,
+      down := []
+     } = ?RECOVERY:downtimes(),
+    %% Some are over before the news of their beginning is there.
+    ?assertEqual(Kills, Count + Unobserved),
+    ?assert(Unobserved * 4 < Kills, {Unobserved, Kills}),
     ?assert(WorstUs < 1_000_000, WorstUs),
-    ?assertEqual((WorstUs + 999) div 1000, lists:max(Told)).
+    ?assertEqual((max(WorstUs, WorstBoundUs) + 999) div 1000, lists:max(Told)).
 
 
 kill_a_manager({Managers0, Recovering0, Told0}) ->
