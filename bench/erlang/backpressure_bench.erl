@@ -7,12 +7,12 @@
 %%% token an hour; a threshold of one message a shard, with a message in every mailbox; the circuit
 %%% forced open.
 %%%
-%%% Loops and the time that is taken off are those of {@link lookup_bench}.
+%%% Loops, tables and the time that is taken off are those of {@link lookup_bench}.
 -module(backpressure_bench).
 
 -export([run/1]).
 
--type work() :: nothing | route | route_batch | lookup_element.
+-type work() :: nothing | route | route_batch | lookup_element | lookup_element_of_pair.
 -type layers() :: on | off | no_tokens | no_room | circuit_open.
 
 %% Messages of a batch.
@@ -23,21 +23,24 @@
 run(#{connections := Count, rounds := Rounds, lookups := Lookups, progress := Progress}) ->
     {_, Connections} = Population =
         bench_population:start(Count, fun receiver/0),
-    Table = ets:new(?MODULE, [set, public, {read_concurrency, true}]),
-    lists:foreach(fun({Id, Pid}) ->
-                          ok = erlmcp_shard_registry:register_connection(Id, Pid, #{}),
-                          true = ets:insert(Table, {Id, Pid})
-                  end,
-                  Connections),
+    Config = bench_population:small_config(),
+    lists:foreach(fun({Id, Pid}) -> ok = erlmcp_shard_registry:register_connection(Id, Pid, Config) end, Connections),
+    Rows = bench_population:ets_table([ {Id, Pid, Config} || {Id, Pid} <- Connections ]),
+    Pairs = bench_population:ets_table(Connections),
     Ids = [ Id || {Id, _} <- Connections ],
     Passes = max(1, Lookups div Count),
     Measure = fun(Work, Layers) ->
+                      Table = case Work of
+                                  lookup_element_of_pair -> Pairs;
+                                  _ -> Rows
+                              end,
                       {{Work, Layers}, fun() -> measure(Work, Layers, Connections, Ids, Table, Passes) end}
               end,
     Figures = bench_rounds:interleave(
                 Rounds,
                 [ Measure(Work, Layers)
                   || {Work, Layers} <- [{lookup_element, on},
+                                        {lookup_element_of_pair, on},
                                         {route, on},
                                         {route, off},
                                         {route_batch, on},
@@ -45,7 +48,8 @@ run(#{connections := Count, rounds := Rounds, lookups := Lookups, progress := Pr
                                         {route, no_room},
                                         {route, circuit_open}] ],
                 Progress),
-    true = ets:delete(Table),
+    true = ets:delete(Rows),
+    true = ets:delete(Pairs),
     ok = bench_population:stop(Population),
     rows(Figures).
 
@@ -68,6 +72,10 @@ rows(Figures) ->
     [bench_report:floor(ratio,
                         0.5,
                         Against("route, all three layers", {route, on}, "ets:lookup_element/3", {lookup_element, on})),
+     Against("route, all three layers",
+             {route, on},
+             "the same, rows without a config",
+             {lookup_element_of_pair, on}),
      Against("route, all layers off", {route, off}, "ets:lookup_element/3", {lookup_element, on}),
      Against("route in batches of 500, a message", {route_batch, on}, "one by one", {route, on}),
      Refused("token bucket", no_tokens),
@@ -109,6 +117,7 @@ take() ->
 %% The layers do what the case is about.
 -spec expect(work(), layers(), binary()) -> ok.
 expect(lookup_element, _Layers, _Id) -> ok;
+expect(lookup_element_of_pair, _Layers, _Id) -> ok;
 expect(_Work, no_tokens, Id) -> rate_limited = route_once(Id), ok;
 expect(_Work, no_room, Id) -> shard_overloaded = route_once(Id), ok;
 expect(_Work, circuit_open, Id) -> circuit_open = route_once(Id), ok;
@@ -216,7 +225,8 @@ passes(Work, Ids, Context, Left) ->
              nothing -> nothing(Ids);
              route -> route(Ids);
              route_batch -> route_batches(Context);
-             lookup_element -> lookup_element(Ids, Context)
+             lookup_element -> lookup_element(Ids, Context);
+             lookup_element_of_pair -> lookup_element(Ids, Context)
          end,
     passes(Work, Ids, Context, Left - 1).
 

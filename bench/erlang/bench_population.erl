@@ -7,6 +7,7 @@
 
 -export([id/1, ids/1, shuffled/1]).
 -export([start/2, stop/1]).
+-export([ets_table/1]).
 -export([small_config/0, large_config/0]).
 -export([ranges/2, in_parallel/1, await/1]).
 
@@ -69,6 +70,17 @@ stop({Hub, Connections}) ->
     Monitors = [ monitor(process, Pid) || {_, Pid} <- Connections ],
     Hub ! stop,
     lists:foreach(fun(Monitor) -> receive {'DOWN', Monitor, process, _, _} -> ok end end, Monitors).
+
+
+%%% ETS
+
+
+%% A table of such rows, filled in one go.
+-spec ets_table([tuple()]) -> ets:table().
+ets_table(Rows) ->
+    Table = ets:new(?MODULE, [set, public, {read_concurrency, true}]),
+    lists:foreach(fun(Row) -> true = ets:insert(Table, Row) end, Rows),
+    Table.
 
 
 %%% Configs

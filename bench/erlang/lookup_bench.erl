@@ -5,8 +5,8 @@
 %%% connection is a process of its own; the list is in shuffled order and is gone through as often
 %%% as it takes for `lookups' look-ups a round.
 %%%
-%%% ETS is one table `[set, public, {read_concurrency, true}]' of `{Id, Pid}', or `{Id, Pid,
-%%% Config}' where the config is looked up too.
+%%% ETS is one table `[set, public, {read_concurrency, true}]' of `{Id, Pid, Config}', what a registry in ETS
+%%% would have; beside it one of `{Id, Pid}', whose rows lie closer together.
 -module(lookup_bench).
 
 -export([run/1]).
@@ -21,6 +21,7 @@
                   find_server |
                   classic_find_server |
                   lookup_element |
+                  lookup_element_of_pair |
                   ets_lookup |
                   erlang_whereis |
                   map_get.
@@ -35,16 +36,14 @@ run(#{connections := Count, rounds := Rounds, lookups := Lookups, progress := Pr
         bench_population:start(Count, fun() -> receive stop -> ok end end),
     Config = bench_population:small_config(),
     Own = erlmcp_shard_registry:new(),
-    Pairs = new_table(),
-    Configs = new_table(),
+    Rows = bench_population:ets_table([ {Id, Pid, Config} || {Id, Pid} <- Connections ]),
+    Pairs = bench_population:ets_table(Connections),
     Names = lists:map(
               fun({Id, Pid}) ->
                       ok = erlmcp_shard_registry:register_connection(Id, Pid, Config),
                       ok = erlmcp_shard_registry:register_connection(Own, Id, Pid, Config),
                       ok = erlmcp_registry:register_server(Id, Pid, Config),
                       ok = erlmcp_registry_classic:register_server(Id, Pid, Config),
-                      true = ets:insert(Pairs, {Id, Pid}),
-                      true = ets:insert(Configs, {Id, Pid, Config}),
                       Name = binary_to_atom(binary:encode_hex(Id)),
                       true = register(Name, Pid),
                       Name
@@ -60,8 +59,9 @@ run(#{connections := Count, rounds := Rounds, lookups := Lookups, progress := Pr
              {whereis_own, Own, Ids},
              {lookup_connection, none, Ids},
              {find_server, none, Ids},
-             {lookup_element, Pairs, Ids},
-             {ets_lookup, Configs, Ids},
+             {lookup_element, Rows, Ids},
+             {lookup_element_of_pair, Pairs, Ids},
+             {ets_lookup, Rows, Ids},
              {erlang_whereis, none, Names},
              {map_get, Map, Ids}],
     Figures = bench_rounds:interleave(
@@ -70,8 +70,8 @@ run(#{connections := Count, rounds := Rounds, lookups := Lookups, progress := Pr
                   || {Lookup, Context, List} <- Cases ] ++
                 [{classic_find_server, fun() -> time(classic_find_server, none, Few, 1) end}],
                 Progress),
+    true = ets:delete(Rows),
     true = ets:delete(Pairs),
-    true = ets:delete(Configs),
     ok = bench_population:stop(Population),
     rows(Figures).
 
@@ -92,6 +92,10 @@ rows(Figures) ->
                                 "whereis_connection/1",
                                 lookup_element,
                                 "ets:lookup_element/3")),
+     Compare(whereis_connection,
+             "whereis_connection/1",
+             lookup_element_of_pair,
+             "the same, rows without a config"),
      Compare(whereis_own,
              "whereis_connection/2, another registry",
              lookup_element,
@@ -112,11 +116,6 @@ rows(Figures) ->
              "find_server/1",
              classic_find_server,
              "classic find_server/1")].
-
-
--spec new_table() -> ets:table().
-new_table() ->
-    ets:new(?MODULE, [set, public, {read_concurrency, true}]).
 
 
 %% Nanoseconds a look-up, without those of the loop.
@@ -147,6 +146,7 @@ passes(Lookup, Context, Ids, Left) ->
              find_server -> find_server(Ids, Context);
              classic_find_server -> classic_find_server(Ids, Context);
              lookup_element -> lookup_element(Ids, Context);
+             lookup_element_of_pair -> lookup_element(Ids, Context);
              ets_lookup -> ets_lookup(Ids, Context);
              erlang_whereis -> erlang_whereis(Ids, Context);
              map_get -> map_get_loop(Ids, Context)
