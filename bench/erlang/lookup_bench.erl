@@ -36,19 +36,15 @@ run(#{connections := Count, rounds := Rounds, lookups := Lookups, progress := Pr
         bench_population:start(Count, fun() -> receive stop -> ok end end),
     Config = bench_population:small_config(),
     Own = erlmcp_shard_registry:new(),
+    %% One structure after the other, as if each were the only one: its parts lie together in memory.
+    Fill = fun(Register) -> lists:foreach(fun({Id, Pid}) -> ok = Register(Id, Pid, Config) end, Connections) end,
+    ok = Fill(fun erlmcp_shard_registry:register_connection/3),
+    ok = Fill(fun(Id, Pid, _) -> erlmcp_shard_registry:register_connection(Own, Id, Pid, Config) end),
+    ok = Fill(fun erlmcp_registry:register_server/3),
+    ok = Fill(fun erlmcp_registry_classic:register_server/3),
     Rows = bench_population:ets_table([ {Id, Pid, Config} || {Id, Pid} <- Connections ]),
     Pairs = bench_population:ets_table(Connections),
-    Names = lists:map(
-              fun({Id, Pid}) ->
-                      ok = erlmcp_shard_registry:register_connection(Id, Pid, Config),
-                      ok = erlmcp_shard_registry:register_connection(Own, Id, Pid, Config),
-                      ok = erlmcp_registry:register_server(Id, Pid, Config),
-                      ok = erlmcp_registry_classic:register_server(Id, Pid, Config),
-                      Name = binary_to_atom(binary:encode_hex(Id)),
-                      true = register(Name, Pid),
-                      Name
-              end,
-              Connections),
+    Names = [ register_name(Id, Pid) || {Id, Pid} <- Connections ],
     Found = [ {Id, erlmcp_shard_registry:whereis_connection(Id)} || {Id, _} <- Connections ],
     Found = Connections,
     Ids = [ Id || {Id, _} <- Connections ],
@@ -74,6 +70,13 @@ run(#{connections := Count, rounds := Rounds, lookups := Lookups, progress := Pr
     true = ets:delete(Pairs),
     ok = bench_population:stop(Population),
     rows(Figures).
+
+
+-spec register_name(binary(), pid()) -> atom().
+register_name(Id, Pid) ->
+    Name = binary_to_atom(binary:encode_hex(Id)),
+    true = register(Name, Pid),
+    Name.
 
 
 -spec rows(#{lookup() => bench_rounds:figures()}) -> [bench_report:row()].
