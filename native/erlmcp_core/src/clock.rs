@@ -63,21 +63,28 @@ impl<C: Clock> Clock for Reading<'_, C> {
 pub struct TscClock {
     clock: quanta::Clock,
     origin: u64,
+    /// Nanoseconds a tick, times 2^56: a multiplication and a shift by a constant, where `quanta` itself
+    /// shifts by a variable. Rounding it makes the clock slower by less than one part in 10^15.
+    ns_per_tick: u64,
 }
 
 impl TscClock {
     /// Calibrates, once in a process; that may take some milliseconds and up to 200.
     pub fn new() -> Self {
         let clock = quanta::Clock::new();
-        let origin = clock.raw();
-        Self { clock, origin }
+        Self {
+            origin: clock.raw(),
+            ns_per_tick: clock.delta_as_nanos(0, 1 << 62) >> (62 - 56),
+            clock,
+        }
     }
 }
 
 impl Clock for TscClock {
     #[inline]
     fn now_ns(&self) -> u64 {
-        self.clock.delta_as_nanos(self.origin, self.clock.raw())
+        let ticks = self.clock.raw().saturating_sub(self.origin);
+        ((u128::from(ticks) * u128::from(self.ns_per_tick)) >> 56) as u64
     }
 }
 
