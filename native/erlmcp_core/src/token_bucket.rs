@@ -544,11 +544,17 @@ impl Limiter {
     }
 }
 
-/// A bucket with limits of its own.
+/// A level in cache lines of its own (two of 64 bytes, since x86 fetches pairs).
+#[derive(Debug)]
+#[repr(align(128))]
+struct Apart(Level);
+
+/// A bucket with limits of its own. Its level is written all the time and must not take the limits,
+/// which are read, out of the caches of others.
 #[derive(Debug)]
 pub struct TokenBucket {
     limiter: Limiter,
-    level: Level,
+    level: Apart,
 }
 
 impl TokenBucket {
@@ -556,14 +562,14 @@ impl TokenBucket {
     pub fn new(limits: Option<Limits>, clock: &impl Clock) -> Self {
         Self {
             limiter: Limiter::new(limits, clock),
-            level: Level::full(),
+            level: Apart(Level::full()),
         }
     }
 
     /// Takes tokens, or none. Returns how many are left; `None` where there are no limits.
     #[inline]
     pub fn take(&self, clock: &impl Clock, tokens: u64) -> Result<Option<u64>, Refused> {
-        self.limiter.take(&self.level, clock, tokens)
+        self.limiter.take(&self.level.0, clock, tokens)
     }
 
     /// The limits; `None` if there are none.
