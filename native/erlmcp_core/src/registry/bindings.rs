@@ -207,10 +207,7 @@ where
                     shard,
                     namespace: Namespace::Transport,
                 })
-                .and_then(|place| {
-                    let (key, transport) = self.transports.get_key_value(&place, &transports)?;
-                    place.is_place_of(key).then_some(transport)
-                })
+                .and_then(|place| Some(place.find(&self.transports, &transports)?.1))
             else {
                 continue;
             };

@@ -6,7 +6,7 @@ use std::hash::{BuildHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use ahash::{AHasher, RandomState};
-use papaya::Equivalent;
+use papaya::{Equivalent, Guard, HashMap};
 
 use super::Namespace;
 use super::group::{Binding, Group};
@@ -212,6 +212,16 @@ impl Located<'_> {
     /// Whether the key that was found is that of the place.
     pub(super) fn is_place_of(&self, key: &Key) -> bool {
         self.location == key.location()
+    }
+
+    /// The entry at the place, in the map of its namespace.
+    pub(super) fn find<'g, V>(
+        &self,
+        map: &'g HashMap<Key, V, IdHashing>,
+        guard: &'g impl Guard,
+    ) -> Option<(&'g Key, &'g V)> {
+        map.get_key_value(self, guard)
+            .filter(|(key, _)| self.is_place_of(key))
     }
 }
 

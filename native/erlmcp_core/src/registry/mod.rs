@@ -368,9 +368,7 @@ where
                 namespace: Namespace::Connection,
             };
             let place = self.at(location, hash);
-            if let Some((key, connection)) = self.connections.get_key_value(&place, &guard)
-                && place.is_place_of(key)
-            {
+            if let Some((key, connection)) = place.find(&self.connections, &guard) {
                 each(self.id_of(key), &connection.entry)?;
             }
         }
@@ -400,19 +398,16 @@ where
         match place.location.namespace {
             Namespace::Connection => {
                 let guard = self.connections.guard();
-                let (key, connection) = self.connections.get_key_value(place, &guard)?;
-                place.is_place_of(key).then_some(connection.entry.address)
+                Some(place.find(&self.connections, &guard)?.1.entry.address)
             }
             Namespace::Server => {
                 let guard = self.servers.guard();
-                let (key, server) = self.servers.get_key_value(place, &guard)?;
-                let entry = server.entry()?;
-                place.is_place_of(key).then_some(entry.address)
+                Some(place.find(&self.servers, &guard)?.1.entry()?.address)
             }
             Namespace::Transport => {
                 let guard = self.transports.guard();
-                let (key, transport) = self.transports.get_key_value(place, &guard)?;
-                (place.is_place_of(key) && self.is_registered(transport))
+                let (_, transport) = place.find(&self.transports, &guard)?;
+                self.is_registered(transport)
                     .then_some(transport.entry.address)
             }
         }
