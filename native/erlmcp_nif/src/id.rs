@@ -69,15 +69,18 @@ fn binary(term: Term<'_>) -> Option<&[u8]> {
 
 /// Encodes an id; `badarg` if it takes more than `max_bytes`, as [`encoding::encode`] counts them.
 pub(crate) fn encode(term: Term<'_>, max_bytes: usize) -> NifResult<EncodedId<'_>> {
-    if let Some(bytes) = binary(term) {
-        if bytes.len() > max_bytes {
-            return Err(Error::BadArg);
-        }
-        return Ok(EncodedId {
+    match binary(term) {
+        Some(bytes) if bytes.len() > max_bytes => Err(Error::BadArg),
+        Some(bytes) => Ok(EncodedId {
             kind: BINARY,
             bytes: Bytes::Slice(Cow::Borrowed(bytes)),
-        });
+        }),
+        None => encode_other(term, max_bytes),
     }
+}
+
+/// Encodes an id that is no binary.
+fn encode_other(term: Term<'_>, max_bytes: usize) -> NifResult<EncodedId<'_>> {
     if term.is_atom() {
         return Ok(EncodedId {
             kind: ATOM,
@@ -107,7 +110,7 @@ pub(crate) fn kind_and_bytes<'b, 'a: 'b>(
     if let Some(bytes) = binary(term) {
         return (bytes.len() <= max_bytes).then_some((BINARY, bytes));
     }
-    let encoded = encoded.insert(encode(term, max_bytes).ok()?);
+    let encoded = encoded.insert(encode_other(term, max_bytes).ok()?);
     Some((encoded.kind, encoded.bytes()))
 }
 

@@ -11,12 +11,10 @@ pub(crate) fn tuple_elements<'a>(
     max: usize,
 ) -> Option<impl ExactSizeIterator<Item = Term<'a>> + DoubleEndedIterator> {
     let elements = raw_elements(term).filter(|elements| elements.len() <= max)?;
-    // SAFETY: they are terms of the same environment.
-    Some(
-        elements
-            .iter()
-            .map(move |element| unsafe { Term::new(term.get_env(), *element) }),
-    )
+    Some(elements.iter().map(move |element| {
+        // SAFETY: they are terms of the same environment.
+        unsafe { Term::new(term.get_env(), *element) }
+    }))
 }
 
 /// The first element of a pair, if `term` is one.
