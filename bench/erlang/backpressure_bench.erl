@@ -88,6 +88,8 @@ measure(Work, Layers, Connections, Ids, Table, Passes) ->
     ok = set(Layers, Connections),
     ok = expect(Work, Layers, hd(Ids)),
     Context = context(Work, Ids, Table),
+    %% Not counted: the first taking from a bucket after a change of limits converts it.
+    ok = passes(Work, Ids, Context, 1),
     Loop = elapsed(nothing, Ids, Context, Passes),
     Whole = elapsed(Work, Ids, Context, Passes),
     ok = expect(Work, Layers, hd(Ids)),
