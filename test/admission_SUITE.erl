@@ -560,7 +560,11 @@ default_handler_shows_it(Config) ->
                             "{no_domain,{fun logger_filters:domain/2,{log,undefined,[]}}}],"
                             "filter_default=>stop}}]",
                             [File]),
-    ?assertEqual(ok, in_peer(in_default_handler, ["-kernel", "logger", lists:flatten(Handler)])),
+    ?assertEqual(ok,
+                 test_support:in_peer(?MODULE,
+                                      in_default_handler,
+                                      [],
+                                      #{flags => ["-kernel", "logger", lists:flatten(Handler)]})),
     {ok, Log} = file:read_file(File),
     ?assertMatch([_], binary:matches(Log, <<"shard 17 is overloaded">>)),
     ?assertMatch([_], binary:matches(Log, <<"shard 17 has recovered">>)).
@@ -810,19 +814,3 @@ await_until(Condition, Deadline) ->
                 await_until(Condition, Deadline)
             end
     end.
-
-
-%% A function of this module in a node of its own.
-in_peer(Function, Flags) ->
-    Root = code:root_dir(),
-    Paths = [ filename:absname(Path) || Path <- code:get_path(), not lists:prefix(Root, Path), Path =/= "." ],
-    %% Compiled for cover, a module has no file.
-    Own = [ filename:dirname(File) || File <- [code:which(?MODULE)], is_list(File) ],
-    {ok, Peer, _} = peer:start_link(#{
-                                      connection => standard_io,
-                                      wait_boot => 60_000,
-                                      args => Flags ++ ["-pa" | Paths ++ Own]
-                                     }),
-    Result = peer:call(Peer, ?MODULE, Function, [], 60_000),
-    peer:stop(Peer),
-    Result.

@@ -227,7 +227,7 @@ native_defaults_are_the_documented_ones(_Config) ->
                        list_to_tuple([ maps:get(Key, Circuit)
                                        || Key <- [failure_threshold, window_ms, success_threshold, timeout_ms, probe_limit] ])
                   },
-                 in_peer(in_native_defaults)).
+                 test_support:in_peer(?MODULE, in_native_defaults)).
 
 
 in_native_defaults() ->
@@ -237,7 +237,7 @@ in_native_defaults() ->
 %% Limits that take months to fill use up the room for changes soon. In a node of its own, since there is
 %% no way back.
 too_many_changes_are_an_error_and_change_nothing(_Config) ->
-    ?assertEqual(ok, in_peer(in_too_many_changes)).
+    ?assertEqual(ok, test_support:in_peer(?MODULE, in_too_many_changes)).
 
 
 in_too_many_changes() ->
@@ -272,19 +272,3 @@ in_force() ->
       admission => Threshold,
       circuit_breaker => maps:get(config, erlmcp_nif:breaker_stats())
      }.
-
-
-%% A function of this module in a node of its own.
-in_peer(Function) ->
-    Root = code:root_dir(),
-    Paths = [ filename:absname(Path) || Path <- code:get_path(), not lists:prefix(Root, Path), Path =/= "." ],
-    %% Compiled for cover, a module has no file.
-    Own = [ filename:dirname(File) || File <- [code:which(?MODULE)], is_list(File) ],
-    {ok, Peer, _} = peer:start_link(#{
-                                      connection => standard_io,
-                                      wait_boot => 60_000,
-                                      args => ["-pa" | Paths ++ Own]
-                                     }),
-    Result = peer:call(Peer, ?MODULE, Function, [], 60_000),
-    peer:stop(Peer),
-    Result.

@@ -23,7 +23,8 @@ all() ->
 
 %% Less than one percent of one core, of which the runtime alone takes some.
 many_idle_connections_cost_nothing(_Config) ->
-    #{seconds := Seconds, cpu_ms := CpuMs, connections := 15_000, health := ok} = in_peer(in_idle, []),
+    #{seconds := Seconds, cpu_ms := CpuMs, connections := 15_000, health := ok} =
+        test_support:in_peer(?MODULE, in_idle, [], #{timeout_ms => 120_000}),
     Percent = CpuMs / (10 * Seconds),
     ct:pal("15,000 idle connections: ~.3f % of a core (~.1f ms in ~.1f s)", [Percent, CpuMs, Seconds]),
     ?assert(Percent < 1.0, Percent).
@@ -73,15 +74,3 @@ cpu_ms() ->
 
 now_us() ->
     erlang:monotonic_time(microsecond).
-
-
-%% A function of this module in a node of its own.
-in_peer(Function, Arguments) ->
-    Root = code:root_dir(),
-    Paths = [ filename:absname(Path) || Path <- code:get_path(), not lists:prefix(Root, Path), Path =/= "." ],
-    %% Compiled for cover, a module has no file.
-    Own = [ filename:dirname(File) || File <- [code:which(?MODULE)], is_list(File) ],
-    {ok, Peer, _} = peer:start_link(#{connection => standard_io, wait_boot => 60_000, args => ["-pa" | Paths ++ Own]}),
-    Result = peer:call(Peer, ?MODULE, Function, Arguments, 120_000),
-    peer:stop(Peer),
-    Result.

@@ -88,7 +88,7 @@ every_function_survives_any_arguments(_Config) ->
     Seed = from_environment("FUZZ_SEED", erlang:system_time(microsecond) band 16#ffffffff),
     Calls = from_environment("FUZZ_CALLS", 100_000),
     ct:pal("FUZZ_SEED=~b FUZZ_CALLS=~b", [Seed, Calls]),
-    {Seconds, Report} = timed_seconds(fun() -> in_peer(in_fuzz, [Seed, Calls]) end),
+    {Seconds, Report} = timed_seconds(fun() -> in_peer(in_fuzz, [Seed, Calls], []) end),
     #{results := Results, unexpected := Unexpected, left := Left, grown := Grown} = Report,
     #{settings := Settings, restored := Restored, routed := Routed} = Report,
     ct:pal("~b functions in ~.1f s, ~p~n~ts",
@@ -663,7 +663,7 @@ is_of(_Term, {type, _, None, []}, _Types) when None =:= none; None =:= no_return
 
 %% Measures the calls of a function of this section, which returns [{What, Us}], in a node of its own.
 short(Function) ->
-    {Seconds, Calls} = timed_seconds(fun() -> in_peer(in_measured, [Function]) end),
+    {Seconds, Calls} = timed_seconds(fun() -> in_peer(in_measured, [Function], []) end),
     [_ | _] = Calls,
     Longest = lists:sublist(lists:reverse(lists:keysort(2, Calls)), 5),
     ct:pal("~b calls measured in ~.1f s, the longest in microseconds:~n~0p",
@@ -1169,23 +1169,6 @@ from_environment(Variable, Default) ->
     end.
 
 
-%% A function of this module in a node of its own, whose end is the case's.
-in_peer(Function, Arguments) ->
-    in_peer(Function, Arguments, []).
-
-
+%% The end of the node is a failed case.
 in_peer(Function, Arguments, Flags) ->
-    Root = code:root_dir(),
-    Paths = [ filename:absname(Path) || Path <- code:get_path(),
-                                        not lists:prefix(Root, Path),
-                                        Path =/= "." ],
-    %% Compiled for cover, a module has no file.
-    Own = [ filename:dirname(File) || File <- [code:which(?MODULE)], is_list(File) ],
-    {ok, Peer, _} = peer:start_link(#{
-                                      connection => standard_io,
-                                      wait_boot => 60_000,
-                                      args => Flags ++ ["-pa" | Paths ++ Own]
-                                     }),
-    Result = peer:call(Peer, ?MODULE, Function, Arguments, 600_000),
-    peer:stop(Peer),
-    Result.
+    test_support:in_peer(?MODULE, Function, Arguments, #{flags => Flags, timeout_ms => 600_000}).

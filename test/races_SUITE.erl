@@ -391,10 +391,8 @@ dangling_names_do_not_leak(_Config) ->
 %% OTP 25 crashes if it comes upon a resource that was freed after its monitor was taken back. In a
 %% node of its own, since the whole node would end.
 monitored_by_is_asked_while_entries_go(_Config) ->
-    {ok, Peer, _} = peer:start_link(#{connection => standard_io}),
-    ok = peer:call(Peer, code, add_pathsa, [[ filename:dirname(code:which(M)) || M <- [erlmcp_nif, ?MODULE] ]]),
-    ?assert(peer:call(Peer, ?MODULE, register_and_unregister, [2000], 30000) > 1000),
-    peer:stop(Peer).
+    Rounds = test_support:in_peer(?MODULE, register_and_unregister, [2000], #{timeout_ms => 30_000}),
+    ?assert(Rounds > 1000, Rounds).
 
 
 register_and_unregister(Ms) ->

@@ -574,7 +574,7 @@ long_transport_id(_Config) ->
 
 %% The defaults, but nobody is refused for the state of a shard.
 without_the_application(_Config) ->
-    ?assertEqual(ok, in_peer(in_without_application)).
+    ?assertEqual(ok, test_support:in_peer(?MODULE, in_without_application)).
 
 
 in_without_application() ->
@@ -616,7 +616,7 @@ in_without_application() ->
 
 %% It samples no more, so nobody is refused for the state of a shard from then on.
 after_the_application(_Config) ->
-    ?assertEqual(ok, in_peer(in_after_application)).
+    ?assertEqual(ok, test_support:in_peer(?MODULE, in_after_application)).
 
 
 in_after_application() ->
@@ -738,19 +738,3 @@ await(Condition, Deadline) ->
                 await(Condition, Deadline)
             end
     end.
-
-
-%% A function of this module in a node of its own.
-in_peer(Function) ->
-    Root = code:root_dir(),
-    Paths = [ filename:absname(Path) || Path <- code:get_path(), not lists:prefix(Root, Path), Path =/= "." ],
-    %% Compiled for cover, a module has no file.
-    Own = [ filename:dirname(File) || File <- [code:which(?MODULE)], is_list(File) ],
-    {ok, Peer, _} = peer:start_link(#{
-                                      connection => standard_io,
-                                      wait_boot => 60_000,
-                                      args => ["-pa" | Paths ++ Own]
-                                     }),
-    Result = peer:call(Peer, ?MODULE, Function, [], 60_000),
-    peer:stop(Peer),
-    Result.

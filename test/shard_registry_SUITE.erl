@@ -1611,7 +1611,7 @@ in_configs_after_distribution() ->
 become_distributed() ->
     nonode@nohost = node(),
     %% A node that is started with a name starts epmd.
-    {ok, Starter, _} = start_peer(#{name => peer:random_name()}),
+    {ok, Starter, _} = test_support:start_peer(?MODULE, #{name => peer:random_name()}),
     {ok, _} = net_kernel:start([list_to_atom(peer:random_name()), shortnames]),
     true = is_alive(),
     peer:stop(Starter).
@@ -1622,7 +1622,7 @@ process_of_another_node(_Config) -> in_peer(in_other_node).
 
 in_other_node() ->
     become_distributed(),
-    {ok, Peer, Node} = start_peer(#{name => peer:random_name()}),
+    {ok, Peer, Node} = test_support:start_peer(?MODULE, #{name => peer:random_name()}),
     Pid = spawn(Node, ?MODULE, idle, []),
     pong = net_adm:ping(Node),
     Processes = erlang:system_info(process_count),
@@ -1667,7 +1667,7 @@ other_node_goes_down(_Config) -> in_peer(in_other_node_down).
 
 in_other_node_down() ->
     become_distributed(),
-    {ok, Peer, Node} = start_peer(#{name => peer:random_name()}),
+    {ok, Peer, Node} = test_support:start_peer(?MODULE, #{name => peer:random_name()}),
     pong = net_adm:ping(Node),
     R = ?M:new(),
     {ok, _} = erlmcp_registry:start_link(),
@@ -1709,26 +1709,8 @@ idle() ->
 %%% Peer nodes
 
 
-%% Runs a function of this module in a node of its own, whose end ends the case.
 in_peer(Function) ->
-    {ok, Peer, _} = start_peer(#{}),
-    Result = peer:call(Peer, ?MODULE, Function, [], 120_000),
-    peer:stop(Peer),
-    ?assertEqual(ok, Result).
-
-
-start_peer(Options) ->
-    Root = code:root_dir(),
-    Paths = [ filename:absname(Path) || Path <- code:get_path(),
-                                        not lists:prefix(Root, Path),
-                                        Path =/= "." ],
-    %% Compiled for cover, a module has no file.
-    Own = [ filename:dirname(File) || File <- [code:which(?MODULE)], is_list(File) ],
-    {ok, _, _} = peer:start_link(Options#{
-                                   connection => standard_io,
-                                   wait_boot => 60_000,
-                                   args => ["-pa" | Paths ++ Own]
-                                  }).
+    ?assertEqual(ok, test_support:in_peer(?MODULE, Function, [], #{timeout_ms => 120_000})).
 
 
 %%% Registries under test
