@@ -87,11 +87,14 @@ init_per_testcase(_Case, Config) ->
 
 end_per_testcase(_Case, _Config) ->
     _ = [ exit(Pid, kill) || Shard <- lists:seq(0, 63), {_, {Pid, receiver}} <- erlmcp_shard_registry:list_connections(Shard) ],
-    Cleared = await(fun() -> erlmcp_shard_registry:count() =:= 0 end),
-    _ = [ application:unset_env(erlmcp_native, Key) || Key <- [admission, token_bucket, circuit_breaker, backpressure] ],
-    ok = erlmcp_backpressure:configure(),
-    ok = application:stop(erlmcp_native),
-    ?assert(Cleared).
+    try
+        test_support:await(fun() -> erlmcp_shard_registry:count() =:= 0 end)
+    after
+        _ = [ application:unset_env(erlmcp_native, Key)
+              || Key <- [admission, token_bucket, circuit_breaker, backpressure] ],
+        ok = erlmcp_backpressure:configure(),
+        ok = application:stop(erlmcp_native)
+    end.
 
 
 %% Only admission control is on.
@@ -101,7 +104,7 @@ start() ->
     ok = application:set_env(erlmcp_native, token_bucket, infinity),
     ok = application:set_env(erlmcp_native, circuit_breaker, off),
     ok = application:start(erlmcp_native),
-    true = await(fun() -> lists:all(fun is_sampled/1, lists:seq(0, 63)) end),
+    test_support:await(fun() -> lists:all(fun is_sampled/1, lists:seq(0, 63)) end),
     ok.
 
 
@@ -118,7 +121,7 @@ refuses_at_the_threshold(_Config) ->
     Callers = 6,
     Others = [ {Shard, Id} || Shard <- lists:seq(0, 63), Shard =/= ?SHARD, {Id, _} <- receivers(Shard, 1) ],
     Running = [ spawn_link(fun() -> send_until_told(ids(Receivers), 0, 0) end) || _ <- lists:seq(1, Callers) ],
-    true = await(fun() -> refused(?SHARD) end),
+    test_support:await(fun() -> refused(?SHARD) end),
     %% While it refuses, samples are taken, and nothing is let through on that account.
     _ = [ begin
               ?assert(queued(Receivers) =< ?THRESHOLD + Callers),
@@ -146,14 +149,14 @@ receivers_that_resume_make_room(_Config) ->
                   {error, shard_overloaded} = erlmcp_shard_manager:route_message(Id, x),
                   ?assertEqual(Accepted, take_all(Receivers)),
                   Empty = now_us(),
-                  true = await(fun() -> erlmcp_shard_manager:route_message(Id, x) =:= ok end),
+                  test_support:await(fun() -> erlmcp_shard_manager:route_message(Id, x) =:= ok end),
                   Us = now_us() - Empty,
                   %% And for as many as there is room for.
-                  true = await(fun() -> not refused(?SHARD) end),
+                  test_support:await(fun() -> not refused(?SHARD) end),
                   More = fill(Receivers),
                   ?assert(More > ?THRESHOLD div 2, More),
                   ?assertEqual(More + 1, take_all(Receivers)),
-                  true = await(fun() -> not maps:get(is_overloaded, ?M:get_shard_stats(?SHARD)) end),
+                  test_support:await(fun() -> not maps:get(is_overloaded, ?M:get_shard_stats(?SHARD)) end),
                   Us
               end || _ <- lists:seq(1, 6) ],
     ct:log("accepted again after ~p us", [Times]),
@@ -193,10 +196,10 @@ nobody_is_refused_for_want_of_a_sampler(_Config) ->
     #{sample_age_ms := Age} = ?M:get_shard_stats(?SHARD),
     ?assert(Age >= 10 * ?INTERVAL_MS, Age),
     {ok, _} = supervisor:restart_child(erlmcp_shard_sup, ?SHARD),
-    true = await(fun() -> refused(?SHARD) end),
+    test_support:await(fun() -> refused(?SHARD) end),
     ?assertMatch(#{queue_depth := Depth} when Depth >= 6 * ?THRESHOLD, ?M:get_shard_stats(?SHARD)),
     _ = take_all(Receivers),
-    true = await(fun() -> not refused(?SHARD) end).
+    test_support:await(fun() -> not refused(?SHARD) end).
 
 
 killed_manager_samples_again(_Config) ->
@@ -204,8 +207,8 @@ killed_manager_samples_again(_Config) ->
     Accepted = fill(Receivers),
     Old = manager(?SHARD),
     exit(Old, kill),
-    true = await(fun() -> is_pid(manager(?SHARD)) andalso manager(?SHARD) =/= Old end),
-    true = await(fun() -> maps:get(sample_age_ms, ?M:get_shard_stats(?SHARD)) =< 2 * ?INTERVAL_MS end),
+    test_support:await(fun() -> is_pid(manager(?SHARD)) andalso manager(?SHARD) =/= Old end),
+    test_support:await(fun() -> maps:get(sample_age_ms, ?M:get_shard_stats(?SHARD)) =< 2 * ?INTERVAL_MS end),
     ?assertEqual({error, shard_overloaded}, ?M:check_admission(?SHARD)),
     ?assertEqual(Accepted, queued(Receivers)),
     %% It goes on doing so, without being asked.
@@ -213,7 +216,7 @@ killed_manager_samples_again(_Config) ->
     ?assertEqual({error, shard_overloaded}, ?M:check_admission(?SHARD)),
     ?assertMatch(#{sample_age_ms := Age} when Age < 5 * ?INTERVAL_MS, ?M:get_shard_stats(?SHARD)),
     ?assertEqual(Accepted, take_all(Receivers)),
-    true = await(fun() -> not refused(?SHARD) end).
+    test_support:await(fun() -> not refused(?SHARD) end).
 
 
 %% Fifty a second: the supervisor stays, and what was accepted arrives in order.
@@ -234,7 +237,7 @@ managers_killed_under_load(_Config) ->
     ?assertEqual(Supervisor, whereis(erlmcp_shard_sup)),
     ?assertEqual(Accepted, taken(Receivers)),
     ?assert(Accepted > 10_000, Accepted),
-    true = await(fun() -> lists:all(fun(Shard) -> is_pid(manager(Shard)) end, lists:seq(0, 63)) end),
+    test_support:await(fun() -> lists:all(fun(Shard) -> is_pid(manager(Shard)) end, lists:seq(0, 63)) end),
     ?assertEqual([], [ Shard || Shard <- lists:seq(0, 63), not is_pid(manager(Shard)) ]).
 
 
@@ -269,11 +272,11 @@ update_queue_depth(_Config) ->
     ?assertMatch([_, _ | _], [ S || S <- lists:seq(0, 63), S =/= ?SHARD, ?M:check_admission(S) =:= ok ]),
     %% The next sample finds out what it really is.
     {ok, _} = supervisor:restart_child(erlmcp_shard_sup, ?SHARD),
-    true = await(fun() -> Depth() =:= 9 end),
+    test_support:await(fun() -> Depth() =:= 9 end),
     ok = ?M:update_queue_depth(?SHARD, 91),
     ?assertEqual({error, shard_overloaded}, ?M:check_admission(?SHARD)),
     ?assertEqual({error, shard_overloaded}, erlmcp_shard_manager:route_message(Id, x)),
-    true = await(fun() -> ?M:check_admission(?SHARD) =:= ok end),
+    test_support:await(fun() -> ?M:check_admission(?SHARD) =:= ok end),
     exit(Pid, kill).
 
 
@@ -305,7 +308,7 @@ set_threshold(_Config) ->
     ok = check_filled(600, queued(Other) + fill(Other)),
     %% What has come meanwhile is found with the first message.
     _ = erlmcp_shard_manager:route_message(element(1, hd(Receivers)), x),
-    true = await(fun() -> refused(?SHARD) end),
+    test_support:await(fun() -> refused(?SHARD) end),
     ok = ?M:set_threshold(infinity),
     ?assertEqual({ok, infinity}, application:get_env(erlmcp_native, admission)),
     ?assertEqual([infinity], lists:usort([ Threshold(Shard) || Shard <- lists:seq(0, 63) ])),
@@ -315,7 +318,7 @@ set_threshold(_Config) ->
     ok = ?M:set_threshold(700),
     ?assertEqual([700], lists:usort([ Threshold(Shard) || Shard <- lists:seq(0, 63) ])),
     _ = erlmcp_shard_manager:route_message(element(1, hd(Other)), x),
-    true = await(fun() -> refused(?SHARD + 1) end).
+    test_support:await(fun() -> refused(?SHARD + 1) end).
 
 
 %% One more for the one caller, whose message was not there yet when a sample was taken.
@@ -328,7 +331,7 @@ threshold_of_one(_Config) ->
     [{Id, _}] = Receivers = receivers(?SHARD, 1),
     ok = ?M:set_threshold(?SHARD, 1),
     _ = [ begin
-              true = await(fun() -> erlmcp_shard_manager:route_message(Id, x) =:= ok end),
+              test_support:await(fun() -> erlmcp_shard_manager:route_message(Id, x) =:= ok end),
               ?assertEqual({error, shard_overloaded}, erlmcp_shard_manager:route_message(Id, x)),
               timer:sleep(2 * ?INTERVAL_MS),
               ?assertEqual({error, shard_overloaded}, erlmcp_shard_manager:route_message(Id, x)),
@@ -338,10 +341,10 @@ threshold_of_one(_Config) ->
     _ = ?assert(reductions_in(?SHARD, 500) < 100_000),
     %% with one place left,
     ok = ?M:set_threshold(?SHARD, 2),
-    true = await(fun() -> erlmcp_shard_manager:route_message(Id, x) =:= ok end),
+    test_support:await(fun() -> erlmcp_shard_manager:route_message(Id, x) =:= ok end),
     _ = ?assert(reductions_in(?SHARD, 500) < 100_000),
     %% and with none.
-    true = await(fun() -> refused(?SHARD) orelse erlmcp_shard_manager:route_message(Id, x) =/= ok end),
+    test_support:await(fun() -> refused(?SHARD) orelse erlmcp_shard_manager:route_message(Id, x) =/= ok end),
     ?assert(reductions_in(?SHARD, 500) < 100_000).
 
 
@@ -357,7 +360,7 @@ interval_changes_live(_Config) ->
     ?assertEqual({error, shard_overloaded}, ?M:check_admission(?SHARD)),
     ?assertMatch(#{sample_age_ms := Age} when Age < 10 * ?INTERVAL_MS, ?M:get_shard_stats(?SHARD)),
     _ = take_all(Receivers),
-    true = await(fun() -> not refused(?SHARD) end, 1000).
+    test_support:await(fun() -> not refused(?SHARD) end, 1000).
 
 
 %% What is not checked takes effect with the next start, if that finds it right.
@@ -368,7 +371,7 @@ environment_alone_changes_nothing(_Config) ->
     ok = check_filled(?THRESHOLD, fill(Receivers)),
     ok = application:set_env(erlmcp_native, admission, unlimited),
     _ = take_all(Receivers),
-    true = await(fun() -> not refused(?SHARD) end),
+    test_support:await(fun() -> not refused(?SHARD) end),
     _ = [ erlmcp_shard_manager:route_message(Id, x) || Shard <- lists:seq(0, 63), {Id, _} <- receivers(Shard, 1) ],
     timer:sleep(5 * ?INTERVAL_MS),
     ?assertEqual(Managers, [ manager(Shard) || Shard <- lists:seq(0, 63) ]).
@@ -430,7 +433,7 @@ stats_show_rate_and_latency(_Config) ->
     ?assert(P50 > 20_000 andalso P50 < 500_000, P50),
     ?assert(P95 >= P50 andalso P99 >= P95),
     %% When nothing comes any more the rate is zero.
-    true = await(fun() -> maps:get(messages_per_second, ?M:get_shard_stats(?SHARD)) =:= 0 end).
+    test_support:await(fun() -> maps:get(messages_per_second, ?M:get_shard_stats(?SHARD)) =:= 0 end).
 
 
 %% The rate is that of the time since the messages came, and not of the pause before them.
@@ -513,10 +516,10 @@ one_line_for_an_overload_that_comes_and_goes(_Config) ->
         Receivers = receivers(?SHARD, 2),
         Times = [ begin
                       _ = fill(Receivers),
-                      true = await(fun() -> maps:get(is_overloaded, ?M:get_shard_stats(?SHARD)) end),
+                      test_support:await(fun() -> maps:get(is_overloaded, ?M:get_shard_stats(?SHARD)) end),
                       N =:= 5 andalso exit(whereis(erlmcp_shard_manager_17), kill),
                       _ = take_all(Receivers),
-                      true = await(fun() -> not maps:get(is_overloaded, ?M:get_shard_stats(?SHARD)) end),
+                      test_support:await(fun() -> not maps:get(is_overloaded, ?M:get_shard_stats(?SHARD)) end),
                       erlang:monotonic_time(millisecond)
                   end || N <- lists:seq(1, 10) ],
         %% On a machine that was busy for so long they are two overloads by right.
@@ -576,7 +579,7 @@ in_default_handler() ->
                        Receivers = receivers(?SHARD, 2),
                        _ = fill(Receivers),
                        _ = take_all(Receivers),
-                       true = await(fun() -> not maps:get(is_overloaded, ?M:get_shard_stats(?SHARD)) end),
+                       test_support:await(fun() -> not maps:get(is_overloaded, ?M:get_shard_stats(?SHARD)) end),
                        %% It is told when nothing was refused for a second.
                        timer:sleep(1000 + 3 * ?INTERVAL_MS)
                end,
@@ -598,7 +601,7 @@ threshold_of_one_shard_alone(_Config) ->
     timer:sleep(1500),
     ?assertEqual({error, shard_overloaded}, ?M:check_admission(?SHARD)),
     _ = take_all(Receivers),
-    true = await(fun() -> not refused(?SHARD) end, 1000).
+    test_support:await(fun() -> not refused(?SHARD) end, 1000).
 
 
 %%% Wrong arguments
@@ -792,25 +795,4 @@ sleep_until(Us) ->
     case Us - now_us() of
         Left when Left > 0 -> timer:sleep(Left div 1000 + 1), sleep_until(Us);
         _ -> ok
-    end.
-
-
-await(Condition) ->
-    await(Condition, 10_000).
-
-
-await(Condition, Ms) ->
-    await_until(Condition, now_us() + Ms * 1000).
-
-
-await_until(Condition, Deadline) ->
-    case Condition() of
-        true ->
-            true;
-        false ->
-            now_us() < Deadline andalso
-            begin
-                timer:sleep(1),
-                await_until(Condition, Deadline)
-            end
     end.

@@ -1100,22 +1100,7 @@ sleeper() ->
 
 %% Waits until it is.
 is(Expected, Look) ->
-    is(Expected, Look, now_ms() + ?DEADLINE_MS).
-
-
-is(Expected, Look, Deadline) ->
-    case Look() of
-        Expected ->
-            ok;
-        Other ->
-            case now_ms() < Deadline of
-                true ->
-                    timer:sleep(1),
-                    is(Expected, Look, Deadline);
-                false ->
-                    ?assertEqual(Expected, Other)
-            end
-    end.
+    test_support:await_value(Expected, Look, ?DEADLINE_MS).
 
 
 ask(Pid, Question) ->

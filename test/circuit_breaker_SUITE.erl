@@ -350,7 +350,7 @@ keeper_is_killed(_Config) ->
     lists:foreach(
       fun(N) ->
               kill(whereis(erlmcp_circuit_breaker_names)),
-              eventually(fun() -> #{b => open, c => closed} =:= ?CB:get_all_states() end),
+              test_support:await(fun() -> #{b => open, c => closed} =:= ?CB:get_all_states() end, ?DEADLINE_MS),
               refused(b),
               {ok, #{total_rejected := Rejected}} = ?CB:get_stats(b),
               ?assertEqual(N + 1, Rejected),
@@ -653,7 +653,7 @@ overdue_probe_gives_its_slot_back(_Config) ->
     ok = ?CB:force_open(b),
     await_state(half_open, b),
     Hanging = blocked_call(b, 30),
-    eventually(fun() -> {ok, 1} =:= ?CB:call(b, fun() -> {ok, 1} end) end),
+    test_support:await(fun() -> {ok, 1} =:= ?CB:call(b, fun() -> {ok, 1} end) end, ?DEADLINE_MS),
     ?assertEqual(closed, ?CB:get_state(b)),
     ?assertEqual({error, x}, finish(Hanging, {error, x})),
     {ok, #{state := closed, total_failures := 1, consecutive_failures := 0}} = ?CB:get_stats(b).
@@ -856,7 +856,7 @@ supervised_breaker_starts_anew(_Config) ->
     refused(b),
     Old = breaker_pid(b),
     kill(Old),
-    eventually(fun() -> is_pid(breaker_pid(b)) end),
+    test_support:await(fun() -> is_pid(breaker_pid(b)) end, ?DEADLINE_MS),
     ?assertEqual(closed, ?CB:get_state(b)),
     ?assertEqual({ok, 1}, ?CB:call(b, fun() -> {ok, 1} end)),
     ok = gen_server:stop(Supervisor),
@@ -966,7 +966,7 @@ callers_killed_anywhere(_Config) ->
                   lists:seq(1, 3000)),
     Pid = breaker_pid(b),
     % The keeper's is left.
-    eventually(fun() -> {monitors, M} = process_info(Pid, monitors), length(M) =:= 1 end),
+    test_support:await(fun() -> {monitors, M} = process_info(Pid, monitors), length(M) =:= 1 end, ?DEADLINE_MS),
     await_state(half_open, b),
     Callers = [ blocked_call(b) || _ <- [1, 2, 3] ],
     refused(b),
@@ -1005,7 +1005,7 @@ stale_outcomes_do_not_count(_Config) ->
     Killed = blocked_call(b),
     ok = ?CB:reset(b),
     exit(Killed, kill),
-    eventually(fun() -> {ok, #{total_failures := N}} = ?CB:get_stats(b), N =:= 4 end),
+    test_support:await(fun() -> {ok, #{total_failures := N}} = ?CB:get_stats(b), N =:= 4 end, ?DEADLINE_MS),
     {ok, #{state := closed, consecutive_failures := 0, total_successes := 1}} = ?CB:get_stats(b).
 
 
@@ -1085,7 +1085,7 @@ breaker_killed_under_callers(_Config) ->
     Pid = breaker_pid(b),
     ok = sys:suspend(Pid),
     Waiting = spawn_monitor(fun() -> exit(try ?CB:call(b, fun() -> error(ran) end) catch exit:R -> R end) end),
-    eventually(fun() -> {message_queue_len, 1} =:= process_info(Pid, message_queue_len) end),
+    test_support:await(fun() -> {message_queue_len, 1} =:= process_info(Pid, message_queue_len) end, ?DEADLINE_MS),
     exit(Pid, kill),
     {Caller, Monitor} = Waiting,
     receive {'DOWN', Monitor, process, Caller, Reason} -> ?assertMatch({noproc, _}, Reason) end.
@@ -1168,10 +1168,11 @@ breaker_survives_its_callers(_Config) ->
     _ = [ exit(Pid, R) || R <- [normal, shutdown, crash] ],
     {ok, 1} = ?CB:call(b, fun() -> {ok, 1} end),
     ?assertEqual(Pid, breaker_pid(b)),
-    eventually(fun() ->
-                       {ok, #{total_calls := Calls, total_failures := Failures}} = ?CB:get_stats(b),
-                       {Calls, Failures} =:= {2, 1}
-               end),
+    Counts = fun() ->
+                     {ok, #{total_calls := Calls, total_failures := Failures}} = ?CB:get_stats(b),
+                     {Calls, Failures}
+             end,
+    test_support:await_value({2, 1}, Counts, ?DEADLINE_MS),
     % The process that registered it may end.
     {Parent, Monitor} = spawn_monitor(fun() -> ok = ?CB:register_breaker(c, #{}), exit(crash) end),
     receive {'DOWN', Monitor, process, Parent, crash} -> ok end,
@@ -1494,7 +1495,7 @@ breaker_pid(Breaker) ->
 
 
 await_state(State, Breaker) ->
-    eventually(fun() -> State =:= ?CB:get_state(Breaker) end).
+    test_support:await(fun() -> State =:= ?CB:get_state(Breaker) end, ?DEADLINE_MS).
 
 
 %% Runs a fun in many processes that begin together, and returns what they returned.
@@ -1524,18 +1525,3 @@ await_end(Pid) ->
 
 flush() ->
     receive Message -> [Message | flush()] after 0 -> [] end.
-
-
-eventually(Condition) ->
-    eventually(Condition, erlang:monotonic_time(millisecond) + ?DEADLINE_MS).
-
-
-eventually(Condition, Deadline) ->
-    case Condition() of
-        true ->
-            ok;
-        false ->
-            erlang:monotonic_time(millisecond) < Deadline orelse exit(deadline_passed),
-            timer:sleep(1),
-            eventually(Condition, Deadline)
-    end.

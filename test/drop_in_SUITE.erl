@@ -35,7 +35,6 @@
 -define(GIT_MS,   30_000).
 -define(BOOT_MS,  60_000).
 -define(CALL_MS,  10_000).
--define(WAIT_MS,  10_000).
 
 
 suite() ->
@@ -274,7 +273,7 @@ broadcast_reaches_the_bound(Config) ->
     ok = call(Config, host_app, publish, [weather, 2]),
     ok = call(Config, host_app, publish, [news, 3]),
     Expected = [[{news, 1}, {news, 3}], [{news, 1}, {news, 3}], [{weather, 2}], []],
-    eventually(Expected, fun() -> [ events(Config, Id) || Id <- [a, b, c, d] ] end).
+    test_support:await_value(Expected, fun() -> [ events(Config, Id) || Id <- [a, b, c, d] ] end).
 
 
 %%% The host's processes end
@@ -287,12 +286,12 @@ transport_ends(Config) ->
     kill(Config, Ended),
     ?assertEqual({error, not_found}, registry(Config, find_transport, [ended])),
     ?assertEqual({ok, {server, 1}}, request(Config, other, 1)),
-    eventually([other], fun() -> ids(registry(Config, list_transports, [])) end),
+    test_support:await_value([other], fun() -> ids(registry(Config, list_transports, [])) end),
     eventually_unbound(Config, ended),
     start_transport(Config, ended, #{}),
     ?assertEqual({error, not_bound}, request(Config, ended, 2)),
     ok = call(Config, host_app, publish, [server, event]),
-    eventually([{server, event}], fun() -> events(Config, other) end),
+    test_support:await_value([{server, event}], fun() -> events(Config, other) end),
     ?assertEqual([], events(Config, ended)).
 
 
@@ -302,13 +301,13 @@ server_ends_and_restarts(Config) ->
     start_transport(Config, transport, #{server_id => server}),
     Transport = registry(Config, find_transport, [transport]),
     kill(Config, Ended),
-    eventually(true,
-               fun() ->
-                       case registry(Config, find_server, [server]) of
-                           {ok, {Pid, #{}}} -> Pid =/= Ended;
-                           {error, not_found} -> false
-                       end
-               end),
+    test_support:await_value(true,
+                             fun() ->
+                                     case registry(Config, find_server, [server]) of
+                                         {ok, {Pid, #{}}} -> Pid =/= Ended;
+                                         {error, not_found} -> false
+                                     end
+                             end),
     eventually_unbound(Config, transport),
     ?assertEqual({error, not_bound}, request(Config, transport, 1)),
     ?assertEqual(Transport, registry(Config, find_transport, [transport])),
@@ -324,9 +323,9 @@ killed_registry_keeps_the_living(Config) ->
     ok = registry(Config, bind_transport_to_server, [bound_to_server, server]),
     Before = outsiders(Config),
     restart_registry(Config, fun(Registry) -> kill(Config, Registry) end),
-    eventually([outside], fun() -> ids(registry(Config, list_servers, [])) end),
-    eventually([bound_by_call, bound_by_config, bound_to_server],
-               fun() -> ids(registry(Config, list_transports, [])) end),
+    test_support:await_value([outside], fun() -> ids(registry(Config, list_servers, [])) end),
+    test_support:await_value([bound_by_call, bound_by_config, bound_to_server],
+                             fun() -> ids(registry(Config, list_transports, [])) end),
     ?assertEqual(Before, outsiders(Config)),
     ?assertEqual({ok, {outside, 1}}, request(Config, bound_by_config, 1)),
     ?assertEqual({ok, {outside, 2}}, request(Config, bound_by_call, 2)),
@@ -476,12 +475,12 @@ ids(Entries) ->
 restart_registry(Config, End) ->
     Children = supervised(Config),
     End(proplists:get_value(erlmcp_registry, Children)),
-    eventually(true,
-               fun() ->
-                       New = supervised(Config),
-                       lists:all(fun({_, Pid}) -> is_pid(Pid) end, New) andalso
-                       New -- Children =:= New
-               end).
+    test_support:await_value(true,
+                             fun() ->
+                                     New = supervised(Config),
+                                     lists:all(fun({_, Pid}) -> is_pid(Pid) end, New) andalso
+                                     New -- Children =:= New
+                             end).
 
 
 supervised(Config) ->
@@ -490,26 +489,11 @@ supervised(Config) ->
 
 kill(Config, Pid) ->
     true = call(Config, erlang, exit, [Pid, kill]),
-    eventually(false, fun() -> call(Config, erlang, is_process_alive, [Pid]) end).
+    test_support:await_value(false, fun() -> call(Config, erlang, is_process_alive, [Pid]) end).
 
 
 eventually_unbound(Config, Id) ->
-    eventually({error, not_found}, fun() -> registry(Config, get_server_for_transport, [Id]) end).
-
-
-eventually(Expected, Fun) ->
-    eventually(Expected, Fun, erlang:monotonic_time(millisecond) + ?WAIT_MS).
-
-
-eventually(Expected, Fun, Deadline) ->
-    case Fun() of
-        Expected ->
-            ok;
-        Actual ->
-            erlang:monotonic_time(millisecond) < Deadline orelse ?assertEqual(Expected, Actual),
-            timer:sleep(10),
-            eventually(Expected, Fun, Deadline)
-    end.
+    test_support:await_value({error, not_found}, fun() -> registry(Config, get_server_for_transport, [Id]) end).
 
 
 besides_otp(Applications) ->

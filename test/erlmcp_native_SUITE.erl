@@ -447,12 +447,10 @@ start_for_explanations() ->
     ok = application:set_env(erlmcp_native, token_bucket, #{capacity => 1000, rate_per_second => ?SLOW}),
     ok = application:set_env(erlmcp_native, circuit_breaker, circuit_settings()),
     ok = application:start(erlmcp_native),
-    true = await(fun() ->
-                         lists:all(fun(Shard) ->
-                                           maps:get(sample_age_ms, erlmcp_admission_control:get_shard_stats(Shard)) =/= infinity
-                                   end,
-                                   lists:seq(0, 63))
-                 end),
+    IsSampled = fun(Shard) ->
+                        maps:get(sample_age_ms, erlmcp_admission_control:get_shard_stats(Shard)) =/= infinity
+                end,
+    test_support:await(fun() -> lists:all(IsSampled, lists:seq(0, 63)) end, ?DEADLINE_MS),
     ok = supervisor:terminate_child(erlmcp_native_sup, erlmcp_shard_sup),
     start_registry().
 
@@ -463,7 +461,7 @@ circuit_settings() ->
 
 start_registry() ->
     {ok, _} = gen_server:start({local, erlmcp_registry}, erlmcp_registry, [], []),
-    true = await(fun() -> maps:get(switching_to, erlmcp_rollout:status()) =:= none end),
+    test_support:await(fun() -> maps:get(switching_to, erlmcp_rollout:status()) =:= none end, ?DEADLINE_MS),
     ok.
 
 
@@ -472,20 +470,3 @@ kill_registry() ->
     Monitor = monitor(process, Pid),
     exit(Pid, kill),
     receive {'DOWN', Monitor, process, Pid, _} -> ok end.
-
-
-await(Condition) ->
-    await_until(Condition, erlang:monotonic_time(millisecond) + ?DEADLINE_MS).
-
-
-await_until(Condition, Deadline) ->
-    case Condition() of
-        true ->
-            true;
-        false ->
-            erlang:monotonic_time(millisecond) < Deadline andalso
-            begin
-                timer:sleep(1),
-                await_until(Condition, Deadline)
-            end
-    end.

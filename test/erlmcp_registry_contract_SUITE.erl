@@ -537,7 +537,7 @@ registering_over_and_over_collects_no_monitors(Config) ->
               ok = request(Config, {unregister_server, s}),
               ok = request(Config, {unregister_transport, t})
           end || _ <- lists:seq(1, 100) ],
-    eventually(fun() -> Monitors() - Before =< 2 end).
+    test_support:await(fun() -> Monitors() - Before =< 2 end, ?DEADLINE_MS).
 
 
 pid_under_many_ids_ends(Config) ->
@@ -716,21 +716,13 @@ remote_pid_ends_with_its_node(Config) ->
                       ?assertEqual(ok, request(Config, {update_server, s, #{r => 2}})),
                       ?assertEqual({ok, {Remote, #{r => 2}}}, request(Config, {find_server, s})),
                       ok = cast(Config, {route_to_server, s, t, hello}),
-                      eventually(fun() ->
-                                         {messages, [{mcp_message, t, hello}]} =:=
-                                         erpc:call(Node,
-                                                   erlang,
-                                                   process_info,
-                                                   [Remote, messages])
-                                 end),
+                      Messages = fun() -> erpc:call(Node, erlang, process_info, [Remote, messages]) end,
+                      test_support:await_value({messages, [{mcp_message, t, hello}]}, Messages, ?DEADLINE_MS),
                       peer:stop(Peer),
-                      eventually(fun() ->
-                                         {error, not_found} =:= request(Config, {find_server, s})
-                                 end),
-                      eventually(fun() ->
-                                         {error, not_found} =:=
-                                         request(Config, {get_server_for_transport, t})
-                                 end),
+                      _ = [ test_support:await_value({error, not_found},
+                                                     fun() -> request(Config, Request) end,
+                                                     ?DEADLINE_MS)
+                            || Request <- [{find_server, s}, {get_server_for_transport, t}] ],
                       ?assertEqual(ok, request(Config, {register_server, s, self(), #{}}))
               end).
 
@@ -1193,7 +1185,7 @@ global_scope(Config) ->
               ?assertEqual([{t, {Node, Remote, #{}}}], Module:list_transports(global)),
               ?assertEqual([{s, {node(), self(), #{g => 1}}}], Module:list_servers(global)),
               true = exit(Remote, kill),
-              eventually(fun() -> {error, not_found} =:= Module:find_transport(global, t) end),
+              test_support:await(fun() -> {error, not_found} =:= Module:find_transport(global, t) end, ?DEADLINE_MS),
               ok = erpc:call(Node, Module, unregister_server, [global, s]),
               ?assertEqual({error, not_found}, Module:find_server(global, s)),
               ?assertEqual(ok, Module:unregister_server(global, s))
@@ -1231,7 +1223,7 @@ global_scope_of_one_node(Config) ->
     ok = Module:register_server(global, dead, B, #{}),
     ok = Module:register_server(global, ends, A, #{}),
     kill(A),
-    eventually(fun() -> (processes() -- Before) -- Watchers =:= [] end).
+    test_support:await(fun() -> (processes() -- Before) -- Watchers =:= [] end, ?DEADLINE_MS).
 
 
 global_end_race(Config) ->
@@ -1421,21 +1413,6 @@ received(N) ->
 
 logged() ->
     receive {logged, Event} -> [Event | logged()] after 100 -> [] end.
-
-
-eventually(Condition) ->
-    eventually(Condition, erlang:monotonic_time(millisecond) + ?DEADLINE_MS).
-
-
-eventually(Condition, Deadline) ->
-    case Condition() of
-        true ->
-            ok;
-        false ->
-            erlang:monotonic_time(millisecond) < Deadline orelse exit(deadline_passed),
-            timer:sleep(10),
-            eventually(Condition, Deadline)
-    end.
 
 
 %% Another node. This one becomes distributed if it is not.

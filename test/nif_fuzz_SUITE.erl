@@ -1098,7 +1098,7 @@ time_to_free(Prepare, Pid) ->
     receive
         {Owner, Us} ->
             %% The entries of a registry that is no more are gone too.
-            ok = await(fun() -> ?NIF:distinct_configs() =:= 0 end),
+            test_support:await(fun() -> ?NIF:distinct_configs() =:= 0 end, 60_000),
             Us
     end.
 
@@ -1108,20 +1108,6 @@ filled(Prepare, Pid) ->
     ok = fill(Registry, connection, Pid, 100_000),
     _ = Prepare(Registry),
     Registry.
-
-
-await(Condition) -> await(Condition, erlang:monotonic_time(millisecond) + 60_000).
-
-
-await(Condition, Deadline) ->
-    case Condition() of
-        true ->
-            ok;
-        false ->
-            true = erlang:monotonic_time(millisecond) < Deadline,
-            timer:sleep(20),
-            await(Condition, Deadline)
-    end.
 
 
 fill(Registry, NS, Pid, Entries) ->

@@ -36,11 +36,12 @@ init_per_testcase(_Case, Config) ->
 
 end_per_testcase(_Case, _Config) ->
     is_pid(whereis(erlmcp_registry)) andalso gen_server:stop(erlmcp_registry),
-    eventually(fun() -> erlmcp_shard_registry:count() =:= 0 end),
-    eventually(fun() ->
-                       #{servers := S, transports := T} = erlmcp_shard_registry:stats(),
-                       S + T =:= 0
-               end).
+    test_support:await(fun() -> erlmcp_shard_registry:count() =:= 0 end, ?DEADLINE_MS),
+    Left = fun() ->
+                   #{servers := S, transports := T} = erlmcp_shard_registry:stats(),
+                   S + T
+           end,
+    test_support:await_value(0, Left, ?DEADLINE_MS).
 
 
 same_id_registered_from_16_processes(_Config) ->
@@ -75,7 +76,7 @@ death_during_registration(_Config) ->
                  Victim
              end || N <- lists:seq(1, 20000) ],
     _ = [ await_end(Pid) || Pid <- Died ],
-    eventually(fun() -> erlmcp_shard_registry:count() =:= 0 end).
+    test_support:await(fun() -> erlmcp_shard_registry:count() =:= 0 end, ?DEADLINE_MS).
 
 
 %% The end of the old process never takes away the new one under the same id.
@@ -176,7 +177,7 @@ update_server_against_death(_Config) ->
               ?assert(lists:member(Updated, [ok, {error, not_found}])),
               await_end(Server),
               ?assertEqual({error, not_found}, erlmcp_registry:find_server(s)),
-              eventually(fun() -> [] =:= erlmcp_registry:list_servers() end)
+              test_support:await(fun() -> [] =:= erlmcp_registry:list_servers() end, ?DEADLINE_MS)
       end,
       lists:seq(1, 5000)).
 
@@ -262,10 +263,11 @@ pid_under_many_ids_dies(_Config) ->
           end || N <- lists:seq(1, 10000) ],
     exit(Pid, kill),
     await_end(Pid),
-    eventually(fun() ->
-                       #{servers := S, transports := T, connections := C} = erlmcp_shard_registry:stats(),
-                       S + T + C =:= 0
-               end),
+    Left = fun() ->
+                   #{servers := S, transports := T, connections := C} = erlmcp_shard_registry:stats(),
+                   S + T + C
+           end,
+    test_support:await_value(0, Left, ?DEADLINE_MS),
     ?assertEqual({ok, {registry_state, #{}}}, erlmcp_registry:get_all_state()).
 
 
@@ -280,7 +282,7 @@ hundred_thousand_die_at_once(_Config) ->
     ?assertEqual(N, length(lists:append([ erlmcp_shard_registry:list_connections(S) || S <- lists:seq(0, 63) ]))),
     Before = erlang:monotonic_time(millisecond),
     exit(Group, kill),
-    eventually(fun() -> erlmcp_shard_registry:count() =:= 0 end),
+    test_support:await(fun() -> erlmcp_shard_registry:count() =:= 0 end, ?DEADLINE_MS),
     ct:log("clean after ~b ms", [erlang:monotonic_time(millisecond) - Before]),
     ?assertEqual([], lists:append([ erlmcp_shard_registry:list_connections(S) || S <- lists:seq(0, 63) ])).
 
@@ -497,18 +499,3 @@ sink() ->
 await_end(Pid) ->
     Monitor = monitor(process, Pid),
     receive {'DOWN', Monitor, process, Pid, _} -> ok end.
-
-
-eventually(Condition) ->
-    eventually(Condition, erlang:monotonic_time(millisecond) + ?DEADLINE_MS).
-
-
-eventually(Condition, Deadline) ->
-    case Condition() of
-        true ->
-            ok;
-        false ->
-            erlang:monotonic_time(millisecond) < Deadline orelse exit(deadline_passed),
-            timer:sleep(1),
-            eventually(Condition, Deadline)
-    end.

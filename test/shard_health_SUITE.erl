@@ -72,12 +72,14 @@ init_per_testcase(_Case, Config) ->
 end_per_testcase(_Case, _Config) ->
     _ = logger:remove_handler(?MODULE),
     _ = [ exit(Pid, kill) || Shard <- shards(), {_, {Pid, receiver}} <- erlmcp_shard_registry:list_connections(Shard) ],
-    Cleared = await(fun() -> erlmcp_shard_registry:count() =:= 0 end),
-    _ = [ application:unset_env(erlmcp_native, Key) || Key <- [admission, token_bucket, circuit_breaker, health] ],
-    ok = erlmcp_backpressure:configure(),
-    ok = erlmcp_circuit_breaker:force_close(),
-    _ = application:stop(erlmcp_native),
-    ?assert(Cleared).
+    try
+        test_support:await(fun() -> erlmcp_shard_registry:count() =:= 0 end, ?DEADLINE_MS)
+    after
+        _ = [ application:unset_env(erlmcp_native, Key) || Key <- [admission, token_bucket, circuit_breaker, health] ],
+        ok = erlmcp_backpressure:configure(),
+        ok = erlmcp_circuit_breaker:force_close(),
+        _ = application:stop(erlmcp_native)
+    end.
 
 
 start() ->
@@ -124,7 +126,7 @@ stale_samples(_Config) ->
     ok = erlmcp_shard_manager:route_message(Id, x),
     ok = health_is({degraded, [{stale_samples, [?SHARD]}]}),
     %% It is as it says: everything is admitted, if not to whoever asks for a sample and waits for that.
-    true = await(fun() -> lists:usort(send(Id, 2 * ?THRESHOLD)) =:= [ok] end),
+    test_support:await(fun() -> lists:usort(send(Id, 2 * ?THRESHOLD)) =:= [ok] end, ?DEADLINE_MS),
     {degraded, Reasons} = erlmcp_native:health(),
     ?assertEqual([?SHARD], proplists:get_value(stale_samples, Reasons)),
     Pid ! take_all,
@@ -136,10 +138,11 @@ stale_samples_without_a_manager(_Config) ->
     [{Id, Pid}] = receivers(?SHARD, 1),
     ok = supervisor:terminate_child(erlmcp_shard_sup, ?SHARD),
     ok = erlmcp_shard_manager:route_message(Id, x),
-    true = await(fun() ->
-                         {degraded, Reasons} = erlmcp_native:health(),
-                         lists:sort(Reasons) =:= [{shard_managers_down, [?SHARD]}, {stale_samples, [?SHARD]}]
-                 end),
+    Reasons = fun() ->
+                      {degraded, Unsorted} = erlmcp_native:health(),
+                      lists:sort(Unsorted)
+              end,
+    test_support:await_value([{shard_managers_down, [?SHARD]}, {stale_samples, [?SHARD]}], Reasons, ?DEADLINE_MS),
     Pid ! take_all,
     {ok, _} = supervisor:restart_child(erlmcp_shard_sup, ?SHARD),
     ok = health_is(ok).
@@ -161,7 +164,7 @@ circuit(_Config) ->
     ?assertEqual(ok, erlmcp_native:health()),
     ok = erlmcp_circuit_breaker:record_failure(),
     ?assertEqual({degraded, [{circuit, open}]}, erlmcp_native:health()),
-    true = await(fun() -> erlmcp_shard_manager:route_message(Id, x) =:= ok end),
+    test_support:await(fun() -> erlmcp_shard_manager:route_message(Id, x) =:= ok end, ?DEADLINE_MS),
     ?assertEqual({degraded, [{circuit, half_open}]}, erlmcp_native:health()),
     ok = erlmcp_shard_manager:route_message(Id, x),
     ok = health_is(ok),
@@ -186,10 +189,11 @@ overloaded_shards(_Config) ->
     ?assertEqual([5, ?SHARD], proplists:get_value(overloaded_shards, Later)),
     [{_, First}, {_, Second}] = Stalled,
     First ! take_all,
-    true = await(fun() ->
+    Overloaded = fun() ->
                          {degraded, Left} = erlmcp_native:health(),
-                         proplists:get_value(overloaded_shards, Left) =:= [?SHARD]
-                 end),
+                         proplists:get_value(overloaded_shards, Left)
+                 end,
+    test_support:await_value([?SHARD], Overloaded, ?DEADLINE_MS),
     Second ! take_all,
     ok = health_is(ok).
 
@@ -228,15 +232,16 @@ run_queue_and_scheduler_use(_Config) ->
     ok = erlmcp_shard_health:set_limits((?QUIET)#{run_queue_per_scheduler => 5, scheduler_use_percent => 90}),
     Busy = [ spawn(fun Loop() -> Loop() end) || _ <- lists:seq(1, 20 * Schedulers) ],
     %% A spike is no reason: the first measurements are not enough.
-    true = await(fun() ->
-                         case erlmcp_native:health() of
-                             {degraded, Reasons} ->
-                                 is_tuple(lists:keyfind(run_queue, 1, Reasons)) andalso
-                                 is_tuple(lists:keyfind(scheduler_use_percent, 1, Reasons));
-                             ok ->
-                                 false
-                         end
-                 end),
+    test_support:await(fun() ->
+                               case erlmcp_native:health() of
+                                   {degraded, Reasons} ->
+                                       is_tuple(lists:keyfind(run_queue, 1, Reasons)) andalso
+                                       is_tuple(lists:keyfind(scheduler_use_percent, 1, Reasons));
+                                   ok ->
+                                       false
+                               end
+                       end,
+                       ?DEADLINE_MS),
     {degraded, [{run_queue, Length, QueueLimit}, {scheduler_use_percent, Used, 90}]} = erlmcp_native:health(),
     ?assertEqual(5 * Schedulers, QueueLimit),
     ?assert(Length > QueueLimit andalso Length =< 21 * Schedulers, Length),
@@ -275,12 +280,13 @@ memory(_Config) ->
                            Large = binary:copy(<<1>>, 300_000_000),
                            receive stop -> byte_size(Large) end
                    end),
-    true = await(fun() ->
-                         case erlmcp_native:health() of
-                             {degraded, [{memory_bytes, Now, Limit}]} -> Now > Limit;
-                             ok -> false
-                         end
-                 end),
+    test_support:await(fun() ->
+                               case erlmcp_native:health() of
+                                   {degraded, [{memory_bytes, Now, Limit}]} -> Now > Limit;
+                                   ok -> false
+                               end
+                       end,
+                       ?DEADLINE_MS),
     Holder ! stop,
     ok = health_is(ok).
 
@@ -308,7 +314,7 @@ control_plane_down(_Config) ->
 %% They are there, and do nothing.
 control_plane_is_silent(_Config) ->
     Names = [erlmcp_shard_health, erlmcp_shard_metrics, erlmcp_shard_recovery],
-    true = await(fun() -> is_map(erlmcp_shard_metrics:get()) end),
+    test_support:await(fun() -> is_map(erlmcp_shard_metrics:get()) end, ?DEADLINE_MS),
     _ = [ ok = sys:suspend(Name) || Name <- Names ],
     ?assertEqual(ok, erlmcp_native:health()),
     Suspended = now_ms(),
@@ -379,10 +385,11 @@ several_reasons_at_once(_Config) ->
     ok = erlmcp_shard_health:set_limits(?QUIET),
     Pid ! take_all,
     {ok, _} = supervisor:restart_child(erlmcp_shard_sup, 3),
-    true = await(fun() ->
-                         {degraded, Left} = erlmcp_native:health(),
-                         lists:sort([ element(1, Reason) || Reason <- Left ]) =:= [control_plane_down, shard_damaged]
-                 end),
+    Left = fun() ->
+                   {degraded, Others} = erlmcp_native:health(),
+                   lists:sort([ element(1, Reason) || Reason <- Others ])
+           end,
+    test_support:await_value([control_plane_down, shard_damaged], Left, ?DEADLINE_MS),
     {ok, _} = supervisor:restart_child(erlmcp_control_plane_sup, erlmcp_shard_metrics),
     exit(manager(8), kill),
     ok = health_is(ok).
@@ -450,7 +457,7 @@ wrong_limits_in_the_environment(_Config) ->
                   {degraded, Reasons} -> ?assertEqual([], reasons_without_load(Reasons))
               end
           end || Wrong <- [#{memory_bytes => 0}, #{memory_bytes => 1, queue_depth_percent => many}, none, []] ],
-    true = await(fun() -> is_map(erlmcp_shard_metrics:get()) end),
+    test_support:await(fun() -> is_map(erlmcp_shard_metrics:get()) end, ?DEADLINE_MS),
     ?assertEqual(Processes, processes_of_the_control_plane()).
 
 
@@ -756,43 +763,24 @@ send(Id, Number) ->
 %% Until it is refused, also after the next samples.
 overload(Id) ->
     Shard = erlmcp_shard_registry:get_shard_id(Id),
-    true = await(fun() ->
-                         _ = send(Id, ?THRESHOLD),
-                         {Depth, _, IsOverloaded} = erlmcp_admission_control:load(Shard),
-                         IsOverloaded andalso Depth >= ?THRESHOLD andalso
-                         erlmcp_shard_manager:route_message(Id, x) =:= {error, shard_overloaded}
-                 end),
+    test_support:await(fun() ->
+                               _ = send(Id, ?THRESHOLD),
+                               {Depth, _, IsOverloaded} = erlmcp_admission_control:load(Shard),
+                               IsOverloaded andalso Depth >= ?THRESHOLD andalso
+                               erlmcp_shard_manager:route_message(Id, x) =:= {error, shard_overloaded}
+                       end,
+                       ?DEADLINE_MS),
     ok.
 
 
 %% Health is ok after samples have found so many messages.
 settled(Shard, Depth) ->
-    true = await(fun() -> element(1, erlmcp_admission_control:load(Shard)) =:= Depth end),
+    test_support:await(fun() -> element(1, erlmcp_admission_control:load(Shard)) =:= Depth end, ?DEADLINE_MS),
     erlmcp_native:health().
 
 
 health_is(Expected) ->
-    case await(fun() -> erlmcp_native:health() =:= Expected end) of
-        true -> ok;
-        false -> {expected, Expected, is, erlmcp_native:health()}
-    end.
-
-
-await(Condition) ->
-    await_until(Condition, now_ms() + ?DEADLINE_MS).
-
-
-await_until(Condition, Deadline) ->
-    case Condition() of
-        true ->
-            true;
-        false ->
-            now_ms() < Deadline andalso
-            begin
-                timer:sleep(5),
-                await_until(Condition, Deadline)
-            end
-    end.
+    test_support:await_value(Expected, fun erlmcp_native:health/0, ?DEADLINE_MS).
 
 
 now_ms() ->

@@ -102,10 +102,8 @@ init_per_testcase(_Case, Config) ->
     ok = application:start(erlmcp_native),
     {ok, Registry} = gen_server:start({local, erlmcp_registry}, erlmcp_registry, [], []),
     _ = erlmcp_nif:breaker_set(closed),
-    true = await(fun() ->
-                         lists:all(fun(S) -> maps:get(sample_age_ms, ?A:get_shard_stats(S)) =/= infinity end,
-                                   lists:seq(0, 63))
-                 end),
+    IsSampled = fun(Shard) -> maps:get(sample_age_ms, ?A:get_shard_stats(Shard)) =/= infinity end,
+    test_support:await(fun() -> lists:all(IsSampled, lists:seq(0, 63)) end),
     [{registry, Registry} | Config].
 
 
@@ -143,7 +141,7 @@ route_message(_Config) ->
     ok = erlmcp_shard_registry:register_connection(ended, Pid, #{}),
     Pid ! stop,
     receive {'DOWN', Monitor, process, Pid, _} -> ok end,
-    true = await(fun() -> ?M:route_message(ended, x) =:= {error, not_found} end).
+    test_support:await(fun() -> ?M:route_message(ended, x) =:= {error, not_found} end).
 
 
 route_message_to_a_shard(_Config) ->
@@ -417,10 +415,10 @@ overload_of_one_shard_does_not_open_it(_Config) ->
 overload_again(Id, Receivers, Until, Overloads) ->
     case now_ms() < Until of
         true ->
-            true = await(fun() -> ?M:route_message(Id, x) =:= {error, shard_overloaded} end),
+            test_support:await(fun() -> ?M:route_message(Id, x) =:= {error, shard_overloaded} end),
             _ = [ Pid ! {take, self()} || {_, Pid} <- Receivers ],
             _ = [ receive {taken, Pid} -> ok end || {_, Pid} <- Receivers ],
-            true = await(fun() -> not maps:get(is_overloaded, ?A:get_shard_stats(?SHARD)) end),
+            test_support:await(fun() -> not maps:get(is_overloaded, ?A:get_shard_stats(?SHARD)) end),
             overload_again(Id, Receivers, Until, Overloads + 1);
         false ->
             Overloads
@@ -494,7 +492,7 @@ answers_cost_nothing(_Config) ->
     ?assertEqual([], [ E || E <- [ ?R:route_to_transport(Id, s, N) || N <- lists:seq(1, 2000) ], E =/= ok ]),
     ?assertMatch(#{tokens := 1}, ?B:get_state(transport, Id)),
     ok = ?A:set_threshold(?SHARD, 100),
-    true = await(fun() -> ?R:route_to_transport(Id, s, x) =:= {error, shard_overloaded} end),
+    test_support:await(fun() -> ?R:route_to_transport(Id, s, x) =:= {error, shard_overloaded} end),
     ?assertEqual({error, shard_overloaded}, ?R:route_message({transport, Id}, x)),
     end_all([{Id, Pid}]).
 
@@ -558,7 +556,7 @@ backpressure_off(_Config) ->
     %% And on again, with all that.
     ok = erlmcp_backpressure:set(backpressure, on),
     ?assertMatch(#{threshold := 1}, ?A:get_shard_stats(?SHARD)),
-    true = await(fun() -> ?M:route_message(Id, x) =:= {error, shard_overloaded} end),
+    test_support:await(fun() -> ?M:route_message(Id, x) =:= {error, shard_overloaded} end),
     ?assertMatch({error, {bad_option, backpressure, sometimes, _}}, erlmcp_backpressure:set(backpressure, sometimes)),
     end_all(Receivers).
 
@@ -629,7 +627,7 @@ in_after_application() ->
     [] = [ E || E <- [ ?R:route_to_server(s, t, N) || N <- lists:seq(1, 50_000) ], E =/= ok ],
     %% And again when it is back.
     ok = application:start(erlmcp_native),
-    true = await(fun() -> ?R:route_to_server(s, t, x) =:= {error, shard_overloaded} end),
+    test_support:await(fun() -> ?R:route_to_server(s, t, x) =:= {error, shard_overloaded} end),
     ok.
 
 
@@ -685,7 +683,7 @@ take() ->
 
 end_all(Receivers) ->
     _ = [ exit(Pid, kill) || {_, Pid} <- Receivers ],
-    true = await(fun() -> not lists:any(fun({_, Pid}) -> is_process_alive(Pid) end, Receivers) end),
+    test_support:await(fun() -> not lists:any(fun({_, Pid}) -> is_process_alive(Pid) end, Receivers) end),
     ok.
 
 
@@ -721,20 +719,3 @@ flush() ->
 
 now_ms() ->
     erlang:monotonic_time(millisecond).
-
-
-await(Condition) ->
-    await(Condition, now_ms() + 10_000).
-
-
-await(Condition, Deadline) ->
-    case Condition() of
-        true ->
-            true;
-        false ->
-            now_ms() < Deadline andalso
-            begin
-                timer:sleep(1),
-                await(Condition, Deadline)
-            end
-    end.

@@ -60,7 +60,7 @@ init_per_testcase(_Case, Config) ->
     ok = erlmcp_backpressure:set(token_bucket, infinity),
     ok = erlmcp_backpressure:set(admission, #{threshold => 1_000_000, sample_interval_ms => 50}),
     {ok, Registry} = gen_server:start({local, erlmcp_registry}, erlmcp_registry, [], []),
-    ok = await(fun() -> is_map(?M:get()) end),
+    test_support:await(fun() -> is_map(?M:get()) end, ?DEADLINE_MS),
     [{registry, Registry} | Config].
 
 
@@ -82,7 +82,7 @@ not_running(_Config) ->
     ok = application:stop(erlmcp_native),
     ?assertEqual({error, not_running}, ?M:get()),
     ok = application:start(erlmcp_native),
-    ok = await(fun() -> is_map(?M:get()) end),
+    test_support:await(fun() -> is_map(?M:get()) end, ?DEADLINE_MS),
     ok = supervisor:terminate_child(erlmcp_control_plane_sup, ?M),
     ?assertEqual({error, not_running}, ?M:get()),
     %% Nothing has been measured in the first second.
@@ -90,7 +90,7 @@ not_running(_Config) ->
     {ok, _} = supervisor:restart_child(erlmcp_control_plane_sup, ?M),
     First = ?M:get(),
     ?assert(First =:= {error, not_running} orelse now_ms() - Began >= 1_000, First),
-    ok = await(fun() -> is_map(?M:get()) end),
+    test_support:await(fun() -> is_map(?M:get()) end, ?DEADLINE_MS),
     ?assert(now_ms() - Began >= 1_000).
 
 
@@ -338,7 +338,7 @@ latencies(_Config) ->
     ?assert(P50 > 10_000 andalso P50 < 2_000_000, P50),
     ?assert(P95 >= P50 andalso P99 >= P95),
     %% Shards without traffic have none.
-    ok = await(fun() -> maps:get(latency_us, ?M:get()) =:= #{p50 => 0, p95 => 0, p99 => 0} end).
+    test_support:await(fun() -> maps:get(latency_us, ?M:get()) =:= #{p50 => 0, p95 => 0, p99 => 0} end, ?DEADLINE_MS).
 
 
 %%% The process
@@ -366,7 +366,7 @@ counts_outlive_the_process(_Config) ->
     Second = Counts(),
     exit(whereis(erlmcp_control_plane_sup), kill),
     Load(),
-    ok = await(fun() -> is_map(?M:get()) end),
+    test_support:await(fun() -> is_map(?M:get()) end, ?DEADLINE_MS),
     Third = Counts(),
     ?assertEqual(300 + 90, lists:sum(Second) - lists:sum(First)),
     ?assertEqual(100 + 30, lists:sum(Third) - lists:sum(Second)),
@@ -450,7 +450,7 @@ measurements(Number) ->
 
 next_measurement() ->
     Before = ?M:get(),
-    ok = await(fun() -> Before =/= ?M:get() andalso is_map(?M:get()) end),
+    test_support:await(fun() -> Before =/= ?M:get() andalso is_map(?M:get()) end, ?DEADLINE_MS),
     ?M:get().
 
 
@@ -478,25 +478,6 @@ paced(Id, Number, EveryMs, DueMs, Sent) ->
         max(0, DueMs - now_ms()) ->
             Results = [ erlmcp_shard_manager:route_message(Id, x) || _ <- lists:seq(1, Number) ],
             paced(Id, Number, EveryMs, DueMs + EveryMs, Sent + length([ ok || ok <- Results ]))
-    end.
-
-
-await(Condition) ->
-    await_until(Condition, now_ms() + ?DEADLINE_MS).
-
-
-await_until(Condition, Deadline) ->
-    case Condition() of
-        true ->
-            ok;
-        false ->
-            case now_ms() < Deadline of
-                true ->
-                    timer:sleep(5),
-                    await_until(Condition, Deadline);
-                false ->
-                    not_within_the_deadline
-            end
     end.
 
 

@@ -64,7 +64,7 @@ init_per_testcase(_Case, Config) ->
     ok = application:set_env(erlmcp_native, token_bucket, infinity),
     ok = application:start(erlmcp_native),
     %% The first samples of all managers, since downtimes are measured from one on.
-    true = await(fun() -> lists:all(fun has_sampled/1, shards()) end),
+    test_support:await(fun() -> lists:all(fun has_sampled/1, shards()) end, ?DEADLINE_MS),
     Config.
 
 
@@ -143,14 +143,14 @@ subscribers_that_end(_Config) ->
     ok = ?M:subscribe(Other),
     ?assertEqual([Other], erlmcp_shard_recovery_records:subscribers()),
     exit(Other, kill),
-    true = await(fun() -> erlmcp_shard_recovery_records:subscribers() =:= [] end),
+    test_support:await(fun() -> erlmcp_shard_recovery_records:subscribers() =:= [] end, ?DEADLINE_MS),
     %% Also if the process that knew of them has ended.
     Third = subscriber(),
     ok = ?M:subscribe(Third),
     kill(?M),
-    true = await(fun() -> is_pid(whereis(?M)) end),
+    test_support:await(fun() -> is_pid(whereis(?M)) end, ?DEADLINE_MS),
     exit(Third, kill),
-    true = await(fun() -> erlmcp_shard_recovery_records:subscribers() =:= [] end),
+    test_support:await(fun() -> erlmcp_shard_recovery_records:subscribers() =:= [] end, ?DEADLINE_MS),
     %% It goes on for others.
     ok = ?M:subscribe(),
     _ = kill_manager(?SHARD),
@@ -161,7 +161,7 @@ subscribers_that_have_ended(_Config) ->
     {Pid, Monitor} = spawn_monitor(fun() -> ok end),
     receive {'DOWN', Monitor, process, Pid, _} -> ok end,
     ok = ?M:subscribe(Pid),
-    true = await(fun() -> erlmcp_shard_recovery_records:subscribers() =:= [] end).
+    test_support:await(fun() -> erlmcp_shard_recovery_records:subscribers() =:= [] end, ?DEADLINE_MS).
 
 
 not_running(_Config) ->
@@ -179,7 +179,7 @@ subscriptions_end_with_the_application(_Config) ->
     ok = ?M:subscribe(),
     ok = application:stop(erlmcp_native),
     ok = application:start(erlmcp_native),
-    true = await(fun() -> lists:all(fun has_sampled/1, shards()) end),
+    test_support:await(fun() -> lists:all(fun has_sampled/1, shards()) end, ?DEADLINE_MS),
     _ = kill_manager(?SHARD),
     ok = counted(1),
     ok = told_nothing_more().
@@ -203,7 +203,7 @@ downtimes_are_those_that_there_were(_Config) ->
     Bounds = [ begin
                    Before = now_us(),
                    ok = supervisor:terminate_child(erlmcp_shard_sup, Shard),
-                   true = await(fun() -> maps:get(down, ?M:downtimes()) =:= [Shard] end),
+                   test_support:await(fun() -> maps:get(down, ?M:downtimes()) =:= [Shard] end, ?DEADLINE_MS),
                    timer:sleep(Ms),
                    Down = now_us(),
                    {ok, _} = supervisor:restart_child(erlmcp_shard_sup, Shard),
@@ -233,13 +233,13 @@ downtimes_begin_with_the_application(_Config) ->
 
 managers_that_cannot_start_are_down(_Config) ->
     _ = [ ok = supervisor:terminate_child(erlmcp_shard_sup, Shard) || Shard <- [40, ?SHARD] ],
-    true = await(fun() -> maps:get(down, ?M:downtimes()) =:= [?SHARD, 40] end),
+    test_support:await(fun() -> maps:get(down, ?M:downtimes()) =:= [?SHARD, 40] end, ?DEADLINE_MS),
     ?assertMatch(#{count := 0}, ?M:downtimes()),
     %% Who watches may be exchanged meanwhile.
     kill(?M),
-    true = await(fun() -> is_pid(whereis(?M)) end),
+    test_support:await(fun() -> is_pid(whereis(?M)) end, ?DEADLINE_MS),
     _ = [ {ok, _} = supervisor:restart_child(erlmcp_shard_sup, Shard) || Shard <- [40, ?SHARD] ],
-    true = await(fun() -> maps:get(down, ?M:downtimes()) =:= [] end),
+    test_support:await(fun() -> maps:get(down, ?M:downtimes()) =:= [] end, ?DEADLINE_MS),
     %% Their beginning was seen.
     ?assertMatch(#{count := 2, unobserved_count := 0}, ?M:downtimes()).
 
@@ -263,9 +263,9 @@ managers_killed_at_random(_Config) ->
                                 Shard = rand:uniform(?SHARDS) - 1,
                                 [ begin exit(Pid, kill), Shard end || Pid <- [manager(Shard)], is_pid(Pid) ]
                             end || _ <- lists:seq(1, 300) ]),
-    true = await(fun() -> lists:all(fun(Shard) -> is_pid(manager(Shard)) end, shards()) end),
-    true = await(fun() -> maps:get(down, ?M:downtimes()) =:= [] end),
-    true = await(fun() -> erlmcp_shard_recovery_records:unchecked() =:= [] end),
+    test_support:await(fun() -> lists:all(fun(Shard) -> is_pid(manager(Shard)) end, shards()) end, ?DEADLINE_MS),
+    test_support:await(fun() -> maps:get(down, ?M:downtimes()) =:= [] end, ?DEADLINE_MS),
+    test_support:await(fun() -> erlmcp_shard_recovery_records:unchecked() =:= [] end, ?DEADLINE_MS),
     timer:sleep(300),
     Told = all_told(),
     #{count := Count, unobserved_count := Unobserved, worst_us := Worst, median_us := Median} = ?M:downtimes(),
@@ -288,7 +288,7 @@ killed_while_nobody_watches(_Config) ->
     Before = now_us(),
     ok = supervisor:terminate_child(erlmcp_control_plane_sup, ?M),
     _ = [ kill_manager(Shard) || Shard <- [3, ?SHARD] ],
-    true = await(fun() -> has_sampled(3) andalso has_sampled(?SHARD) end),
+    test_support:await(fun() -> has_sampled(3) andalso has_sampled(?SHARD) end, ?DEADLINE_MS),
     ?assertMatch(#{count := 0, unobserved_count := 0}, ?M:downtimes()),
     ok = told_nothing_more(),
     {ok, _} = supervisor:restart_child(erlmcp_control_plane_sup, ?M),
@@ -299,7 +299,7 @@ killed_while_nobody_watches(_Config) ->
     ?assert(Bound > 0 andalso Bound =< now_us() - Before + 2_000_000, Bound),
     %% What it sees again, it measures again.
     ok = supervisor:terminate_child(erlmcp_shard_sup, 5),
-    true = await(fun() -> maps:get(down, ?M:downtimes()) =:= [5] end),
+    test_support:await(fun() -> maps:get(down, ?M:downtimes()) =:= [5] end, ?DEADLINE_MS),
     {ok, _} = supervisor:restart_child(erlmcp_shard_sup, 5),
     {5, _} = told(),
     ?assertMatch(#{count := 1, unobserved_count := 2}, ?M:downtimes()).
@@ -315,7 +315,7 @@ killed_while_the_watcher_stands_still(_Config) ->
     ok = supervisor:terminate_child(erlmcp_shard_sup, ?SHARD),
     timer:sleep(300),
     {ok, _} = supervisor:restart_child(erlmcp_shard_sup, ?SHARD),
-    true = await(fun() -> has_sampled(?SHARD) end),
+    test_support:await(fun() -> has_sampled(?SHARD) end, ?DEADLINE_MS),
     After = now_us(),
     ok = sys:resume(?M),
     {?SHARD, Ms} = told(),
@@ -335,13 +335,11 @@ watcher_is_killed_too(_Config) ->
               Old = [ {Shard, manager(Shard)} || Shard <- lists:seq(Round, Round + 3) ],
               _ = [ exit(Pid, kill) || {_, Pid} <- Old ],
               exit(whereis(?M), kill),
-              true = await(fun() ->
-                                   is_pid(whereis(?M)) andalso
-                                   lists:all(fun({Shard, Pid}) -> manager(Shard) =/= Pid andalso has_sampled(Shard) end, Old)
-                           end),
-              true = await(fun() -> maps:get(down, ?M:downtimes()) =:= [] end)
+              HasSuccessor = fun({Shard, Pid}) -> manager(Shard) =/= Pid andalso has_sampled(Shard) end,
+              test_support:await(fun() -> is_pid(whereis(?M)) andalso lists:all(HasSuccessor, Old) end, ?DEADLINE_MS),
+              test_support:await(fun() -> maps:get(down, ?M:downtimes()) =:= [] end, ?DEADLINE_MS)
           end || Round <- lists:seq(1, Rounds) ],
-    true = await(fun() -> erlmcp_shard_recovery_records:unchecked() =:= [] end),
+    test_support:await(fun() -> erlmcp_shard_recovery_records:unchecked() =:= [] end, ?DEADLINE_MS),
     timer:sleep(300),
     Told = all_told(),
     #{count := Count, unobserved_count := Unobserved, unobserved_worst_us := Bound} = ?M:downtimes(),
@@ -358,7 +356,7 @@ killed_again_before_the_first_sample(_Config) ->
     Supervisor = whereis(erlmcp_shard_sup),
     Before = now_us(),
     ok = supervisor:terminate_child(erlmcp_shard_sup, ?SHARD),
-    true = await(fun() -> maps:get(down, ?M:downtimes()) =:= [?SHARD] end),
+    test_support:await(fun() -> maps:get(down, ?M:downtimes()) =:= [?SHARD] end, ?DEADLINE_MS),
     timer:sleep(100),
     %% Most of them end before their first sample.
     _ = [ begin
@@ -367,8 +365,8 @@ killed_again_before_the_first_sample(_Config) ->
               ?assertNot(is_process_alive(Pid))
           end || _ <- lists:seq(1, 20) ],
     {ok, _} = supervisor:restart_child(erlmcp_shard_sup, ?SHARD),
-    true = await(fun() -> maps:get(down, ?M:downtimes()) =:= [] end),
-    true = await(fun() -> erlmcp_shard_recovery_records:unchecked() =:= [] end),
+    test_support:await(fun() -> maps:get(down, ?M:downtimes()) =:= [] end, ?DEADLINE_MS),
+    test_support:await(fun() -> erlmcp_shard_recovery_records:unchecked() =:= [] end, ?DEADLINE_MS),
     timer:sleep(300),
     Told = all_told(),
     #{count := Count, unobserved_count := Unobserved, worst_us := Worst} = ?M:downtimes(),
@@ -382,7 +380,7 @@ subscriptions_survive_the_process(_Config) ->
     ok = ?M:subscribe(),
     _ = [ begin
               kill(?M),
-              true = await(fun() -> is_pid(whereis(?M)) end),
+              test_support:await(fun() -> is_pid(whereis(?M)) end, ?DEADLINE_MS),
               _ = kill_manager(?SHARD),
               ?assertMatch({?SHARD, _}, told())
           end || _ <- lists:seq(1, 10) ],
@@ -392,7 +390,7 @@ subscriptions_survive_the_process(_Config) ->
 subscriptions_survive_the_supervisors(_Config) ->
     ok = ?M:subscribe(),
     kill(erlmcp_control_plane_sup),
-    true = await(fun() -> is_pid(whereis(?M)) end),
+    test_support:await(fun() -> is_pid(whereis(?M)) end, ?DEADLINE_MS),
     _ = kill_manager(?SHARD),
     {?SHARD, _} = told(),
     kill(erlmcp_shard_sup),
@@ -418,7 +416,7 @@ subscribing_needs_no_process(_Config) ->
     _ = kill_manager(?SHARD),
     {?SHARD, _} = told(),
     ?assertEqual([], told_to(Other)),
-    true = await(fun() -> erlmcp_shard_recovery_records:subscribers() =:= [self()] end).
+    test_support:await(fun() -> erlmcp_shard_recovery_records:subscribers() =:= [self()] end, ?DEADLINE_MS).
 
 
 %%% Checks
@@ -464,10 +462,8 @@ change(K, N) ->
                      end || I <- lists:seq(1, 100) ],
             _ = [ ok = erlmcp_shard_registry:unregister_connection({changing, K, I}) || I <- lists:seq(1, 100, 2) ],
             _ = [ exit(Pid, kill) || Pid <- Pids ],
-            true = await(fun() ->
-                                 lists:all(fun(I) -> erlmcp_shard_registry:whereis_connection({changing, K, I}) =:= undefined end,
-                                           lists:seq(1, 100))
-                         end),
+            IsGone = fun(I) -> erlmcp_shard_registry:whereis_connection({changing, K, I}) =:= undefined end,
+            test_support:await(fun() -> lists:all(IsGone, lists:seq(1, 100)) end, ?DEADLINE_MS),
             change(K, N + 200)
     end.
 
@@ -479,7 +475,7 @@ damaged_is_looked_at_until_it_is_right(_Config) ->
     true = erlmcp_shard_recovery_records:set_damaged(?SHARD),
     ?assertEqual([?SHARD], ?M:damaged()),
     kill(?M),
-    true = await(fun() -> ?M:damaged() =:= [] end),
+    test_support:await(fun() -> ?M:damaged() =:= [] end, ?DEADLINE_MS),
     ?assertEqual([{notice, shard_repaired, ?SHARD}], logged()),
     %% That is no recovery,
     ok = told_nothing_more(),
@@ -518,7 +514,7 @@ entries_of_the_ended_are_gone(_Config) ->
               {Shard, _} = told(),
               ?assertEqual(0, erlmcp_shard_registry:count(Shard))
           end || _ <- lists:seq(1, 5) ],
-    true = await(fun() -> erlmcp_shard_registry:count() =:= 0 end).
+    test_support:await(fun() -> erlmcp_shard_registry:count() =:= 0 end, ?DEADLINE_MS).
 
 
 routes_go_on(_Config) ->
@@ -567,7 +563,7 @@ kill_manager(Shard) ->
     Old = manager(Shard),
     true = is_pid(Old),
     exit(Old, kill),
-    true = await(fun() -> manager(Shard) =/= Old andalso is_pid(manager(Shard)) end),
+    test_support:await(fun() -> manager(Shard) =/= Old andalso is_pid(manager(Shard)) end, ?DEADLINE_MS),
     manager(Shard).
 
 
@@ -580,11 +576,12 @@ kill(Name) ->
 
 %% Downtimes, and all of them told.
 counted(Number) ->
-    true = await(fun() ->
-                         #{count := Count, unobserved_count := Unobserved} = ?M:downtimes(),
-                         Count + Unobserved =:= Number
-                 end),
-    true = await(fun() -> erlmcp_shard_recovery_records:unchecked() =:= [] end),
+    Counted = fun() ->
+                      #{count := Count, unobserved_count := Unobserved} = ?M:downtimes(),
+                      Count + Unobserved
+              end,
+    test_support:await_value(Number, Counted, ?DEADLINE_MS),
+    test_support:await(fun() -> erlmcp_shard_recovery_records:unchecked() =:= [] end, ?DEADLINE_MS),
     ok.
 
 
@@ -623,25 +620,8 @@ told_to(Pid) ->
 
 
 await_told_to(Pid, Number) ->
-    true = await(fun() -> length(told_to(Pid)) >= Number end),
+    test_support:await(fun() -> length(told_to(Pid)) >= Number end, ?DEADLINE_MS),
     told_to(Pid).
-
-
-await(Condition) ->
-    await_until(Condition, now_us() + ?DEADLINE_MS * 1000).
-
-
-await_until(Condition, Deadline) ->
-    case Condition() of
-        true ->
-            true;
-        false ->
-            now_us() < Deadline andalso
-            begin
-                timer:sleep(1),
-                await_until(Condition, Deadline)
-            end
-    end.
 
 
 now_us() ->

@@ -186,9 +186,10 @@ init_per_testcase(_Case, Config) ->
 %% The processes of a case end with it, and with them what they registered.
 end_per_testcase(_Case, Config) ->
     Found = proplists:get_value(found, Config),
-    case await(fun() -> default_counts() =:= Found end) of
-        true -> ok;
-        false -> {fail, {default_registry, {found, Found}, {left, default_counts()}}}
+    try
+        test_support:await(fun() -> default_counts() =:= Found end)
+    catch
+        error:{deadline_passed, _} -> {fail, {default_registry, {found, Found}, {left, default_counts()}}}
     end.
 
 
@@ -251,7 +252,7 @@ process_under_several_ids(Config) ->
     [ ?assertEqual({ok, {Pid, Id}}, api(R, lookup_connection, [Id])) || Id <- Late ],
     stop(Pid),
     [ ?assertEqual({error, not_found}, api(R, lookup_connection, [Id])) || Id <- Ids ],
-    ?assert(await(fun() -> api(R, count, []) =:= Count end)).
+    test_support:await(fun() -> api(R, count, []) =:= Count end).
 
 
 ended_process_is_accepted_and_not_found(Config) ->
@@ -289,7 +290,7 @@ ends_with_its_process(Config) ->
           ?assertEqual({ok, {self(), none}}, api(R, lookup_connection, [Id])),
           ok = api(R, unregister_connection, [Id])
       end || _ <- lists:seq(1, 20), End <- Ends ],
-    ?assert(await(fun() -> api(R, count, []) =:= Count end)).
+    test_support:await(fun() -> api(R, count, []) =:= Count end).
 
 
 wrong_arguments_change_nothing(Config) ->
@@ -359,9 +360,7 @@ shards_are_listed_and_counted(Config) ->
                   },
                  Stats),
     stop(Pid),
-    ?assert(await(fun() ->
-                          Before =:= [ api(R, count, [S]) || S <- lists:seq(0, Shards - 1) ]
-                  end)).
+    test_support:await_value(Before, fun() -> [ api(R, count, [S]) || S <- lists:seq(0, Shards - 1) ] end).
 
 
 no_such_shard(Config) ->
@@ -985,8 +984,7 @@ equal_configs_are_kept_once(Config) ->
           ok = api(R, register_connection, [<<"another">>, Pid, {another, Make()}]),
           ?assert(erlmcp_nif:distinct_configs() =< Before + 2, {Name, Before}),
           stop(Pid),
-          ?assert(await(fun() -> settled_configs(R) =< Before end),
-                  {Name, Before, settled_configs(R)})
+          test_support:await_value({Name, Before}, fun() -> {Name, max(Before, settled_configs(R))} end)
       end || {Name, Make} <- [{word, fun() -> make_anew(only_here) end},
                               {small, fun() -> make_anew(#{small => [1, 2.0, <<"3">>]}) end},
                               {large, fun() -> make_anew(lists:seq(1, 7000)) end},
@@ -1037,8 +1035,8 @@ process_of_a_former_node(Config) ->
     ?assertNot(is_process_alive(Former)),
     Count = api(R, count, []),
     ?assertEqual(ok, api(R, register_connection, [<<"former">>, Former, none])),
-    ?assert(await(fun() -> api(R, lookup_connection, [<<"former">>]) =:= {error, not_found} end)),
-    ?assert(await(fun() -> api(R, count, []) =:= Count end)).
+    test_support:await(fun() -> api(R, lookup_connection, [<<"former">>]) =:= {error, not_found} end),
+    test_support:await(fun() -> api(R, count, []) =:= Count end).
 
 
 %%% OTP `via' names
@@ -1060,7 +1058,7 @@ via_gen_server(_Config) ->
     {ok, Next} = gen_server:start(Via, ?MODULE, next, []),
     ?assertEqual({next, hello}, gen_server:call(Via, hello)),
     exit(Next, kill),
-    ?assert(await(fun() -> not is_process_alive(Next) end)),
+    test_support:await(fun() -> not is_process_alive(Next) end),
     {ok, Last} = gen_server:start(Via, ?MODULE, last, []),
     ?assertEqual({last, hello}, gen_server:call(Via, hello)),
     ok = gen_server:stop(Last),
@@ -1082,7 +1080,7 @@ via_supervisor(_Config) ->
                                             Now = ?M:whereis_name(Name),
                                             is_pid(Now) andalso Now =/= Pid
                                     end,
-                        ?assert(await(IsAnother)),
+                        test_support:await(IsAnother),
                         ?M:whereis_name(Name)
                 end,
                 First,
@@ -1202,8 +1200,8 @@ registries_are_independent(_Config) ->
     ?assertEqual([1, 0 | lists:duplicate(18, 1)], [ ?M:count(R) || R <- tl(Registries) ]),
     %% The end of the process is noticed by all of them.
     stop(Pid),
-    ?assert(await(fun() -> lists:all(fun(R) -> ?M:count(R) =:= 0 end, tl(Registries)) end)),
-    ?assert(await(fun() -> ?M:count() =:= Before end)).
+    test_support:await(fun() -> lists:all(fun(R) -> ?M:count(R) =:= 0 end, tl(Registries)) end),
+    test_support:await(fun() -> ?M:count() =:= Before end).
 
 
 no_registry(_Config) ->
@@ -1264,7 +1262,7 @@ max_entries(_Config) ->
       || N <- lists:seq(1, 20) ],
     ?assertEqual(ok, ?M:register_connection(R, hd(Ids), self(), none)),
     stop(Pid),
-    ?assert(await(fun() -> ?M:count(R) =:= 1 end)),
+    test_support:await(fun() -> ?M:count(R) =:= 1 end),
     [ ?assertEqual(ok, ?M:register_connection(R, Id, self(), none)) || Id <- tl(Ids) ],
     ?assertEqual({error, registry_full}, ?M:register_connection(R, <<"more">>, self(), none)),
     One = ?M:new(#{max_entries => 1}),
@@ -1643,22 +1641,22 @@ in_other_node() ->
           {error, not_found} = apply(?M, lookup_connection, Arguments ++ [<<"remote">>])
       end || R <- [?M:new()], Arguments <- [[], [default], [R]], _ <- lists:seq(1, 3) ],
     %% What watched it is gone.
-    true = await(fun() -> erlang:system_info(process_count) =< Processes + 1 end),
+    test_support:await(fun() -> erlang:system_info(process_count) =< Processes + 1 end),
     %% It ends, or has ended before.
     ok = ?M:register_connection(<<"ends">>, Pid, none),
     Other = spawn(Node, ?MODULE, idle, []),
     ok = ?M:register_connection(<<"stays">>, Other, none),
     Pid ! stop,
-    true = await(fun() -> ?M:lookup_connection(<<"ends">>) =:= {error, not_found} end),
+    test_support:await(fun() -> ?M:lookup_connection(<<"ends">>) =:= {error, not_found} end),
     ok = ?M:register_connection(<<"ended">>, Pid, none),
-    true = await(fun() -> ?M:lookup_connection(<<"ended">>) =:= {error, not_found} end),
+    test_support:await(fun() -> ?M:lookup_connection(<<"ended">>) =:= {error, not_found} end),
     Other = ?M:whereis_connection(<<"stays">>),
     ok = ?M:register_connection(<<"ends">>, self(), none),
     1 = length([ x || _ <- [?M:whereis_connection(<<"ends">>)] ]),
     ok = ?M:unregister_connection(<<"ends">>),
     Other ! stop,
-    true = await(fun() -> ?M:count() =:= 0 end),
-    true = await(fun() -> settled_configs(default) =< Configs + 1 end),
+    test_support:await(fun() -> ?M:count() =:= 0 end),
+    test_support:await(fun() -> settled_configs(default) =< Configs + 1 end),
     peer:stop(Peer).
 
 
@@ -1683,16 +1681,16 @@ in_other_node_down() ->
     {ok, {P1, {caps, 1}}} = erlmcp_registry:find_server(<<1:32>>),
     Node = node(P1),
     peer:stop(Peer),
-    true = await(fun() -> {?M:count(), ?M:count(R)} =:= {0, 0} end),
-    true = await(fun() -> default_counts() =:= [0, 0, 0] end),
+    test_support:await(fun() -> {?M:count(), ?M:count(R)} =:= {0, 0} end),
+    test_support:await(fun() -> default_counts() =:= [0, 0, 0] end),
     [] = erlmcp_nif:bindings(default),
     {error, not_found} = erlmcp_registry:find_server(<<1:32>>),
     [ ok = ?M:register_connection(<<N:32>>, self(), anew) || N <- lists:seq(1, 500) ],
-    true = await(fun() -> erlang:system_info(process_count) =< Processes + 1 end),
+    test_support:await(fun() -> erlang:system_info(process_count) =< Processes + 1 end),
     500 = ?M:count(),
     %% A process of a node that cannot be reached is one that has ended.
     ok = ?M:register_connection(R, <<"gone">>, hd(Pids), none),
-    true = await(fun() -> ?M:lookup_connection(R, <<"gone">>) =:= {error, not_found} end),
+    test_support:await(fun() -> ?M:lookup_connection(R, <<"gone">>) =:= {error, not_found} end),
     ok.
 
 
@@ -1768,22 +1766,6 @@ in_process(Fun) ->
             receive {'DOWN', Monitor, process, Pid, normal} -> Result end;
         {'DOWN', Monitor, process, Pid, Reason} ->
             error(Reason)
-    end.
-
-
-await(Condition) ->
-    await(Condition, erlang:monotonic_time(millisecond) + 10_000).
-
-
-await(Condition, Deadline) ->
-    case Condition() of
-        true ->
-            true;
-        false ->
-            case erlang:monotonic_time(millisecond) > Deadline of
-                true -> false;
-                false -> timer:sleep(10), await(Condition, Deadline)
-            end
     end.
 
 

@@ -1,13 +1,19 @@
-%%% What several suites need and none of them is about: functions that run in a node of their own.
+%%% What several suites need and none of them is about: functions that run in a node of their own, and
+%%% waiting for what becomes true.
 -module(test_support).
 
+-include_lib("stdlib/include/assert.hrl").
+
 -export([in_peer/2, in_peer/4, start_peer/2]).
+-export([await/1, await/2, await_value/2, await_value/3]).
 
 %% flags are arguments of the emulator; timeout_ms is for the function and not for the start of its node.
 -type peer_options() :: #{flags => [string()], timeout_ms => timeout()}.
 
--define(BOOT_MS, 60_000).
--define(CALL_MS, 60_000).
+-define(BOOT_MS,     60_000).
+-define(CALL_MS,     60_000).
+-define(DEADLINE_MS, 10_000).
+-define(STEP_MS,     1).
 
 %%% Nodes
 
@@ -38,3 +44,54 @@ start_peer(Module, Options) ->
                                    wait_boot => ?BOOT_MS,
                                    args => maps:get(args, Options, []) ++ ["-pa" | Paths ++ Own]
                                   }).
+
+
+%%% Conditions
+
+
+-spec await(fun(() -> boolean())) -> ok.
+await(Condition) ->
+    await(Condition, ?DEADLINE_MS).
+
+
+%% Asks until it is true, once at least.
+-spec await(fun(() -> boolean()), non_neg_integer()) -> ok.
+await(Condition, TimeoutMs) ->
+    await_until(Condition, now_ms() + TimeoutMs, TimeoutMs).
+
+
+await_until(Condition, DeadlineMs, TimeoutMs) ->
+    case Condition() of
+        true ->
+            ok;
+        false ->
+            now_ms() < DeadlineMs orelse error({deadline_passed, TimeoutMs}),
+            timer:sleep(?STEP_MS),
+            await_until(Condition, DeadlineMs, TimeoutMs)
+    end.
+
+
+-spec await_value(term(), fun(() -> term())) -> ok.
+await_value(Expected, Read) ->
+    await_value(Expected, Read, ?DEADLINE_MS).
+
+
+%% Reads until it is what was expected. If it is not in time, the error says what it is.
+-spec await_value(term(), fun(() -> term()), non_neg_integer()) -> ok.
+await_value(Expected, Read, TimeoutMs) ->
+    await_value_until(Expected, Read, now_ms() + TimeoutMs).
+
+
+await_value_until(Expected, Read, DeadlineMs) ->
+    case Read() of
+        Expected ->
+            ok;
+        Actual ->
+            now_ms() < DeadlineMs orelse ?assertEqual(Expected, Actual),
+            timer:sleep(?STEP_MS),
+            await_value_until(Expected, Read, DeadlineMs)
+    end.
+
+
+now_ms() ->
+    erlang:monotonic_time(millisecond).

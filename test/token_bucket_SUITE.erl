@@ -93,7 +93,7 @@ end_per_testcase(_Case, Config) ->
     ok = gen_server:stop(proplists:get_value(registry, Config)),
     ok = erlmcp_backpressure:set(token_bucket, ?DEFAULT),
     ok = application:unset_env(erlmcp_native, token_bucket),
-    await(fun() -> erlmcp_shard_registry:count() =:= 0 end).
+    test_support:await(fun() -> erlmcp_shard_registry:count() =:= 0 end).
 
 
 %%% Buckets
@@ -330,7 +330,7 @@ own_limits_go_with_the_entry(_Config) ->
                           ok = ?M:set_limits(NS, x, Strict),
                           {ok, 0} = ?M:consume(NS, x, 2),
                           _ = End(Pid),
-                          await(fun() -> ?M:get_state(NS, x) =:= {error, not_found} end),
+                          test_support:await(fun() -> ?M:get_state(NS, x) =:= {error, not_found} end),
                           ok = register(NS, x, self()),
                           ?assertMatch(#{tokens := 1000, capacity := 1000, rate_per_second := 10000.0},
                                        ?M:get_state(NS, x)),
@@ -694,19 +694,4 @@ sleep_until(Us) ->
     case Us - now_us() of
         Left when Left > 0 -> timer:sleep(Left div 1000 + 1), sleep_until(Us);
         _ -> ok
-    end.
-
-
-await(Condition) ->
-    await(Condition, now_us() + 10_000_000).
-
-
-await(Condition, Deadline) ->
-    case Condition() of
-        true ->
-            ok;
-        false ->
-            now_us() < Deadline orelse exit(deadline_passed),
-            timer:sleep(1),
-            await(Condition, Deadline)
     end.
