@@ -741,7 +741,7 @@ paced(Ids, Number, EveryUs, End) ->
 paced(_Ids, _Number, _EveryUs, Due, End) when Due >= End ->
     [];
 paced(Ids, Number, EveryUs, Due, End) ->
-    sleep_until(Due),
+    test_support:sleep_until(Due),
     Results = send_round(Ids, Number),
     Results ++ paced(Ids, Number, EveryUs, Due + EveryUs, End).
 
@@ -789,10 +789,3 @@ reductions_in(Shard, Ms) ->
 
 now_us() ->
     erlang:monotonic_time(microsecond).
-
-
-sleep_until(Us) ->
-    case Us - now_us() of
-        Left when Left > 0 -> timer:sleep(Left div 1000 + 1), sleep_until(Us);
-        _ -> ok
-    end.

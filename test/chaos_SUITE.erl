@@ -178,7 +178,7 @@ kill_a_manager({Managers0, Recovering0, Told0}) ->
             Manager = maps:get(Shard, Managers),
             %% Nobody has restarted it since.
             ?assertEqual(Manager, whereis(manager(Shard))),
-            killed = kill(Manager),
+            killed = test_support:kill(Manager),
             {1, {Managers, Recovering#{Shard => Manager}, Told}}
     end.
 
@@ -254,7 +254,7 @@ control_plane_is_killed(_Config) ->
     ok = has_its_children(erlmcp_control_plane_sup),
     %% Now nobody kills the one who tells.
     [ begin
-          killed = kill(whereis(manager(Shard))),
+          killed = test_support:kill(whereis(manager(Shard))),
           receive {erlmcp_shard_recovered, Told, _Ms} -> ?assertEqual(Shard, Told) after ?DEADLINE_MS -> error(not_told) end
       end || Shard <- lists:seq(0, ?SHARDS - 1) ],
     ?assertEqual([], told()).
@@ -300,9 +300,9 @@ managers_and_control_plane_are_killed(_Config) ->
 %% Of each name, how often its recovery had been told when it was killed last.
 kill_one(Name, {Kills, {Killed, Told0}}) ->
     Told = told() ++ Told0,
-    case kill(live(name(Name))) of
+    case test_support:kill(live(name(Name))) of
         killed -> {Kills + 1, {Killed#{Name => times_told(Name, Told)}, Told}};
-        gone -> {Kills, {Killed, Told}}
+        _Ending -> {Kills, {Killed, Told}}
     end.
 
 
@@ -340,7 +340,7 @@ registry_process_is_killed(_Config) ->
 kill_registry(#load{targets = Targets}, Sent0) ->
     Sibling = receive {up, Pid} -> Pid after ?DEADLINE_MS -> error(host_is_not_up) end,
     Registry = whereis(?R),
-    killed = kill(Registry),
+    killed = test_support:kill(Registry),
     receive {ending, Sibling} -> ok after ?DEADLINE_MS -> error(host_has_not_noticed) end,
     ?assertEqual(undefined, whereis(?R)),
     Sent = burst(Targets, Sent0, 50),
@@ -451,7 +451,7 @@ kill_until_down(Name, Supervisor, Monitor, Kills, Deadline) ->
                     erlang:yield(),
                     kill_until_down(Name, Supervisor, Monitor, Kills, Deadline);
                 Pid ->
-                    Killed = case kill(Pid) of killed -> 1; gone -> 0 end,
+                    Killed = case test_support:kill(Pid) of killed -> 1; _Ending -> 0 end,
                     kill_until_down(Name, Supervisor, Monitor, Kills + Killed, Deadline)
             end
     end.
@@ -471,7 +471,7 @@ kill_within_ten_seconds(Number, [Name | Others], Names, Times0, Deadline) ->
         Times when length(Times) >= Number ->
             ok;
         Times ->
-            killed = kill(live(Name)),
+            killed = test_support:kill(live(Name)),
             kill_within_ten_seconds(Number, Others, Names, [Now | Times], Deadline)
     end.
 
@@ -482,7 +482,7 @@ orphans_lose_their_names(_Config) ->
     [ begin
           SupervisorPid = whereis(Supervisor),
           ok = sys:suspend(Supervisor),
-          killed = kill(whereis(Name)),
+          killed = test_support:kill(whereis(Name)),
           Orphan = start_orphan(Name),
           Monitor = monitor(process, Orphan),
           ok = sys:resume(Supervisor),
@@ -543,27 +543,18 @@ kill_for(Due, End, Kill, Kills, State0) ->
 
 kill_one_of(Names, Killed) ->
     Name = one_of(Names),
-    case kill(live(Name)) of
+    case test_support:kill(live(Name)) of
         killed -> {1, plus(Name, 1, Killed)};
-        gone -> {0, Killed}
+        %% It was ending already, since its supervisor had.
+        _Ending -> {0, Killed}
     end.
 
 
 kill_in_a_row(_Name, 0) ->
     ok;
 kill_in_a_row(Name, Times) ->
-    killed = kill(live(Name)),
+    killed = test_support:kill(live(Name)),
     kill_in_a_row(Name, Times - 1).
-
-
-%% Gone: it was ending already, since its supervisor had.
-kill(Pid) ->
-    Monitor = monitor(process, Pid),
-    true = exit(Pid, kill),
-    receive
-        {'DOWN', Monitor, process, Pid, killed} -> killed;
-        {'DOWN', Monitor, process, Pid, _Other} -> gone
-    end.
 
 
 %% Who has a name, as soon as somebody has it.
@@ -1028,7 +1019,7 @@ change(1, _Kind, Target, Pid, Owned) ->
             not_running
     end;
 change(2, _Kind, Target, Pid, Owned) ->
-    killed = kill(Pid),
+    killed = test_support:kill(Pid),
     has(Target, none),
     maps:remove(Target, Owned);
 change(3, transport, {transport, Id} = Target, Pid, Owned) ->

@@ -215,7 +215,7 @@ a_name_is_taken_once(_Config) ->
     ?assertEqual({error, already_registered}, ?CB:register_breaker(c, #{})),
     % The first one stays as it is.
     {ok, #{failure_threshold := 3}} = ?CB:get_stats(b),
-    ?assertEqual([], flush()).
+    ?assertEqual([], test_support:flush()).
 
 
 a_name_is_free_at_once(_Config) ->
@@ -226,7 +226,7 @@ a_name_is_free_at_once(_Config) ->
               case N rem 3 of
                   0 -> ok = ?CB:unregister_breaker(b);
                   1 -> ok = ?CB:stop(b);
-                  2 -> kill(breaker_pid(b))
+                  2 -> test_support:kill(breaker_pid(b))
               end,
               ?assertExit({noproc, _}, ?CB:get_state(b)),
               ?assertEqual(#{}, ?CB:get_all_states())
@@ -238,7 +238,7 @@ a_name_is_free_at_once(_Config) ->
 
 unknown_names_exit(_Config) ->
     Dead = spawn(fun() -> ok end),
-    await_end(Dead),
+    test_support:await_end(Dead),
     _ = [ begin
               Never = fun() -> error(ran) end,
               ?assertExit({noproc, _}, ?CB:call(Name, Never)),
@@ -312,7 +312,7 @@ bad_options(_Config) ->
     ?assertMatch({error, {bad_option, window_size, 1000001, _}},
                  ?CB:register_breaker(b, #{window_size => 1000001})),
     ?assertExit({noproc, _}, ?CB:get_state(b)),
-    ?assertEqual([], flush()),
+    ?assertEqual([], test_support:flush()),
     _ = [ begin
               ok = ?CB:register_breaker(b, #{Key => Value}),
               {ok, #{Key := Value, config := #{Key := Value}}} = ?CB:get_stats(b),
@@ -349,7 +349,7 @@ keeper_is_killed(_Config) ->
     refused(b),
     lists:foreach(
       fun(N) ->
-              kill(whereis(erlmcp_circuit_breaker_names)),
+              test_support:kill(whereis(erlmcp_circuit_breaker_names)),
               test_support:await(fun() -> #{b => open, c => closed} =:= ?CB:get_all_states() end, ?DEADLINE_MS),
               refused(b),
               {ok, #{total_rejected := Rejected}} = ?CB:get_stats(b),
@@ -363,7 +363,7 @@ keeper_is_killed(_Config) ->
     % The new gate is shut as the old one was.
     ok = sys:suspend(breaker_pid(b)),
     refused(b),
-    kill(breaker_pid(b)),
+    test_support:kill(breaker_pid(b)),
     ?assertEqual(#{c => closed}, ?CB:get_all_states()).
 
 
@@ -605,7 +605,7 @@ call_costs_two_messages(_Config) ->
     Delivered = erlang:trace_delivered(Pid),
     receive {trace_delivered, Pid, Delivered} -> ok end,
     % The third one is get_state's.
-    ?assertMatch([_, _, _], [ M || {trace, P, 'receive', M} <- flush(), P =:= Pid ]).
+    ?assertMatch([_, _, _], [ M || {trace, P, 'receive', M} <- test_support:flush(), P =:= Pid ]).
 
 
 nested_calls(_Config) ->
@@ -671,7 +671,7 @@ breaker_that_does_not_answer(_Config) ->
     {ok, #{state := half_open, total_calls := 0}} = ?CB:get_stats(b),
     {ok, 1} = ?CB:call(b, fun() -> {ok, 1} end),
     ?assertEqual(closed, ?CB:get_state(b)),
-    ?assertEqual([], flush()).
+    ?assertEqual([], test_support:flush()).
 
 
 wrong_arguments(_Config) ->
@@ -838,7 +838,7 @@ transitions_are_logged_once(_Config) ->
                                                breaker := {log, 1},
                                                domain := [erlmcp_native]
                                               }
-                                    }} <- flush() ])
+                                    }} <- test_support:flush() ])
     after
         ok = logger:remove_handler(?MODULE)
     end.
@@ -855,7 +855,7 @@ supervised_breaker_starts_anew(_Config) ->
     fail(b, 1),
     refused(b),
     Old = breaker_pid(b),
-    kill(Old),
+    test_support:kill(Old),
     test_support:await(fun() -> is_pid(breaker_pid(b)) end, ?DEADLINE_MS),
     ?assertEqual(closed, ?CB:get_state(b)),
     ?assertEqual({ok, 1}, ?CB:call(b, fun() -> {ok, 1} end)),
@@ -1076,7 +1076,7 @@ count_result({ok, x}, {A, B, C}) -> {A + 1, B, C}.
 breaker_killed_under_callers(_Config) ->
     ok = ?CB:register_breaker(b, #{}),
     Callers = [ blocked_call(b) || _ <- lists:seq(1, 20) ],
-    kill(breaker_pid(b)),
+    test_support:kill(breaker_pid(b)),
     % Who is in its fun gets the result, who comes later exits.
     _ = [ ?assertEqual({ok, C}, finish(C, {ok, C})) || C <- Callers ],
     ?assertExit({noproc, _}, ?CB:call(b, fun() -> error(ran) end)),
@@ -1123,7 +1123,7 @@ kill_until_told(Breaker, Parent) -> kill_until_told(Breaker, Parent, 0).
 kill_until_told(Breaker, Parent, Times) ->
     ok = ?CB:register_breaker(Breaker, #{}),
     spin(rand:uniform(20000)),
-    kill(breaker_pid(Breaker)),
+    test_support:kill(breaker_pid(Breaker)),
     receive
         {stop, Parent} -> Parent ! {killed, Times}
     after
@@ -1164,7 +1164,7 @@ breaker_survives_its_callers(_Config) ->
                            link(Pid),
                            ?CB:call(b, fun() -> exit(self(), kill) end)
                    end),
-    await_end(Linked),
+    test_support:await_end(Linked),
     _ = [ exit(Pid, R) || R <- [normal, shutdown, crash] ],
     {ok, 1} = ?CB:call(b, fun() -> {ok, 1} end),
     ?assertEqual(Pid, breaker_pid(b)),
@@ -1510,18 +1510,3 @@ at_once(Number, Fun) ->
 
 spin(0) -> ok;
 spin(N) -> spin(N - 1).
-
-
-kill(Pid) ->
-    unlink(Pid),
-    exit(Pid, kill),
-    await_end(Pid).
-
-
-await_end(Pid) ->
-    Monitor = monitor(process, Pid),
-    receive {'DOWN', Monitor, process, Pid, _} -> ok end.
-
-
-flush() ->
-    receive Message -> [Message | flush()] after 0 -> [] end.

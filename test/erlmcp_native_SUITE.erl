@@ -409,7 +409,7 @@ explains_when_the_registry_was_killed(_Config) ->
     _ = [ begin
               ok = erlmcp_rollout:set(Mode),
               ok = erlmcp_circuit_breaker:force_open(),
-              ok = kill_registry(),
+              test_support:kill(whereis(erlmcp_registry)),
               Explained = [ maps:get(server, erlmcp_native:explain(Id)) || Id <- Ids ],
               ?assertEqual({Mode, [ maps:get(route, Entry) || Entry <- Explained ]},
                            {Mode, [ route(server, Id) || Id <- Ids ]}),
@@ -463,10 +463,3 @@ start_registry() ->
     {ok, _} = gen_server:start({local, erlmcp_registry}, erlmcp_registry, [], []),
     test_support:await(fun() -> maps:get(switching_to, erlmcp_rollout:status()) =:= none end, ?DEADLINE_MS),
     ok.
-
-
-kill_registry() ->
-    Pid = whereis(erlmcp_registry),
-    Monitor = monitor(process, Pid),
-    exit(Pid, kill),
-    receive {'DOWN', Monitor, process, Pid, _} -> ok end.

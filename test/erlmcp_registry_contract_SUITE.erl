@@ -402,7 +402,7 @@ automatic_binding_to_a_server_to_come(Config) ->
     ?assertEqual({ok, {s, 1}}, request(Config, {get_server_for_transport, t})),
     ok = request(Config, {register_server, {s, 1}, S, #{}}),
     ?assertEqual({ok, {s, 1}}, request(Config, {get_server_for_transport, t})),
-    kill(S),
+    test_support:kill(S),
     ?assertEqual({error, not_found}, request(Config, {get_server_for_transport, t})).
 
 
@@ -424,7 +424,7 @@ bound_to_the_id_undefined(Config) ->
 
 server_ends(Config) ->
     [S | _] = bound(Config),
-    kill(S),
+    test_support:kill(S),
     ?assertEqual({error, not_found}, request(Config, {find_server, s})),
     ?assertEqual({error, not_found}, request(Config, {get_server_for_transport, t})),
     ?assertMatch({ok, _}, request(Config, {find_transport, t})),
@@ -445,7 +445,7 @@ server_ends_for_any_reason(Config) ->
 
 transport_ends(Config) ->
     [S, T] = bound(Config),
-    kill(T),
+    test_support:kill(T),
     ?assertEqual({error, not_found}, request(Config, {find_transport, t})),
     ?assertEqual({error, not_found}, request(Config, {get_server_for_transport, t})),
     ?assertEqual({ok, {S, #{}}}, request(Config, {find_server, s})),
@@ -455,11 +455,11 @@ transport_ends(Config) ->
 registered_again_after_the_end(Config) ->
     [S, T] = bound(Config),
     [S2, T2] = processes(2),
-    kill(S),
+    test_support:kill(S),
     ?assertEqual(ok, request(Config, {register_server, s, S2, new})),
     ?assertEqual({ok, {S2, new}}, request(Config, {find_server, s})),
     ?assertEqual({error, not_found}, request(Config, {get_server_for_transport, t})),
-    kill(T),
+    test_support:kill(T),
     ?assertEqual(ok, request(Config, {register_transport, t, T2, #{}})),
     ?assertEqual({ok, {T2, #{}}}, request(Config, {find_transport, t})),
     ?assertEqual({error, not_found}, request(Config, {get_server_for_transport, t})).
@@ -467,7 +467,7 @@ registered_again_after_the_end(Config) ->
 
 dead_pid_is_registered(Config) ->
     [P] = processes(1),
-    kill(P),
+    test_support:kill(P),
     ?assertEqual(ok, request(Config, {register_server, s, P, #{}})),
     ?assertEqual({error, not_found}, request(Config, {find_server, s})),
     ?assertEqual(ok, request(Config, {register_transport, t, P, #{server_id => s}})),
@@ -481,7 +481,7 @@ find_never_returns_the_dead(Config) ->
                           [P] = processes(1),
                           ok = request(Config, {register_server, N, P, #{}}),
                           ok = request(Config, {register_transport, N, P, #{server_id => N}}),
-                          kill(P),
+                          test_support:kill(P),
                           ?assertEqual({error, not_found}, request(Config, {find_server, N})),
                           ?assertEqual({error, not_found}, request(Config, {find_transport, N}))
                   end,
@@ -512,7 +512,7 @@ new_owner_outlives_the_end_of_the_old(Config) ->
     ?assertEqual([ok], overtaken(Config, T, [{register_transport, t, T2, #{server_id => s}}])),
     ?assertEqual({ok, {T2, #{server_id => s}}}, request(Config, {find_transport, t})),
     ?assertEqual({ok, s}, request(Config, {get_server_for_transport, t})),
-    kill(T2),
+    test_support:kill(T2),
     ?assertEqual({error, not_found}, request(Config, {find_transport, t})).
 
 
@@ -545,7 +545,7 @@ pid_under_many_ids_ends(Config) ->
     _ = [ ok = request(Config, {register_server, N, P, #{}}) || N <- lists:seq(1, 20) ],
     _ = [ ok = request(Config, {register_transport, N, P, #{}}) || N <- lists:seq(1, 20) ],
     ok = request(Config, {register_transport, other, T, #{server_id => 7}}),
-    kill(P),
+    test_support:kill(P),
     _ = [ ?assertEqual({error, not_found}, request(Config, {Find, N}))
           || Find <- [find_server, find_transport], N <- lists:seq(1, 20) ],
     ?assertEqual([], request(Config, list_servers)),
@@ -560,7 +560,7 @@ one_of_two_ids_unregistered_then_the_pid_ends(Config) ->
     ok = request(Config, {unregister_server, a}),
     ok = request(Config, {register_server, a, self(), mine}),
     ?assertEqual({ok, {P, #{}}}, request(Config, {find_server, b})),
-    kill(P),
+    test_support:kill(P),
     ?assertEqual({error, not_found}, request(Config, {find_server, b})),
     ?assertEqual({ok, {self(), mine}}, request(Config, {find_server, a})).
 
@@ -570,7 +570,7 @@ unregister_does_not_purge_a_later_binding(Config) ->
     ok = request(Config, {unregister_server, s}),
     ok = request(Config, {register_server, s, self(), #{}}),
     ok = request(Config, {bind_transport_to_server, t, s}),
-    kill(S),
+    test_support:kill(S),
     ?assertEqual({ok, s}, request(Config, {get_server_for_transport, t})),
     ?assertEqual({ok, {self(), #{}}}, request(Config, {find_server, s})).
 
@@ -580,7 +580,7 @@ update_server_keeps_pid_bindings_and_monitor(Config) ->
     ?assertEqual(ok, request(Config, {update_server, s, #{new => true}})),
     ?assertEqual({ok, {S, #{new => true}}}, request(Config, {find_server, s})),
     ?assertEqual({ok, s}, request(Config, {get_server_for_transport, t})),
-    kill(S),
+    test_support:kill(S),
     ?assertEqual({error, not_found}, request(Config, {find_server, s})),
     ?assertEqual({error, not_found}, request(Config, {get_server_for_transport, t})).
 
@@ -898,8 +898,8 @@ killed_and_restarted_adopts(Config) ->
     ok = Module:register_transport(u, U, #{}),
     ok = Module:register_transport(v, U, #{server_id => dead}),
     ok = Module:bind_transport_to_server(u, s),
-    kill(instance(Config)),
-    kill(Dead),
+    test_support:kill(instance(Config)),
+    test_support:kill(Dead),
     {ok, Next} = Module:start_link(),
     unlink(Next),
     ?assertEqual({ok, {S, #{s => 1}}}, Module:find_server(s)),
@@ -907,10 +907,10 @@ killed_and_restarted_adopts(Config) ->
     ?assertEqual({ok, s}, Module:get_server_for_transport(t)),
     ?assertEqual({ok, s}, Module:get_server_for_transport(u)),
     ?assertEqual({error, not_found}, Module:get_server_for_transport(v)),
-    kill(S),
+    test_support:kill(S),
     ?assertEqual({error, not_found}, Module:find_server(s)),
     ?assertEqual({error, not_found}, Module:get_server_for_transport(t)),
-    kill(T),
+    test_support:kill(T),
     ?assertEqual({error, not_found}, Module:find_transport(t)).
 
 
@@ -927,10 +927,10 @@ killed_and_restarted_adopts_the_latest(Config) ->
     ok = Module:unbind_transport(z),
     ok = Module:unregister_transport(v),
     ok = Module:register_transport(y, V, #{server_id => to_come}),
-    kill(U),
+    test_support:kill(U),
     ok = Module:unregister_server(s2),
     ok = Module:bind_transport_to_server(w, s),
-    kill(instance(Config)),
+    test_support:kill(instance(Config)),
     {ok, Next} = Module:start_link(),
     unlink(Next),
     ?assertEqual([{s, {S, #{version => 2}}}], Module:list_servers()),
@@ -942,7 +942,7 @@ killed_again_and_again(Config) ->
     Module = module(Config),
     bound(Config),
     lists:foreach(fun(N) ->
-                          kill(whereis(Module)),
+                          test_support:kill(whereis(Module)),
                           {ok, Next} = Module:start_link(),
                           unlink(Next),
                           ok = Module:register_server(N, self(), #{}),
@@ -956,8 +956,8 @@ killed_server_process_while_down(Config) ->
     Module = module(Config),
     [S] = processes(1),
     ok = Module:register_server(s, S, #{}),
-    kill(instance(Config)),
-    kill(S),
+    test_support:kill(instance(Config)),
+    test_support:kill(S),
     {ok, Next} = Module:start_link(),
     unlink(Next),
     ?assertEqual([], Module:list_servers()),
@@ -1210,7 +1210,7 @@ global_scope_of_one_node(Config) ->
     application:set_env(erlmcp_native, same_pid, ok),
     ?assertEqual(ok, Module:register_server(global, 1, A, #{})),
     ?assertEqual({ok, {node(), A, no_map}}, Module:find_server(global, 1)),
-    kill(B),
+    test_support:kill(B),
     ?assertEqual({error, not_found}, Module:find_server(global, 1.0)),
     ?assertEqual([{1, {node(), A, no_map}}], Module:list_servers(global)),
     ?assertEqual(ok, Module:register_server(global, dead, B, #{})),
@@ -1222,7 +1222,7 @@ global_scope_of_one_node(Config) ->
     % Nothing is left behind, whichever way the entries ended, also if nobody looks for them.
     ok = Module:register_server(global, dead, B, #{}),
     ok = Module:register_server(global, ends, A, #{}),
-    kill(A),
+    test_support:kill(A),
     test_support:await(fun() -> (processes() -- Before) -- Watchers =:= [] end, ?DEADLINE_MS).
 
 
@@ -1232,7 +1232,7 @@ global_end_race(Config) ->
                           [P] = processes(1),
                           ?assertEqual(ok, Module:register_transport(global, t, P, N)),
                           ?assertEqual({ok, {node(), P, N}}, Module:find_transport(global, t)),
-                          kill(P),
+                          test_support:kill(P),
                           N rem 2 =:= 0 andalso
                           ?assertEqual({error, not_found}, Module:find_transport(global, t))
                   end,
@@ -1352,7 +1352,7 @@ overtaken(Config, Pid, Requests) ->
     Instance = instance(Config),
     ok = sys:suspend(Instance),
     Ids = [ gen_server:send_request(Instance, Request) || Request <- Requests ],
-    kill(Pid),
+    test_support:kill(Pid),
     ok = sys:resume(Instance),
     [ begin
           {reply, Answer} = gen_server:receive_response(Id, ?DEADLINE_MS),
@@ -1396,12 +1396,6 @@ spawn_watched(Fun) ->
                   receive {'DOWN', Monitor, _, _, _} -> exit(Pid, kill) end
           end),
     Pid.
-
-
-kill(Pid) ->
-    Monitor = monitor(process, Pid),
-    exit(Pid, kill),
-    receive {'DOWN', Monitor, process, Pid, _} -> ok end.
 
 
 %% The next N messages, in order; and there is no other one then.

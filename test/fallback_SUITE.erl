@@ -111,10 +111,7 @@ in_current() ->
     ok = erlmcp_circuit_breaker:register_breaker(b, #{}),
     {ok, done} = erlmcp_circuit_breaker:call(b, fun() -> {ok, done} end),
     %% Killed and restarted, it has what it had.
-    true = unlink(Registry),
-    Monitor = monitor(process, Registry),
-    true = exit(Registry, kill),
-    receive {'DOWN', Monitor, process, Registry, killed} -> ok end,
+    killed = test_support:kill(Registry),
     ok = erlmcp_registry:route_to_server(s, t, lost),
     {ok, _} = erlmcp_registry:start_link(),
     {ok, {_, #{a := 1}}} = erlmcp_registry:find_server(s),

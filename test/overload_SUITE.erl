@@ -153,7 +153,7 @@ sender(Name, Ids, EachPeriod, End) ->
 send_until(#{until := End} = State, _Targets, Due) when Due >= End ->
     State;
 send_until(#{each := Each} = State, Targets, Due) ->
-    sleep_until(Due),
+    test_support:sleep_until(Due),
     {Next, Rest} = send(Each, State, Targets, []),
     send_until(Next, Rest, Due + ?PERIOD_MS * 1000).
 
@@ -194,13 +194,6 @@ memory() ->
 
 now_us() ->
     erlang:monotonic_time(microsecond).
-
-
-sleep_until(Us) ->
-    case Us - now_us() of
-        Left when Left > 0 -> timer:sleep(Left div 1000 + 1), sleep_until(Us);
-        _ -> ok
-    end.
 
 
 from_environment(Variable, Default) ->

@@ -75,7 +75,7 @@ death_during_registration(_Config) ->
                  ok = erlmcp_shard_registry:register_connection({other, N}, Victim, x),
                  Victim
              end || N <- lists:seq(1, 20000) ],
-    _ = [ await_end(Pid) || Pid <- Died ],
+    _ = [ test_support:await_end(Pid) || Pid <- Died ],
     test_support:await(fun() -> erlmcp_shard_registry:count() =:= 0 end, ?DEADLINE_MS).
 
 
@@ -89,7 +89,7 @@ unregister_against_down(_Config) ->
               spin(N rem 100),
               ok = erlmcp_registry:unregister_server(s),
               ok = erlmcp_registry:register_server(s, self(), N),
-              await_end(Old),
+              test_support:await_end(Old),
               ?assertEqual({ok, {self(), N}}, erlmcp_registry:find_server(s)),
               ok = erlmcp_registry:unregister_server(s)
       end,
@@ -136,7 +136,7 @@ bind_against_death_of_the_server(_Config) ->
                      [Bound, _] = side_by_side(N,
                                                fun() -> erlmcp_registry:bind_transport_to_server(t, s) end,
                                                fun() -> Server ! go end),
-                     await_end(Server),
+                     test_support:await_end(Server),
                      ?assertEqual({error, not_found}, erlmcp_registry:get_server_for_transport(t)),
                      Bound
                  end || N <- lists:seq(1, 10000) ],
@@ -154,7 +154,7 @@ automatic_binding_against_end_of_the_server(_Config) ->
                                                     erlmcp_registry:register_transport(t, self_parent(), #{server_id => s})
                                             end,
                                             fun() -> Server ! go end),
-                     await_end(Server),
+                     test_support:await_end(Server),
                      Bound = erlmcp_registry:get_server_for_transport(t),
                      Expected = [ {mcp_response, s, N} || Bound =:= {ok, s} ],
                      ok = erlmcp_registry:route_to_transport(broadcast, s, N),
@@ -175,7 +175,7 @@ update_server_against_death(_Config) ->
                                           fun() -> erlmcp_registry:update_server(s, N) end,
                                           fun() -> Server ! go end),
               ?assert(lists:member(Updated, [ok, {error, not_found}])),
-              await_end(Server),
+              test_support:await_end(Server),
               ?assertEqual({error, not_found}, erlmcp_registry:find_server(s)),
               test_support:await(fun() -> [] =:= erlmcp_registry:list_servers() end, ?DEADLINE_MS)
       end,
@@ -190,9 +190,7 @@ registry_killed_and_adopted_under_load(_Config) ->
     ok = erlmcp_registry:register_server(s, Receiver, #{}),
     Running = [ spawn_monitor(fun() -> send_numbers(Sender, 1) end) || Sender <- lists:seq(1, Senders) ],
     lists:foreach(fun(_) ->
-                          Old = whereis(erlmcp_registry),
-                          exit(Old, kill),
-                          await_end(Old),
+                          killed = test_support:kill(whereis(erlmcp_registry)),
                           start(),
                           ?assertMatch({ok, {Receiver, #{}}}, erlmcp_registry:find_server(s))
                   end,
@@ -261,8 +259,7 @@ pid_under_many_ids_dies(_Config) ->
               ok = erlmcp_registry:register_transport(N, Pid, #{server_id => N div 2}),
               ok = erlmcp_shard_registry:register_connection(N, Pid, N)
           end || N <- lists:seq(1, 10000) ],
-    exit(Pid, kill),
-    await_end(Pid),
+    killed = test_support:kill(Pid),
     Left = fun() ->
                    #{servers := S, transports := T, connections := C} = erlmcp_shard_registry:stats(),
                    S + T + C
@@ -494,8 +491,3 @@ gather(Got) ->
 
 sink() ->
     receive _ -> sink() end.
-
-
-await_end(Pid) ->
-    Monitor = monitor(process, Pid),
-    receive {'DOWN', Monitor, process, Pid, _} -> ok end.

@@ -206,7 +206,7 @@ the_native_path_needs_no_process(_Config) ->
     ok = erlmcp_registry:register_transport(t, self(), #{server_id => s}),
     [ begin
           ok = erlmcp_rollout:set(Mode),
-          kill_registry(),
+          killed = test_support:kill(whereis(erlmcp_registry)),
           ?assertEqual(ok, erlmcp_registry:route_to_server(s, t, Mode)),
           ?assertEqual(ok, erlmcp_registry:route_to_transport(t, s, Mode)),
           ?assertEqual(ok, erlmcp_registry:route_to_transport(broadcast, s, Mode)),
@@ -245,7 +245,7 @@ killed_in_every_mode(_Config) ->
           ok = erlmcp_rollout:set(Mode),
           Ending = sleeper(),
           ok = erlmcp_registry:register_transport({ending, Mode}, Ending, #{server_id => s}),
-          kill_registry(),
+          killed = test_support:kill(whereis(erlmcp_registry)),
           end_all([Ending]),
           start_registry(),
           ?assertEqual(Mode, erlmcp_rollout:get()),
@@ -269,7 +269,7 @@ killed_during_a_switch(_Config) ->
                      ok = erlmcp_rollout:set(From),
                      {Setter, Monitor} = spawn_monitor(fun() -> exit({set, erlmcp_rollout:set(To)}) end),
                      ok = await(To, fun() -> maps:get(switching_to, erlmcp_rollout:status()) end),
-                     kill_registry(),
+                     killed = test_support:kill(whereis(erlmcp_registry)),
                      receive {'DOWN', Monitor, process, Setter, Reason} -> ?assertMatch({killed, _}, Reason) end,
                      start_registry(),
                      ?assertEqual(From, erlmcp_rollout:get()),
@@ -617,9 +617,7 @@ own(Owner, Own0, End) ->
                           exit(Pid, kill),
                           maps:remove(Id, Own0);
                       2 ->
-                          Monitor = monitor(process, Pid),
-                          exit(Pid, kill),
-                          receive {'DOWN', Monitor, process, Pid, _} -> ok end,
+                          test_support:kill(Pid),
                           {error, not_found} = erlmcp_registry:find_transport(Id),
                           maps:remove(Id, Own0);
                       3 ->
@@ -654,13 +652,6 @@ start_registry() ->
     {ok, Pid} = gen_server:start({local, erlmcp_registry}, erlmcp_registry, [], []),
     ok = await(none, fun() -> maps:get(switching_to, erlmcp_rollout:status()) end),
     Pid.
-
-
-kill_registry() ->
-    Pid = whereis(erlmcp_registry),
-    Monitor = monitor(process, Pid),
-    exit(Pid, kill),
-    receive {'DOWN', Monitor, process, Pid, killed} -> ok end.
 
 
 %% Switches until it is stopped, with so many milliseconds in between; returns how often.
@@ -756,11 +747,7 @@ sleeper() ->
 
 
 end_all(Pids) ->
-    [ begin
-          Monitor = monitor(process, Pid),
-          exit(Pid, kill),
-          receive {'DOWN', Monitor, process, Pid, _} -> ok end
-      end || Pid <- Pids ].
+    [ test_support:kill(Pid) || Pid <- Pids ].
 
 
 from_environment(Variable, Default) ->

@@ -125,17 +125,17 @@ route_message(_Config) ->
     _ = [ begin
               ok = erlmcp_shard_registry:register_connection(Id, self(), #{}),
               ?assertEqual(ok, ?M:route_message(Id, {message, Id})),
-              ?assertEqual([{message, Id}], flush()),
+              ?assertEqual([{message, Id}], test_support:flush()),
               ok = erlmcp_shard_registry:unregister_connection(Id),
               ?assertEqual({error, not_found}, ?M:route_message(Id, x)),
-              ?assertEqual([], flush())
+              ?assertEqual([], test_support:flush())
           end || Id <- [a, <<"b">>, {c, 1}, 1, 1.0, "s", #{k => v}, self(), make_ref(), undefined, <<>>, []] ],
     %% Neither a server nor a transport is a connection.
     ok = ?R:register_server(s, self(), #{}),
     ok = ?R:register_transport(s, self(), #{}),
     ?assertEqual({error, not_found}, ?M:route_message(s, x)),
     ?assertError(badarg, ?M:route_message(binary:copy(<<"x">>, 65_536), x)),
-    ?assertEqual([], flush()),
+    ?assertEqual([], test_support:flush()),
     %% A process that has ended.
     {Pid, Monitor} = spawn_monitor(fun() -> receive stop -> ok end end),
     ok = erlmcp_shard_registry:register_connection(ended, Pid, #{}),
@@ -156,7 +156,7 @@ route_message_to_a_shard(_Config) ->
     _ = [ ?assertError(badarg, ?M:route_message(Wrong, c, 6))
           || Wrong <- [-1, 64, 1024, 1 bsl 64, 1.0, "0", <<0>>, default, self(), whereis(erlmcp_shard_sup), make_ref()] ],
     ?assertError(badarg, ?M:route_message(Shard, binary:copy(<<"x">>, 65_536), 7)),
-    ?assertEqual([1, 2], flush()),
+    ?assertEqual([1, 2], test_support:flush()),
     ?assertEqual(?A:get_shard_stats(Shard), ?M:get_stats(Shard)).
 
 
@@ -164,15 +164,15 @@ route_batch(_Config) ->
     ?assertEqual([], ?M:route_batch([])),
     _ = [ ok = erlmcp_shard_registry:register_connection(Id, self(), #{}) || Id <- [a, <<"b">>, {c, 3}] ],
     ?assertEqual([ok], ?M:route_batch([{a, 1}])),
-    ?assertEqual([1], flush()),
+    ?assertEqual([1], test_support:flush()),
     Long = binary:copy(<<"x">>, 65_536),
     ?assertEqual([ok, {error, not_found}, ok, ok, {error, not_found}, ok, {error, not_found}],
                  ?M:route_batch([{a, 1}, {unknown, 2}, {<<"b">>, 3}, {a, 4}, {{c, 4}, 5}, {{c, 3}, 6}, {Long, 7}])),
-    ?assertEqual([1, 3, 4, 6], flush()),
+    ?assertEqual([1, 3, 4, 6], test_support:flush()),
     %% Any term is a message.
     Messages = [[], {}, <<>>, undefined, [improper | list], #{}, fun() -> ok end],
     ?assertEqual([ ok || _ <- Messages ], ?M:route_batch([ {a, Message} || Message <- Messages ])),
-    ?assertEqual(Messages, flush()).
+    ?assertEqual(Messages, test_support:flush()).
 
 
 %% Of all lengths around the slices that it is cut into.
@@ -199,7 +199,7 @@ route_batch_with_refusals(_Config) ->
     ok = ?B:set_limits(limited, #{capacity => 2, rate_per_second => ?SLOW}),
     ?assertEqual([ok, ok, ok, {error, rate_limited}, ok, {error, rate_limited}, {error, not_found}, ok],
                  ?M:route_batch([{limited, 1}, {free, 2}, {limited, 3}, {limited, 4}, {free, 5}, {limited, 6}, {unknown, 7}, {free, 8}])),
-    ?assertEqual([1, 2, 3, 5, 8], flush()),
+    ?assertEqual([1, 2, 3, 5, 8], test_support:flush()),
     %% The shard admits three.
     ok = ?B:set_limits(free, infinity),
     Shard = erlmcp_shard_registry:get_shard_id(free),
@@ -208,11 +208,11 @@ route_batch_with_refusals(_Config) ->
     ok = ?A:update_queue_depth(Shard, -1000),
     ?assertEqual([ok, ok, ok, {error, shard_overloaded}, {error, shard_overloaded}],
                  ?M:route_batch([ {free, N} || N <- lists:seq(1, 5) ])),
-    ?assertEqual([1, 2, 3], flush()),
+    ?assertEqual([1, 2, 3], test_support:flush()),
     %% And the circuit nothing.
     open = erlmcp_nif:breaker_set(open),
     ?assertEqual([{error, circuit_open}, {error, not_found}], ?M:route_batch([{free, 1}, {unknown, 2}])),
-    ?assertEqual([], flush()).
+    ?assertEqual([], test_support:flush()).
 
 
 wrong_batches_send_nothing(_Config) ->
@@ -232,7 +232,7 @@ wrong_batches_send_nothing(_Config) ->
                        #{a => 1},
                        <<>>,
                        self()] ],
-    ?assertEqual([], flush()).
+    ?assertEqual([], test_support:flush()).
 
 
 %% Single messages and batches of one sender, beside other senders.
@@ -289,7 +289,7 @@ no_manager_is_needed(_Config) ->
     ?assertEqual(ok, ?M:route_message(c, 1)),
     ?assertEqual([ok, ok], ?M:route_batch([{c, 2}, {c, 3}])),
     ?assertEqual(ok, ?M:route_message(erlmcp_shard_registry:get_shard_id(c), c, 4)),
-    ?assertEqual([1, 2, 3, 4], flush()),
+    ?assertEqual([1, 2, 3, 4], test_support:flush()),
     ?assertMatch(#{shard_id := 0, messages_per_second := 0, latency_us := #{p50 := 0}}, ?M:get_stats(0)),
     {ok, _} = supervisor:restart_child(erlmcp_native_sup, erlmcp_shard_sup),
     ok.
@@ -324,13 +324,13 @@ open_circuit(_Config) ->
     ?assertEqual({error, not_found}, ?M:route_message(unknown, x)),
     ?assertEqual(ok, ?R:route_to_server(unknown, t, x)),
     ?assertEqual(ok, ?R:route_to_transport(unknown, s, x)),
-    ?assertEqual([], flush()),
+    ?assertEqual([], test_support:flush()),
     %% Nobody has paid for that, and nobody is refused afterwards.
     ?assertMatch(#{tokens := 1000}, ?B:get_state(transport, t)),
     ?assertMatch(#{tokens := 1000}, ?B:get_state(Id)),
     closed = erlmcp_nif:breaker_set(closed),
     ?assertEqual(ok, ?R:route_to_server(s, t, 1)),
-    ?assertEqual([{mcp_message, t, 1}], flush()).
+    ?assertEqual([{mcp_message, t, 1}], test_support:flush()).
 
 
 half_open() ->
@@ -353,7 +353,7 @@ probes_that_are_admitted_close_it(_Config) ->
     ?assertMatch(#{state := half_open, successes := 2, probes := 0}, erlmcp_nif:breaker_stats()),
     ?assertEqual(ok, ?M:route_message(c, 3)),
     ?assertEqual(closed, erlmcp_nif:breaker_state()),
-    ?assertEqual([1, 2, 3], flush()).
+    ?assertEqual([1, 2, 3], test_support:flush()).
 
 
 probe_that_its_shard_refuses(_Config) ->
@@ -458,7 +458,7 @@ transports_pay_for_requests(_Config) ->
     %% Its neighbour is not concerned, and who is not registered has no bucket.
     ?assertEqual([ok, ok, {error, rate_limited}], [ ?R:route_to_server(s, t2, N) || N <- lists:seq(1, 3) ]),
     ?assertEqual([], [ E || E <- [ ?R:route_to_server(s, unknown, N) || N <- lists:seq(1, 2000) ], E =/= ok ]),
-    _ = flush(),
+    _ = test_support:flush(),
     %% A connection, or a server, of the same id does not pay for it.
     ok = erlmcp_shard_registry:register_connection(t1, self(), #{}),
     ok = ?R:register_server(t1, self(), #{}),
@@ -469,7 +469,7 @@ transports_pay_for_requests(_Config) ->
     ok = ?R:route_to_server(unknown, t2, x),
     timer:sleep(150),
     ?assertMatch(#{tokens := 1000}, ?B:get_state(transport, t2)),
-    ?assertEqual([], flush()).
+    ?assertEqual([], test_support:flush()).
 
 
 %% Three messages each; together they are far more than any one of them may send.
@@ -480,7 +480,7 @@ thousands_of_transports_of_one_server(_Config) ->
     _ = [ ok = ?R:register_transport(Id, self(), #{server_id => s}) || Id <- Ids ],
     Results = [ [ ?R:route_to_server(s, Id, {N, Id}) || N <- [1, 2, 3] ] || Id <- Ids ],
     ?assertEqual([[ok, ok, {error, rate_limited}]], lists:usort(Results)),
-    ?assertEqual([ {mcp_message, Id, {N, Id}} || Id <- Ids, N <- [1, 2] ], flush()).
+    ?assertEqual([ {mcp_message, Id, {N, Id}} || Id <- Ids, N <- [1, 2] ], test_support:flush()).
 
 
 %% Neither side pays, but the shard of the transport admits.
@@ -567,7 +567,7 @@ long_transport_id(_Config) ->
     Long = binary:copy(<<"x">>, 65_536),
     ?assertEqual(ok, ?R:route_to_server(s, Long, 1)),
     ?assertEqual(ok, ?R:route_to_server(s, {a, [Long]}, 2)),
-    ?assertEqual([{mcp_message, Long, 1}, {mcp_message, {a, [Long]}, 2}], flush()).
+    ?assertEqual([{mcp_message, Long, 1}, {mcp_message, {a, [Long]}, 2}], test_support:flush()).
 
 
 %% The defaults, but nobody is refused for the state of a shard.
@@ -711,10 +711,6 @@ forwarded(Pid) ->
     Ref = make_ref(),
     Pid ! {report, Ref},
     receive {Ref, Pid, Got} -> Got end.
-
-
-flush() ->
-    receive Message -> [Message | flush()] after 0 -> [] end.
 
 
 now_ms() ->

@@ -147,7 +147,7 @@ subscribers_that_end(_Config) ->
     %% Also if the process that knew of them has ended.
     Third = subscriber(),
     ok = ?M:subscribe(Third),
-    kill(?M),
+    test_support:kill(whereis(?M)),
     test_support:await(fun() -> is_pid(whereis(?M)) end, ?DEADLINE_MS),
     exit(Third, kill),
     test_support:await(fun() -> erlmcp_shard_recovery_records:subscribers() =:= [] end, ?DEADLINE_MS),
@@ -236,7 +236,7 @@ managers_that_cannot_start_are_down(_Config) ->
     test_support:await(fun() -> maps:get(down, ?M:downtimes()) =:= [?SHARD, 40] end, ?DEADLINE_MS),
     ?assertMatch(#{count := 0}, ?M:downtimes()),
     %% Who watches may be exchanged meanwhile.
-    kill(?M),
+    test_support:kill(whereis(?M)),
     test_support:await(fun() -> is_pid(whereis(?M)) end, ?DEADLINE_MS),
     _ = [ {ok, _} = supervisor:restart_child(erlmcp_shard_sup, Shard) || Shard <- [40, ?SHARD] ],
     test_support:await(fun() -> maps:get(down, ?M:downtimes()) =:= [] end, ?DEADLINE_MS),
@@ -246,7 +246,7 @@ managers_that_cannot_start_are_down(_Config) ->
 
 all_managers_at_once(_Config) ->
     ok = ?M:subscribe(),
-    kill(erlmcp_shard_sup),
+    test_support:kill(whereis(erlmcp_shard_sup)),
     Told = [ told() || _ <- shards() ],
     ?assertEqual(shards(), lists:sort([ Shard || {Shard, _} <- Told ])),
     ok = told_nothing_more(),
@@ -379,7 +379,7 @@ killed_again_before_the_first_sample(_Config) ->
 subscriptions_survive_the_process(_Config) ->
     ok = ?M:subscribe(),
     _ = [ begin
-              kill(?M),
+              test_support:kill(whereis(?M)),
               test_support:await(fun() -> is_pid(whereis(?M)) end, ?DEADLINE_MS),
               _ = kill_manager(?SHARD),
               ?assertMatch({?SHARD, _}, told())
@@ -389,11 +389,11 @@ subscriptions_survive_the_process(_Config) ->
 
 subscriptions_survive_the_supervisors(_Config) ->
     ok = ?M:subscribe(),
-    kill(erlmcp_control_plane_sup),
+    test_support:kill(whereis(erlmcp_control_plane_sup)),
     test_support:await(fun() -> is_pid(whereis(?M)) end, ?DEADLINE_MS),
     _ = kill_manager(?SHARD),
     {?SHARD, _} = told(),
-    kill(erlmcp_shard_sup),
+    test_support:kill(whereis(erlmcp_shard_sup)),
     ?assertEqual(shards(), lists:sort([ element(1, told()) || _ <- shards() ])),
     ok = supervisor:terminate_child(erlmcp_native_sup, erlmcp_control_plane_sup),
     {ok, _} = supervisor:restart_child(erlmcp_native_sup, erlmcp_control_plane_sup),
@@ -474,7 +474,7 @@ damaged_is_looked_at_until_it_is_right(_Config) ->
     ok = ?M:subscribe(),
     true = erlmcp_shard_recovery_records:set_damaged(?SHARD),
     ?assertEqual([?SHARD], ?M:damaged()),
-    kill(?M),
+    test_support:kill(whereis(?M)),
     test_support:await(fun() -> ?M:damaged() =:= [] end, ?DEADLINE_MS),
     ?assertEqual([{notice, shard_repaired, ?SHARD}], logged()),
     %% That is no recovery,
@@ -522,7 +522,7 @@ routes_go_on(_Config) ->
     ok = supervisor:terminate_child(erlmcp_native_sup, erlmcp_control_plane_sup),
     _ = [ ok = erlmcp_shard_manager:route_message(c, {n, N}) || N <- lists:seq(1, 1000) ],
     {ok, _} = supervisor:restart_child(erlmcp_native_sup, erlmcp_control_plane_sup),
-    kill(erlmcp_control_plane_sup),
+    test_support:kill(whereis(erlmcp_control_plane_sup)),
     _ = [ ok = erlmcp_shard_manager:route_message(c, {n, N}) || N <- lists:seq(1001, 2000) ],
     ?assertEqual(lists:seq(1, 2000), [ receive {n, N} -> N end || _ <- lists:seq(1, 2000) ]).
 
@@ -565,13 +565,6 @@ kill_manager(Shard) ->
     exit(Old, kill),
     test_support:await(fun() -> manager(Shard) =/= Old andalso is_pid(manager(Shard)) end, ?DEADLINE_MS),
     manager(Shard).
-
-
-kill(Name) ->
-    Pid = whereis(Name),
-    Monitor = monitor(process, Pid),
-    exit(Pid, kill),
-    receive {'DOWN', Monitor, process, Pid, _} -> ok end.
 
 
 %% Downtimes, and all of them told.

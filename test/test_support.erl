@@ -1,11 +1,12 @@
-%%% What several suites need and none of them is about: functions that run in a node of their own, and
-%%% waiting for what becomes true.
+%%% What several suites need and none of them is about: functions that run in a node of their own, waiting
+%%% for what becomes true, and the end of processes.
 -module(test_support).
 
 -include_lib("stdlib/include/assert.hrl").
 
 -export([in_peer/2, in_peer/4, start_peer/2]).
 -export([await/1, await/2, await_value/2, await_value/3]).
+-export([kill/1, await_end/1, flush/0, sleep_until/1]).
 
 %% flags are arguments of the emulator; timeout_ms is for the function and not for the start of its node.
 -type peer_options() :: #{flags => [string()], timeout_ms => timeout()}.
@@ -95,3 +96,41 @@ await_value_until(Expected, Read, DeadlineMs) ->
 
 now_ms() ->
     erlang:monotonic_time(millisecond).
+
+
+%%% Processes
+
+
+%% The reason of its end, which is another one than `killed' if it was ending already. The caller may be
+%% linked to it.
+-spec kill(pid()) -> term().
+kill(Pid) ->
+    true = unlink(Pid),
+    Monitor = monitor(process, Pid),
+    true = exit(Pid, kill),
+    receive {'DOWN', Monitor, process, Pid, Reason} -> Reason end.
+
+
+%% The reason of its end, or `noproc' if it has ended before.
+-spec await_end(pid()) -> term().
+await_end(Pid) ->
+    Monitor = monitor(process, Pid),
+    receive {'DOWN', Monitor, process, Pid, Reason} -> Reason end.
+
+
+%% All messages of the caller, in the order in which they came.
+-spec flush() -> [term()].
+flush() ->
+    receive Message -> [Message | flush()] after 0 -> [] end.
+
+
+%% Returns at this monotonic time, in microseconds, or later.
+-spec sleep_until(integer()) -> ok.
+sleep_until(DueUs) ->
+    case DueUs - erlang:monotonic_time(microsecond) of
+        LeftUs when LeftUs > 0 ->
+            timer:sleep(LeftUs div 1000 + 1),
+            sleep_until(DueUs);
+        _ ->
+            ok
+    end.

@@ -189,7 +189,7 @@ wait_time_is_honoured(_Config) ->
               %% Unless this process had to wait for a processor.
               now_us() - Asked < (WaitMs - 1) * 1000 andalso
               ?assertMatch({error, {rate_limited, Left}} when Left > 0, Halfway),
-              sleep_until(Asked + WaitMs * 1000),
+              test_support:sleep_until(Asked + WaitMs * 1000),
               case Halfway of
                   {ok, _} -> ok;
                   _ -> ?assertMatch({ok, _}, ?M:consume_or_wait_time(Bucket, N))
@@ -397,13 +397,13 @@ routes_take_from_the_bucket(_Config) ->
     ok = ?M:set_limits(c, Limits),
     ?assertEqual([ok, ok, ok, {error, rate_limited}, {error, rate_limited}],
                  [ erlmcp_shard_manager:route_message(c, {n, N}) || N <- lists:seq(1, 5) ]),
-    ?assertEqual([{n, 1}, {n, 2}, {n, 3}], flush()),
+    ?assertEqual([{n, 1}, {n, 2}, {n, 3}], test_support:flush()),
     ok = erlmcp_registry:register_server(s, self(), #{}),
     ok = erlmcp_registry:register_transport(t, self(), #{}),
     ok = ?M:set_limits(transport, t, Limits),
     ?assertEqual([ok, ok, ok, {error, rate_limited}],
                  [ erlmcp_registry:route_to_server(s, t, N) || N <- lists:seq(1, 4) ]),
-    ?assertEqual([ {mcp_message, t, N} || N <- lists:seq(1, 3) ], flush()),
+    ?assertEqual([ {mcp_message, t, N} || N <- lists:seq(1, 3) ], test_support:flush()),
     %% Answers are paced by what was asked.
     ?assertEqual([ ok || _ <- lists:seq(1, 20) ],
                  [ erlmcp_registry:route_to_transport(t, s, N) || N <- lists:seq(1, 20) ]),
@@ -413,7 +413,7 @@ routes_take_from_the_bucket(_Config) ->
     #{tokens := Tokens} = ?M:get_state(c),
     {ok, 0} = ?M:consume(c, Tokens),
     ?assertEqual({error, rate_limited}, erlmcp_shard_manager:route_message(c, x)),
-    _ = flush(),
+    _ = test_support:flush(),
     ok = erlmcp_shard_registry:unregister_connection(c).
 
 
@@ -476,11 +476,11 @@ shared_limits_infinity(_Config) ->
     ok = erlmcp_backpressure:set(token_bucket, infinity),
     ?assertEqual(#{tokens => infinity, capacity => infinity, rate_per_second => infinity}, ?M:get_state(c)),
     ?assertEqual([], [ E || E <- [ erlmcp_shard_manager:route_message(c, x) || _ <- lists:seq(1, 5000) ], E =/= ok ]),
-    ?assertEqual(5000, length(flush())),
+    ?assertEqual(5000, length(test_support:flush())),
     %% A connection can have limits all the same.
     ok = ?M:set_limits(c, #{capacity => 1, rate_per_second => ?SLOW}),
     ?assertEqual([ok, {error, rate_limited}], [ erlmcp_shard_manager:route_message(c, x) || _ <- [1, 2] ]),
-    [x] = flush(),
+    [x] = test_support:flush(),
     ok = erlmcp_backpressure:set(token_bucket, ?DEFAULT),
     ?assertEqual({error, rate_limited}, erlmcp_shard_manager:route_message(c, x)),
     ok = erlmcp_shard_registry:unregister_connection(c).
@@ -682,16 +682,5 @@ process() ->
     spawn(fun() -> timer:sleep(infinity) end).
 
 
-flush() ->
-    receive Message -> [Message | flush()] after 0 -> [] end.
-
-
 now_us() ->
     erlang:monotonic_time(microsecond).
-
-
-sleep_until(Us) ->
-    case Us - now_us() of
-        Left when Left > 0 -> timer:sleep(Left div 1000 + 1), sleep_until(Us);
-        _ -> ok
-    end.
