@@ -1113,15 +1113,7 @@ plus(Key, N, Counts) ->
 
 
 seconds() ->
-    case os:getenv("CHAOS_SECONDS") of
-        false ->
-            5;
-        Text ->
-            case string:to_integer(Text) of
-                {Number, ""} when is_integer(Number), Number > 0 -> Number;
-                _ -> ct:fail({bad_environment, "CHAOS_SECONDS", Text, "a positive integer"})
-            end
-    end.
+    test_support:positive_integer("CHAOS_SECONDS", 5).
 
 
 now_ms() ->

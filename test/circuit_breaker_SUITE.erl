@@ -1435,7 +1435,7 @@ node_transitions_are_logged_once(_Config) ->
 named_breaker_is_the_model(Config) ->
     ok = logger:set_primary_config(level, error),
     Seen = ets:new(seen, [public]),
-    Histories = list_to_integer(os:getenv("PROP_BREAKER", "1000")),
+    Histories = test_support:positive_integer("PROP_BREAKER", 1000),
     try proper:quickcheck(prop_circuit_breaker:prop_named(Seen),
                           [{numtests, Histories}, {start_size, 20}, {max_size, 120}, {max_shrinks, 200}, {to_file, user}]) of
         true -> ok;

@@ -85,9 +85,9 @@ end_per_testcase(_Case, _Config) ->
 
 
 every_function_survives_any_arguments(_Config) ->
-    Seed = from_environment("FUZZ_SEED", erlang:system_time(microsecond) band 16#ffffffff),
-    Calls = from_environment("FUZZ_CALLS", 100_000),
-    ct:pal("FUZZ_SEED=~b FUZZ_CALLS=~b", [Seed, Calls]),
+    Seed = test_support:seed("FUZZ_SEED"),
+    Calls = test_support:positive_integer("FUZZ_CALLS", 100_000),
+    ct:pal("FUZZ_CALLS=~b", [Calls]),
     {Seconds, Report} = timed_seconds(fun() -> in_peer(in_fuzz, [Seed, Calls], []) end),
     #{results := Results, unexpected := Unexpected, left := Left, grown := Grown} = Report,
     #{settings := Settings, restored := Restored, routed := Routed} = Report,
@@ -1146,13 +1146,6 @@ memory() ->
                 0
         end,
     #{resident => Resident, total => erlang:memory(total)}.
-
-
-from_environment(Variable, Default) ->
-    case os:getenv(Variable) of
-        false -> Default;
-        Given -> list_to_integer(Given)
-    end.
 
 
 %% The end of the node is a failed case.

@@ -45,7 +45,7 @@ end_per_suite(_Config) ->
 
 
 tenfold_load(_Config) ->
-    Seconds = from_environment("OVERLOAD_SECONDS", 5),
+    Seconds = test_support:positive_integer("OVERLOAD_SECONDS", 5),
     Ids = ids(),
     Receivers = [ begin
                       Pid = spawn_link(fun() -> receiver(#{}, []) end),
@@ -194,10 +194,3 @@ memory() ->
 
 now_us() ->
     erlang:monotonic_time(microsecond).
-
-
-from_environment(Variable, Default) ->
-    case os:getenv(Variable) of
-        false -> Default;
-        Given -> list_to_integer(Given)
-    end.

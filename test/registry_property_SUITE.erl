@@ -67,7 +67,7 @@ parallel_classic(_Config) ->
 
 %% A run shorter than the default may miss an interesting outcome by chance, a longer one may not.
 check(Property, Variable, Default) ->
-    Histories = histories(Variable, Default),
+    Histories = test_support:positive_integer(Variable, Default),
     Started = erlang:monotonic_time(millisecond),
     io:format(user, "~n~b histories (~s)~n", [Histories, Variable]),
     case proper:quickcheck(Property, [{numtests, Histories} | ?OPTIONS]) of
@@ -82,16 +82,4 @@ check(Property, Variable, Default) ->
     case Unseen =:= [] orelse Histories < Default of
         true -> {comment, lists:flatten(Summary)};
         false -> ct:fail({unseen, Unseen})
-    end.
-
-
-histories(Variable, Default) ->
-    case os:getenv(Variable) of
-        false ->
-            Default;
-        Text ->
-            case string:to_integer(Text) of
-                {Number, ""} when is_integer(Number), Number > 0 -> Number;
-                _ -> ct:fail({bad_environment, Variable, Text, "a positive integer"})
-            end
     end.

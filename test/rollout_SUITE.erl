@@ -519,7 +519,7 @@ the_shell_shows_the_mode(_Config) ->
 %% Senders with numbered messages, processes that register, bind, unregister and die, and one switch
 %% after the other.
 switches_under_load(_Config) ->
-    Seconds = from_environment("ROLLOUT_SECONDS", 5),
+    Seconds = test_support:positive_integer("ROLLOUT_SECONDS", 5),
     End = now_ms() + Seconds * 1000,
     Receivers = maps:from_list([ {N, start_receiver()} || N <- lists:seq(1, 64) ]),
     maps:foreach(fun(N, Pid) ->
@@ -748,18 +748,6 @@ sleeper() ->
 
 end_all(Pids) ->
     [ test_support:kill(Pid) || Pid <- Pids ].
-
-
-from_environment(Variable, Default) ->
-    case os:getenv(Variable) of
-        false ->
-            Default;
-        Text ->
-            case string:to_integer(Text) of
-                {Number, ""} when is_integer(Number), Number > 0 -> Number;
-                _ -> ct:fail({bad_environment, Variable, Text, "a positive integer"})
-            end
-    end.
 
 
 now_ms() ->

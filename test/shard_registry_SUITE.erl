@@ -563,7 +563,7 @@ fun_with(Environment) ->
 %% TEST_SEED repeats it.
 random_ids_are_a_map(Config) ->
     R = registry(Config),
-    Seed = seed("TEST_SEED"),
+    Seed = test_support:seed("TEST_SEED"),
     _ = rand:seed(exsss, Seed),
     Pid = process(),
     Before = api(R, count, []),
@@ -1779,13 +1779,3 @@ resident() ->
         {error, _} ->
             erlang:memory(total)
     end.
-
-
-seed(Variable) ->
-    Seed =
-        case os:getenv(Variable) of
-            false -> erlang:system_time(microsecond) band 16#ffffffff;
-            Given -> list_to_integer(Given)
-        end,
-    ct:pal("~s=~b", [Variable, Seed]),
-    Seed.

@@ -1,5 +1,5 @@
 %%% What several suites need and none of them is about: functions that run in a node of their own, waiting
-%%% for what becomes true, and the end of processes.
+%%% for what becomes true, the end of processes, and what the environment says.
 -module(test_support).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -7,6 +7,7 @@
 -export([in_peer/2, in_peer/4, start_peer/2]).
 -export([await/1, await/2, await_value/2, await_value/3]).
 -export([kill/1, await_end/1, flush/0, sleep_until/1]).
+-export([positive_integer/2, seed/1]).
 
 %% flags are arguments of the emulator; timeout_ms is for the function and not for the start of its node.
 -type peer_options() :: #{flags => [string()], timeout_ms => timeout()}.
@@ -134,3 +135,31 @@ sleep_until(DueUs) ->
         _ ->
             ok
     end.
+
+
+%%% The environment
+
+
+%% What the variable says, or the default if it is not set. A wrong value fails the case.
+-spec positive_integer(string(), pos_integer()) -> pos_integer().
+positive_integer(Variable, Default) ->
+    case os:getenv(Variable) of
+        false ->
+            Default;
+        Text ->
+            case string:to_integer(Text) of
+                {Number, ""} when is_integer(Number), Number > 0 -> Number;
+                _ -> ct:fail({bad_environment, Variable, Text, "a positive integer"})
+            end
+    end.
+
+
+%% Another one in each run, unless the variable says which. It is shown, so that a run can be repeated.
+-spec seed(string()) -> integer().
+seed(Variable) ->
+    Seed = case os:getenv(Variable) of
+               false -> erlang:system_time(microsecond) band 16#ffffffff;
+               Given -> list_to_integer(Given)
+           end,
+    ct:pal("~s=~b", [Variable, Seed]),
+    Seed.
