@@ -136,10 +136,6 @@ end_per_suite(_Config) ->
     ok.
 
 
-init_per_testcase(_Case, Config) ->
-    Config.
-
-
 end_per_testcase(_Case, _Config) ->
     _ = [ ?CB:unregister_breaker(Name) || Name <- maps:keys(?CB:get_all_states()) ],
     ok.

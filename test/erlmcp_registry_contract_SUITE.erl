@@ -11,7 +11,7 @@
 
 -include_lib("stdlib/include/assert.hrl").
 
--export([all/0, groups/0, init_per_suite/1, end_per_suite/1]).
+-export([all/0, groups/0]).
 -export([init_per_group/2, end_per_group/2, init_per_testcase/2, end_per_testcase/2]).
 -compile([export_all, nowarn_export_all]).
 
@@ -127,14 +127,6 @@ cases(module) ->
      normalized_names,
      modules_and_tables_of_the_host,
      same_pid_can_be_ok].
-
-
-init_per_suite(Config) ->
-    Config.
-
-
-end_per_suite(_Config) ->
-    ok.
 
 
 init_per_group(Group, Config) ->

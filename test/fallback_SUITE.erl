@@ -8,7 +8,7 @@
 
 -include_lib("stdlib/include/assert.hrl").
 
--export([all/0, groups/0, suite/0, init_per_suite/1, end_per_suite/1, init_per_group/2, end_per_group/2]).
+-export([all/0, groups/0, suite/0, init_per_group/2, end_per_group/2]).
 -export([works_in_current/1,
          warns_once/1,
          works_without_the_application/1,
@@ -35,14 +35,6 @@ groups() ->
              refuses_if_native_is_required,
              what_is_native_says_why],
     [ {Group, [], Cases} || Group <- [missing, unreadable, no_library, of_another_machine] ].
-
-
-init_per_suite(Config) ->
-    Config.
-
-
-end_per_suite(_Config) ->
-    ok.
 
 
 init_per_group(Group, Config) ->

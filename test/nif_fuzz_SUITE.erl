@@ -20,7 +20,6 @@
 -include_lib("stdlib/include/assert.hrl").
 
 -export([all/0, suite/0, init_per_suite/1, end_per_suite/1]).
--export([init_per_testcase/2, end_per_testcase/2]).
 
 -export([every_function_survives_any_arguments/1,
          calls_are_short_among_a_million_entries/1,
@@ -70,14 +69,6 @@ init_per_suite(Config) ->
 
 
 end_per_suite(_Config) ->
-    ok.
-
-
-init_per_testcase(_Case, Config) ->
-    Config.
-
-
-end_per_testcase(_Case, _Config) ->
     ok.
 
 
