@@ -215,23 +215,30 @@ manager_is_killed_before_it_has_recovered(_Config) ->
     InARow = 4,
     Told = [ begin
                  Shard = rand:uniform(?SHARDS) - 1,
-                 #{count := Before} = ?RECOVERY:downtimes(),
+                 Before = all_downtimes(),
                  ok = kill_in_a_row(manager(Shard), InARow),
                  Manager = live(manager(Shard)),
                  is({Manager, []},
                     fun() -> {erlmcp_shard_recovery_records:manager(Shard), maps:get(down, ?RECOVERY:downtimes())} end),
-                 #{count := After} = ?RECOVERY:downtimes(),
+                 After = all_downtimes(),
                  ?assert(After - Before >= 1 andalso After - Before =< InARow, {Before, After}),
                  [ receive {erlmcp_shard_recovered, Shard, Ms} -> Ms after ?DEADLINE_MS -> error({not_told, Shard}) end
                    || _ <- lists:seq(1, After - Before) ]
              end || _ <- lists:seq(1, Rounds) ],
     ?assertEqual([], told()),
     ?assertEqual(Supervisor, whereis(erlmcp_shard_sup)),
-    #{unobserved_count := Unobserved} = ?RECOVERY:downtimes(),
-    ?assertEqual(0, Unobserved),
-    ct:pal("~b managers killed in ~b rows: ~b downtimes", [Rounds * InARow, Rounds, length(lists:append(Told))]),
+    %% The end of one may be told when its successor has sampled already.
+    #{count := Observed, unobserved_count := Unobserved} = ?RECOVERY:downtimes(),
+    ?assert(Unobserved < Observed, {Unobserved, Observed}),
+    ct:pal("~b managers killed in ~b rows: ~b downtimes, ~b of them unobserved",
+           [Rounds * InARow, Rounds, length(lists:append(Told)), Unobserved]),
     %% Some did run into each other.
     ?assert(length(lists:append(Told)) < Rounds * InARow).
+
+
+all_downtimes() ->
+    #{count := Observed, unobserved_count := Unobserved} = ?RECOVERY:downtimes(),
+    Observed + Unobserved.
 
 
 %%% The control plane

@@ -505,7 +505,7 @@ entries_of_the_ended_are_gone(_Config) ->
     _ = [ begin
               Pids = [ begin
                            Pid = spawn(fun() -> receive stop -> ok end end),
-                           ok = erlmcp_shard_registry:register_connection({ending, N}, Pid, #{}),
+                           ok = erlmcp_shard_registry:register_connection({ending, Round, N}, Pid, #{}),
                            Pid
                        end || N <- lists:seq(1, 2000) ],
               _ = [ exit(Pid, kill) || Pid <- Pids ],
@@ -513,7 +513,7 @@ entries_of_the_ended_are_gone(_Config) ->
               _ = kill_manager(Shard),
               {Shard, _} = told(),
               ?assertEqual(0, erlmcp_shard_registry:count(Shard))
-          end || _ <- lists:seq(1, 5) ],
+          end || Round <- lists:seq(1, 5) ],
     test_support:await(fun() -> erlmcp_shard_registry:count() =:= 0 end, ?DEADLINE_MS).
 
 

@@ -973,6 +973,8 @@ configs_stay_usable(Config) ->
 
 equal_configs_are_kept_once(Config) ->
     R = registry(Config),
+    %% Now and then one of those who nudge is the last to be freed, and then their config is not counted.
+    ok = api(R, register_connection, [<<"holds it">>, self(), nudge]),
     [ begin
           Before = lists:min([ settled_configs(R) || _ <- lists:seq(1, 5) ]),
           Pid = process(),
