@@ -145,7 +145,7 @@ fn admission(c: &mut Criterion) {
         shard
             .check(&sampling, || clock.now_ms())
             .expect("room for all");
-        black_box(shard.admit(|| clock.now_ms()));
+        black_box(shard.admit(&sampling, || clock.now_ms()));
     });
     measure(&mut admitted, "fetch_add", || {
         black_box(counter.fetch_add(1, Ordering::AcqRel));

@@ -52,8 +52,10 @@ struct Model {
     /// What was found at the last sample, and everything admitted since that began.
     depth: u64,
     admitted: u64,
-    /// The message with this number asks for a sample.
+    /// The message with this number asks for a sample. One of those after it does where nobody was told
+    /// to, and nothing sampled, in the last interval.
     asks: Option<u64>,
+    told_ms: Option<u64>,
     sampled_ms: Option<u64>,
     /// What was admitted when the last sample began.
     seen: u64,
@@ -102,9 +104,16 @@ impl Model {
         }
         self.admitted += 1;
         self.depth += 1;
-        let wants_sample = self.asks == Some(self.admitted);
-        if wants_sample {
+        let is_first = self.asks == Some(self.admitted);
+        let is_late = self
+            .told_ms
+            .is_none_or(|told| self.now_ms.saturating_sub(told) > self.interval_ms);
+        let wants_sample = is_first || self.asks < Some(self.admitted) && is_late;
+        if is_first {
             self.asked_ms = Some(self.now_ms);
+        }
+        if wants_sample {
+            self.told_ms = Some(self.now_ms);
         }
         Admitted { wants_sample }
     }
@@ -149,7 +158,10 @@ impl Run {
         let checked = self.admission.check(&self.sampling, || now_ms);
         assert_eq!(checked, self.model.check());
         if checked.is_ok() {
-            assert_eq!(self.admission.admit(|| now_ms), self.model.admit());
+            assert_eq!(
+                self.admission.admit(&self.sampling, || now_ms),
+                self.model.admit()
+            );
         }
         checked.is_ok()
     }
@@ -174,12 +186,14 @@ impl Run {
                 }
                 let sampled = self.admission.sampled(began, queued, is_last, now_ms);
                 self.model.sampled_ms = Some(now_ms);
+                self.model.told_ms = Some(now_ms);
                 self.model.seen = model_began;
                 assert_eq!(sampled, self.model.credit(model_began, queued, is_last));
             }
             Step::Skip => {
                 self.admission.skip_sample(now_ms);
                 self.model.sampled_ms = Some(now_ms);
+                self.model.told_ms = Some(now_ms);
                 self.model.seen = self.model.admitted;
             }
             Step::Adjust(delta) => {
@@ -282,12 +296,32 @@ fn a_sample_is_asked_for_before_the_shard_is_full() {
             assert!(!sampled.is_used_up, "nothing was admitted meanwhile");
             let mut asked = 0;
             while admission.check(&sampling, || 1).is_ok() {
-                asked += u64::from(admission.admit(|| 1).wants_sample);
+                asked += u64::from(admission.admit(&sampling, || 1).wants_sample);
             }
             assert_eq!(asked, 1);
             assert_eq!(admission.admitted(), threshold - queued);
         }
     }
+}
+
+/// Whoever is told to ask may end before it has done so: then one of those who come later is told, an
+/// interval later, and one an interval as long as nothing samples. That is no sign of a sampler: ten
+/// intervals after the first one everything is admitted.
+#[test]
+fn a_request_that_is_lost_is_made_again() {
+    let (admission, sampling) = sampled_shard(10_000);
+    admission.sampled(admission.begin_sample(), 0, true, 0);
+    let asked = |now_ms| {
+        let asked = (0..20).filter(|_| admission.admit(&sampling, || now_ms).wants_sample);
+        asked.count()
+    };
+    assert_eq!(asked(500), 1);
+    assert_eq!(asked(600), 0, "within the interval");
+    let times: Vec<_> = (601..2_000).filter(|now_ms| asked(*now_ms) == 1).collect();
+    assert_eq!(times, (601..2_000).step_by(101).collect::<Vec<_>>());
+    admission.set_threshold(Some(1));
+    assert!(!admission.is_open(&sampling, || 1_500));
+    assert!(admission.is_open(&sampling, || 1_501));
 }
 
 /// A depth of any size, either way, and what comes after it.
@@ -302,7 +336,7 @@ fn any_adjustment_is_possible() {
     assert_eq!(admission.depth(), 0);
     let mut admitted = 0;
     while admission.check(&sampling, || 0).is_ok() {
-        admission.admit(|| 0);
+        admission.admit(&sampling, || 0);
         admitted += 1;
     }
     assert_eq!(admitted, 10, "more than the threshold after all that");

@@ -94,8 +94,23 @@ impl Model {
         self.failures.iter().filter(is_recent).count()
     }
 
+    fn is_over(&self, now_ms: u64) -> bool {
+        self.age_ms(now_ms) >= self.config.timeout_ms
+    }
+
+    /// As everybody sees it, who changes nothing: the state, and for how long.
+    fn seen(&self, now_ms: u64) -> (State, u64) {
+        match self.state {
+            State::Open if self.is_over(now_ms) => (
+                State::HalfOpen,
+                self.age_ms(now_ms) - self.config.timeout_ms,
+            ),
+            state => (state, self.age_ms(now_ms)),
+        }
+    }
+
     fn check(&mut self, now_ms: u64) -> Result<Permit, CircuitOpen> {
-        let is_over = self.age_ms(now_ms) >= self.config.timeout_ms;
+        let is_over = self.is_over(now_ms);
         match self.state {
             State::Closed | State::Off => Ok(Permit::Free),
             State::Open if is_over => {
@@ -131,7 +146,7 @@ impl Model {
     }
 
     fn fail(&mut self, now_ms: u64, has_opened: bool) -> bool {
-        match self.state {
+        match self.seen(now_ms).0 {
             State::Open | State::Off => false,
             State::HalfOpen => self.enter(State::Open, now_ms),
             State::Closed => {
@@ -232,13 +247,14 @@ fn run(config: Config, start_ms: u64, steps: Vec<Step>) {
             }
         }
         let is_on = model.state != State::Off;
-        assert_eq!(circuit.state(), model.state);
+        let (state, age_ms) = model.seen(clock.now_ms());
+        assert_eq!(circuit.state(&clock), state);
         assert_eq!(circuit.config(), is_on.then_some(model.config));
         let (stats, now_ms) = (circuit.stats(&clock), clock.now_ms());
-        assert_eq!(stats.state, model.state);
+        assert_eq!(stats.state, state);
         assert_eq!(stats.probes, model.probes);
         assert_eq!(stats.successes, model.successes);
-        assert_eq!(stats.since_ms, model.age_ms(now_ms));
+        assert_eq!(stats.since_ms, age_ms);
         let most = model.config.failure_threshold as usize - 1;
         if model.is_blurred {
             assert!(stats.failures <= model.failures.len().min(most));
@@ -286,7 +302,30 @@ fn opens_at_exactly_its_threshold() {
     for n in 1..=10 {
         assert_eq!(circuit.record_success(&clock), n == 10);
     }
-    assert_eq!(circuit.state(), State::Closed);
+    assert_eq!(circuit.state(&clock), State::Closed);
+}
+
+/// Without anybody who asks: whoever looks at the state before it sends is not locked out.
+#[test]
+fn an_open_circuit_becomes_half_open_by_itself() {
+    let clock = FakeClock::at_ns(0);
+    let circuit = CircuitBreaker::new(Some(Config::default()), &clock).unwrap();
+    circuit.force(true, &clock);
+    clock.set_ns(29_999 * MS);
+    assert_eq!(circuit.state(&clock), State::Open);
+    assert!(!circuit.record_failure(&clock), "open already");
+    clock.set_ns(30_000 * MS);
+    assert_eq!(circuit.state(&clock), State::HalfOpen);
+    clock.set_ns(31_000 * MS);
+    assert_eq!(circuit.stats(&clock).since_ms, 1_000);
+    assert!(!circuit.record_success(&clock), "not of a probe");
+    assert_eq!(circuit.stats(&clock).successes, 0);
+    assert!(!circuit.record_failure(&clock), "open before and after");
+    assert_eq!(circuit.state(&clock), State::Open);
+    clock.set_ns(61_000 * MS);
+    assert_eq!(circuit.state(&clock), State::HalfOpen);
+    let first = Permit::Probe { is_first: true };
+    assert_eq!(circuit.check(&clock), Ok(first));
 }
 
 #[test]

@@ -453,7 +453,9 @@ fn each_change_of_a_circuit_is_told_once() {
         // A failure opens what is half open, and what is closed again as well.
         assert!(has_opened);
         assert!(closings <= 1, "closed twice");
-        assert_eq!(circuit.state(), State::Open);
+        // Open, and without a timeout the next one is a probe.
+        let first = Permit::Probe { is_first: true };
+        assert_eq!(circuit.check(&Still), Ok(first));
     });
 }
 
@@ -474,7 +476,7 @@ fn one_of_too_many_failures_opens() {
         let theirs = threads.map(|t| t.join().unwrap());
         let openings = theirs.into_iter().chain([mine]).filter(|opened| *opened);
         assert_eq!(openings.count(), 1);
-        assert_eq!(circuit.state(), State::Open);
+        assert_eq!(circuit.state(&Still), State::Open);
     });
 }
 
@@ -490,7 +492,7 @@ fn shard(threshold: u64) -> Arc<Admission> {
 fn route(admission: &Admission) -> Option<bool> {
     let sampling = Sampling::new(100);
     admission.check(&sampling, || 0).ok()?;
-    Some(admission.admit(|| 0).wants_sample)
+    Some(admission.admit(&sampling, || 0).wants_sample)
 }
 
 /// The last sample for the time being, and messages at the same moment: if any came after it began,
@@ -511,6 +513,32 @@ fn no_wake_up_is_lost() {
         let came = admission.begin_sample() - began;
         assert_eq!(came > 0, asked == 1 || sampled.is_used_up);
     });
+}
+
+/// Nobody has passed on that a sample is due: of those who come an interval later exactly one is told.
+/// If a sample ends meanwhile, one at the most.
+#[test]
+fn a_lost_request_is_made_again_once() {
+    for samples in [false, true] {
+        loom::model(move || {
+            let admission = shard(100);
+            admission.sampled(admission.begin_sample(), 0, true, 0);
+            assert_eq!(route(&admission), Some(true));
+            let threads = [(); 2].map(|()| {
+                let admission = Arc::clone(&admission);
+                thread::spawn(move || {
+                    let sampling = Sampling::new(100);
+                    admission.admit(&sampling, || 101).wants_sample
+                })
+            });
+            if samples {
+                admission.sampled(admission.begin_sample(), 0, false, 101);
+            }
+            let asked = threads.map(|t| t.join().unwrap());
+            let asked = asked.into_iter().filter(|asked| *asked).count();
+            assert!(asked == 1 || samples && asked == 0, "{asked} were told");
+        });
+    }
 }
 
 /// The same while the threshold is changed, which makes the next message ask.
@@ -550,7 +578,7 @@ fn a_full_shard_admits_no_more() {
                 for _ in 0..2 {
                     match admission.check(&sampling, || 0) {
                         Ok(()) => {
-                            admission.admit(|| 0);
+                            admission.admit(&sampling, || 0);
                         }
                         Err(overloaded) => entered += usize::from(overloaded.has_entered),
                     }

@@ -22,8 +22,10 @@
 //! # Trade-offs
 //!
 //! What receivers have taken off their mailboxes counts until the next sample. So a sample is asked
-//! for (by [`Admitted::wants_sample`], which exactly one caller is told) when half of what the last
-//! one left has been used up, and with the first message after a pause.
+//! for (by [`Admitted::wants_sample`]) when half of what the last one left has been used up, and with
+//! the first message after a pause. Exactly one caller is told then. It may end before it has passed
+//! that on, so as long as a sample is due and the sampler gives no sign, one more caller is told an
+//! interval.
 
 use std::fmt;
 
@@ -104,8 +106,10 @@ pub struct Admission {
     sampled_ms: AtomicU64,
     /// What `admitted` was then.
     seen: AtomicU64,
-    /// When a caller was told to ask for a sample: `ms + 1`; 0 is never.
+    /// When the sample that is due was first asked for: `ms + 1`; 0 is never.
     asked_ms: AtomicU64,
+    /// When a caller was told last to ask for a sample, or the sampler was there: `ms + 1`; 0 is never.
+    told_ms: AtomicU64,
     is_overloaded: AtomicBool,
     /// `ms + 1`; 0 is never.
     failed_ms: AtomicU64,
@@ -122,6 +126,7 @@ impl Admission {
             sampled_ms: AtomicU64::new(0),
             seen: AtomicU64::new(ORIGIN),
             asked_ms: AtomicU64::new(0),
+            told_ms: AtomicU64::new(0),
             is_overloaded: AtomicBool::new(false),
             failed_ms: AtomicU64::new(0),
         }
@@ -161,7 +166,7 @@ impl Admission {
     /// Counts a message that [`Self::check`] has let through. The count of messages that go to a
     /// shard that admits everything is not kept.
     #[inline]
-    pub fn admit(&self, now_ms: impl FnOnce() -> u64) -> Admitted {
+    pub fn admit(&self, sampling: &Sampling, now_ms: impl FnOnce() -> u64) -> Admitted {
         if self.limit.load(Ordering::Relaxed) == OFF {
             return Admitted {
                 wants_sample: false,
@@ -169,11 +174,28 @@ impl Admission {
         }
         // AcqRel: in the order of changes of this word, see `sampled`.
         let count = self.admitted.fetch_add(1, Ordering::AcqRel) + 1;
-        let wants_sample = count == self.sample_at.load(Ordering::Relaxed);
-        if wants_sample {
-            self.asked_ms.store(now_ms() + 1, Ordering::Relaxed);
-        }
+        let sample_at = self.sample_at.load(Ordering::Relaxed);
+        let wants_sample = count >= sample_at && self.tell(count == sample_at, sampling, now_ms());
         Admitted { wants_sample }
+    }
+
+    /// Whether this caller is the one to ask for the sample that is due: the one with the count at which
+    /// it became so, or the first one after an interval in which nobody was told and nothing sampled.
+    ///
+    /// `asked_ms` stays what the first one made it: asking again is no sign of a sampler.
+    #[cold]
+    fn tell(&self, is_first: bool, sampling: &Sampling, now_ms: u64) -> bool {
+        if is_first {
+            self.asked_ms.store(now_ms + 1, Ordering::Relaxed);
+            self.told_ms.store(now_ms + 1, Ordering::Relaxed);
+            return true;
+        }
+        let told = self.told_ms.load(Ordering::Relaxed);
+        (now_ms + 1).saturating_sub(told) > sampling.interval_ms()
+            && self
+                .told_ms
+                .compare_exchange(told, now_ms + 1, Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok()
     }
 
     #[cold]
@@ -224,6 +246,7 @@ impl Admission {
     fn saw(&self, admitted: u64, now_ms: u64) {
         self.seen.store(admitted, Ordering::Relaxed);
         self.sampled_ms.store(now_ms + 1, Ordering::Relaxed);
+        self.told_ms.store(now_ms + 1, Ordering::Relaxed);
     }
 
     fn credit(&self, began: u64, queued: u64, is_last: bool) -> Sampled {

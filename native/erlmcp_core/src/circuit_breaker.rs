@@ -21,7 +21,10 @@
 //! bits 41..0   since_ms     when this state began: enough for 139 years
 //! ```
 //!
-//! so that every change is one exchange. Failures while closed stand beside it, in a ring of
+//! so that every change is one exchange. No timer makes a circuit half open: one whose word says open is
+//! half open from `timeout_ms` after `since_ms` on, and whoever changes the word then writes that down.
+//!
+//! Failures while closed stand beside it, in a ring of
 //! `failure_threshold - 1` times: a failure that puts its time where another one within the window
 //! was is the last one of `failure_threshold`. That is the exact sliding window.
 //!
@@ -243,9 +246,20 @@ impl CircuitBreaker {
         Word(self.word.load(Ordering::Acquire))
     }
 
-    /// What the circuit does. An open one stays so until somebody asks after its time.
-    pub fn state(&self) -> State {
-        self.word().state()
+    /// What a word means at a moment.
+    fn at(&self, held: Word, now_ms: u64) -> Word {
+        let is_over =
+            now_ms.saturating_sub(held.since_ms()) >= self.timeout_ms.load(Ordering::Relaxed);
+        if held.state() == State::Open && is_over {
+            Word::new(State::HalfOpen, 0, 0, now_ms)
+        } else {
+            held
+        }
+    }
+
+    /// What the circuit does.
+    pub fn state(&self, clock: &impl Clock) -> State {
+        self.at(self.word(), clock.now_ms()).state()
     }
 
     /// Whether a call may go through. One load while the circuit is closed or off.
@@ -262,32 +276,30 @@ impl CircuitBreaker {
         let mut held = self.word();
         loop {
             let now_ms = clock.now_ms();
-            let is_over =
-                now_ms.saturating_sub(held.since_ms()) >= self.timeout_ms.load(Ordering::Relaxed);
-            let first = Word::new(State::HalfOpen, 1, 0, now_ms);
-            let (next, permit) = match held.state() {
+            let current = self.at(held, now_ms);
+            let age_ms = now_ms.saturating_sub(current.since_ms());
+            let (probes, since_ms) = match current.state() {
                 State::Closed | State::Off => return Ok(Permit::Free),
-                State::Open if is_over => (first, Permit::Probe { is_first: true }),
                 State::Open => return Err(CircuitOpen),
-                State::HalfOpen if held.probes() < self.probe_limit() => (
-                    Word::new(
-                        State::HalfOpen,
-                        held.probes() + 1,
-                        held.successes(),
-                        held.since_ms(),
-                    ),
-                    Permit::Probe { is_first: false },
-                ),
+                State::HalfOpen if current.probes() < self.probe_limit() => {
+                    (current.probes() + 1, current.since_ms())
+                }
                 // The probes have not been answered in all this time: they are lost. What was
                 // half open at this moment already cannot have lost any.
-                State::HalfOpen if is_over && now_ms > held.since_ms() => (
-                    Word::new(State::HalfOpen, 1, held.successes(), now_ms),
-                    Permit::Probe { is_first: false },
-                ),
+                State::HalfOpen
+                    if age_ms > 0 && age_ms >= self.timeout_ms.load(Ordering::Relaxed) =>
+                {
+                    (1, now_ms)
+                }
                 State::HalfOpen => return Err(CircuitOpen),
             };
+            let next = Word::new(State::HalfOpen, probes, current.successes(), since_ms);
             match self.exchange(held, next) {
-                Ok(()) => return Ok(permit),
+                Ok(()) => {
+                    return Ok(Permit::Probe {
+                        is_first: held.state() == State::Open,
+                    });
+                }
                 Err(changed) => held = changed,
             }
         }
@@ -305,7 +317,8 @@ impl CircuitBreaker {
             .map_err(Word)
     }
 
-    /// A probe has succeeded. Returns whether that has closed the circuit.
+    /// A probe has succeeded. Returns whether that has closed the circuit. Does not count where nobody
+    /// has been let through since the circuit opened.
     pub fn record_success(&self, clock: &impl Clock) -> bool {
         let mut held = self.word();
         while held.state() == State::HalfOpen {
@@ -329,20 +342,21 @@ impl CircuitBreaker {
         false
     }
 
-    /// Something has failed. Returns whether that has opened the circuit.
+    /// Something has failed. Returns whether that has opened the circuit; not so where nobody has been let
+    /// through since it opened before, although its time begins anew.
     pub fn record_failure(&self, clock: &impl Clock) -> bool {
         let mut held = self.word();
         let now_ms = clock.now_ms();
-        match held.state() {
-            State::Open | State::Off => return false,
-            State::Closed if !self.settings.read(|settings| settings.failed(now_ms)) => {
-                return false;
-            }
-            State::Closed | State::HalfOpen => {}
+        if held.state() == State::Closed && !self.settings.read(|settings| settings.failed(now_ms))
+        {
+            return false;
         }
-        while matches!(held.state(), State::Closed | State::HalfOpen) {
+        while matches!(
+            self.at(held, now_ms).state(),
+            State::Closed | State::HalfOpen
+        ) {
             match self.exchange(held, Word::new(State::Open, 0, 0, now_ms)) {
-                Ok(()) => return true,
+                Ok(()) => return held.state() != State::Open,
                 Err(changed) => held = changed,
             }
         }
@@ -403,19 +417,25 @@ impl CircuitBreaker {
 
     /// The config; `None` if the circuit is off.
     pub fn config(&self) -> Option<Config> {
-        (self.state() != State::Off).then(|| self.settings.read(|settings| settings.config))
+        (self.word().state() != State::Off).then(|| self.settings.read(|settings| settings.config))
     }
 
     /// State and counters.
     pub fn stats(&self, clock: &impl Clock) -> Stats {
         let now_ms = clock.now_ms();
-        let word = self.word();
+        let held = self.word();
+        let current = self.at(held, now_ms);
+        let began_ms = if current == held {
+            held.since_ms()
+        } else {
+            held.since_ms() + self.timeout_ms.load(Ordering::Relaxed)
+        };
         Stats {
-            state: word.state(),
+            state: current.state(),
             failures: self.settings.read(|settings| settings.failures(now_ms)),
-            successes: word.successes(),
-            probes: word.probes(),
-            since_ms: now_ms.saturating_sub(word.since_ms()),
+            successes: current.successes(),
+            probes: current.probes(),
+            since_ms: now_ms.saturating_sub(began_ms),
         }
     }
 }

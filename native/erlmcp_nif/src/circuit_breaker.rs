@@ -9,7 +9,7 @@ use crate::routing::state_term;
 
 #[rustler::nif]
 fn breaker_state(env: Env<'_>) -> Term<'_> {
-    state_term(env, circuit().state())
+    state_term(env, circuit().state(clock()))
 }
 
 /// A permit; what is a probe must be answered by a success or a failure.

@@ -185,7 +185,10 @@ where
             }
             return Err(refused(shard, Refusal::RateLimited));
         }
-        if admission.admit(|| clock.now_ms()).wants_sample {
+        if admission
+            .admit(&self.sampling, || clock.now_ms())
+            .wants_sample
+        {
             events.sample = Some(target.shard);
         }
         if permit != Permit::Free && circuit.record_success(clock) {
