@@ -31,12 +31,16 @@ all() ->
      shard_managers_down,
      stale_samples,
      stale_samples_without_a_manager,
+     lost_requests_for_samples,
+     lost_request_at_a_stalled_receiver,
      idle_shards_need_no_samples,
      circuit,
+     circuit_without_messages,
      overloaded_shards,
      queue_depths,
      queue_depths_of_shards_without_a_threshold,
      run_queue_and_scheduler_use,
+     schedulers_that_are_not_online,
      memory,
      control_plane_down,
      control_plane_is_silent,
@@ -148,6 +152,43 @@ stale_samples_without_a_manager(_Config) ->
     ok = health_is(ok).
 
 
+%% Whoever was to ask for a sample has ended before it did so. Nobody sends any more, and yet these shards
+%% are sampled.
+lost_requests_for_samples(_Config) ->
+    Shards = [3, ?SHARD],
+    _ = [ ok = lose_request(Shard) || Shard <- Shards ],
+    timer:sleep(12 * ?INTERVAL_MS),
+    ok = health_is(ok),
+    _ = [ ?assertMatch(#{sample_age_ms := Age} when is_integer(Age), erlmcp_admission_control:get_shard_stats(Shard))
+          || Shard <- Shards ],
+    ?assertEqual([], [ Shard || Shard <- Shards, erlmcp_admission_control:is_unwatched(Shard) ]).
+
+
+%% The next ones who send ask again, also while the control plane is dead; a receiver that takes nothing
+%% gets as much as the threshold, and then nothing any more.
+lost_request_at_a_stalled_receiver(_Config) ->
+    ok = supervisor:terminate_child(erlmcp_native_sup, erlmcp_control_plane_sup),
+    ok = lose_request(?SHARD),
+    [{Id, Pid}] = receivers(?SHARD, 1),
+    timer:sleep(12 * ?INTERVAL_MS),
+    Overloaded = {error, shard_overloaded},
+    test_support:await(fun() -> erlmcp_shard_manager:route_message(Id, x) =:= Overloaded end, ?DEADLINE_MS),
+    ?assertEqual({message_queue_len, ?THRESHOLD}, process_info(Pid, message_queue_len)),
+    timer:sleep(12 * ?INTERVAL_MS),
+    ?assertEqual(Overloaded, erlmcp_shard_manager:route_message(Id, x)),
+    {ok, _} = supervisor:restart_child(erlmcp_native_sup, erlmcp_control_plane_sup).
+
+
+lose_request(Shard) ->
+    [{Id, Pid}] = receivers(Shard, 1),
+    test_support:await(fun() ->
+                               %% The manager has nothing to do, so the next message asks for a sample.
+                               timer:sleep(5 * ?INTERVAL_MS),
+                               erlmcp_nif:route_connection(Id) =:= {Pid, [{sample, Shard}]}
+                       end,
+                       ?DEADLINE_MS).
+
+
 idle_shards_need_no_samples(_Config) ->
     _ = receivers(?SHARD, 3),
     timer:sleep(20 * ?INTERVAL_MS),
@@ -165,14 +206,29 @@ circuit(_Config) ->
     ok = erlmcp_circuit_breaker:record_failure(),
     ?assertEqual({degraded, [{circuit, open}]}, erlmcp_native:health()),
     test_support:await(fun() -> erlmcp_shard_manager:route_message(Id, x) =:= ok end, ?DEADLINE_MS),
-    ?assertEqual({degraded, [{circuit, half_open}]}, erlmcp_native:health()),
+    %% Half open.
+    ?assertEqual(ok, erlmcp_native:health()),
     ok = erlmcp_shard_manager:route_message(Id, x),
-    ok = health_is(ok),
+    ?assertEqual(closed, erlmcp_circuit_breaker:get_state()),
     ok = erlmcp_circuit_breaker:force_open(),
     ?assertEqual({degraded, [{circuit, open}]}, erlmcp_native:health()),
     %% Off, it refuses nothing.
     ok = erlmcp_backpressure:set(circuit_breaker, off),
     ?assertEqual(ok, erlmcp_native:health()).
+
+
+%% Nobody sends anything because the node is degraded, or its circuit open: it becomes half open all the
+%% same, so that somebody does.
+circuit_without_messages(_Config) ->
+    ok = erlmcp_backpressure:set(circuit_breaker, #{timeout_ms => 50, success_threshold => 1}),
+    [{Id, _}] = receivers(?SHARD, 1),
+    ok = erlmcp_circuit_breaker:force_open(),
+    ok = health_is(ok),
+    ?assertEqual(half_open, erlmcp_circuit_breaker:get_state()),
+    ok = erlmcp_circuit_breaker:force_open(),
+    test_support:await(fun() -> not erlmcp_circuit_breaker:is_open() end, ?DEADLINE_MS),
+    ok = erlmcp_shard_manager:route_message(Id, x),
+    ?assertEqual(closed, erlmcp_circuit_breaker:get_state()).
 
 
 overloaded_shards(_Config) ->
@@ -260,6 +316,30 @@ run_queue_and_scheduler_use(_Config) ->
     ok = health_is({degraded, [{control_plane_down, [erlmcp_shard_health]}]}),
     ok = sys:resume(erlmcp_shard_health),
     ok = health_is(ok).
+
+
+%% The only scheduler that is online has no time left.
+schedulers_that_are_not_online(_Config) ->
+    test_support:in_peer(?MODULE, one_of_four_is_online, [], #{flags => ["+S", "4:4"]}).
+
+
+one_of_four_is_online() ->
+    ok = start(),
+    4 = erlang:system_flag(schedulers_online, 1),
+    ok = erlmcp_shard_health:set_limits((?QUIET)#{scheduler_use_percent => 90}),
+    Busy = spawn(fun Loop() -> Loop() end),
+    IsBusy = fun() ->
+                     case erlmcp_native:health() of
+                         {degraded, [{scheduler_use_percent, Used, 90}]} -> Used > 90 andalso Used =< 100;
+                         ok -> false
+                     end
+             end,
+    test_support:await(IsBusy, ?DEADLINE_MS),
+    %% With the others it has time again.
+    1 = erlang:system_flag(schedulers_online, 4),
+    ok = health_is(ok),
+    exit(Busy, kill),
+    application:stop(erlmcp_native).
 
 
 memory(_Config) ->

@@ -48,8 +48,8 @@ allow() ->
 -spec would_allow() -> boolean().
 would_allow() ->
     case stats() of
-        #{state := open, since_ms := SinceMs, config := {_, _, _, TimeoutMs, _}} ->
-            SinceMs >= TimeoutMs;
+        #{state := open} ->
+            false;
         #{state := half_open, probes := Probes, since_ms := SinceMs, config := {_, _, _, TimeoutMs, Limit}} ->
             %% Probes that were not answered in all this time are lost.
             Probes < Limit orelse (SinceMs > 0 andalso SinceMs >= TimeoutMs);

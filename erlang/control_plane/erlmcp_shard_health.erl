@@ -14,7 +14,9 @@
 %%% <tr><td>`{stale_samples, [ShardId]}'</td><td>something was admitted since the last sample, and that is
 %%% older than ten intervals: these shards admit everything. A shard where nothing happens needs no
 %%% samples</td></tr>
-%%% <tr><td>`{circuit, open | half_open}'</td><td>the node's circuit breaker refuses messages</td></tr>
+%%% <tr><td>`{circuit, open}'</td><td>the node's circuit breaker refuses all messages. Half open it is no
+%%% reason: it waits for messages to try, and a node that gets none because it is degraded would stay
+%%% so</td></tr>
 %%% <tr><td>`{overloaded_shards, [ShardId]}'</td><td>these shards have refused messages, and not recovered
 %%% since</td></tr>
 %%% <tr><td>`{queue_depths, [{ShardId, Depth, Threshold}]}'</td><td>shards that are nearly full
@@ -59,7 +61,7 @@
                   {native_library, erlmcp_nif:load_error()} |
                   {shard_managers_down, [shard_id(), ...]} |
                   {stale_samples, [shard_id(), ...]} |
-                  {circuit, open | half_open} |
+                  {circuit, open} |
                   {overloaded_shards, [shard_id(), ...]} |
                   {queue_depths, [{shard_id(), Depth :: pos_integer(), Threshold :: pos_integer()}, ...]} |
                   {run_queue, Length :: pos_integer(), Limit :: pos_integer()} |
@@ -90,8 +92,8 @@
           otherwise = 0 :: non_neg_integer()
          }).
 
-%% Time that the normal schedulers have worked, and all that they had.
--type scheduler_use() :: {Active :: non_neg_integer(), Total :: non_neg_integer()}.
+%% Time that the normal schedulers which are online have worked, and all that they had.
+-type scheduler_use() :: {Schedulers :: pos_integer(), Active :: non_neg_integer(), Total :: non_neg_integer()}.
 
 
 %% @doc Looks at everything that health consists of. Takes some hundred microseconds, in the calling
@@ -137,8 +139,8 @@ native_reasons(#{queue_depth_percent := Percent}) ->
     #{shards := Shards} = erlmcp_shard_registry:limits(),
     Ids = lists:seq(0, Shards - 1),
     Loads = [ {Shard, erlmcp_admission_control:load(Shard)} || Shard <- Ids ],
-    some(stale_samples, [ Shard || Shard <- Ids, erlmcp_admission_control:is_unwatched(Shard) ]) ++
-    [ {circuit, State} || State <- [erlmcp_circuit_breaker_node:state()], State =:= open orelse State =:= half_open ] ++
+    some(stale_samples, unwatched(Ids)) ++
+    [ {circuit, open} || erlmcp_circuit_breaker_node:state() =:= open ] ++
     some(overloaded_shards, [ Shard || {Shard, {_Depth, _Threshold, true}} <- Loads ]) ++
     some(queue_depths,
          [ {Shard, Depth, Threshold}
@@ -147,6 +149,11 @@ native_reasons(#{queue_depth_percent := Percent}) ->
               Depth > 0,
               Depth * 100 >= Threshold * Percent ]) ++
     some(shard_damaged, erlmcp_shard_recovery_records:damaged()).
+
+
+-spec unwatched([shard_id()]) -> [shard_id()].
+unwatched(Shards) ->
+    [ Shard || Shard <- Shards, erlmcp_admission_control:is_unwatched(Shard) ].
 
 
 -spec process_reasons(map()) -> [reason()].
@@ -270,7 +277,9 @@ handle_cast(_Cast, State) ->
 handle_info(measure, State) ->
     ok = start_timer(),
     Measured = measure(State),
-    {noreply, log_change(check(), Measured)};
+    Checked = log_change(check(), Measured),
+    ok = ask_for_samples(),
+    {noreply, Checked};
 handle_info(_Unknown, State) ->
     {noreply, State}.
 
@@ -290,24 +299,34 @@ start_timer() ->
 -spec measure(#state{}) -> #state{}.
 measure(#state{run_queues = RunQueues0, uses = Uses0} = State) ->
     RunQueues = lists:sublist([erlang:statistics(total_run_queue_lengths) | RunQueues0], ?WINDOW),
-    %% One more, for as many intervals.
-    Uses = lists:sublist([scheduler_use() | Uses0], ?WINDOW + 1),
+    %% One more, for as many intervals. Those with other schedulers do not compare.
+    {Schedulers, _, _} = Use = scheduler_use(),
+    Comparable = lists:takewhile(fun({Online, _, _}) -> Online =:= Schedulers end, Uses0),
+    Uses = lists:sublist([Use | Comparable], ?WINDOW + 1),
     Median = lists:nth((length(RunQueues) + 1) div 2, lists:sort(RunQueues)),
     ok = set_window(Median, use_percent(hd(Uses), lists:last(Uses))),
     State#state{run_queues = RunQueues, uses = Uses}.
 
 
+%% Whoever was to ask for a sample may have ended before it did so, and where nobody sends any more
+%% nobody else asks.
+-spec ask_for_samples() -> ok.
+ask_for_samples() ->
+    #{shards := Shards} = erlmcp_shard_registry:limits(),
+    erlmcp_backpressure:notify([ {sample, Shard} || Shard <- unwatched(lists:seq(0, Shards - 1)) ]).
+
+
 -spec scheduler_use() -> scheduler_use().
 scheduler_use() ->
-    %% Those of normal schedulers have the lowest numbers.
-    Normal = [ {Active, Total}
-               || {Id, Active, Total} <- erlang:statistics(scheduler_wall_time), Id =< erlang:system_info(schedulers) ],
-    {Actives, Totals} = lists:unzip(Normal),
-    {lists:sum(Actives), lists:sum(Totals)}.
+    %% Those of normal schedulers have the lowest numbers, and of these the ones that are online.
+    Online = erlang:system_info(schedulers_online),
+    Used = [ {Active, Total} || {Id, Active, Total} <- erlang:statistics(scheduler_wall_time), Id =< Online ],
+    {Actives, Totals} = lists:unzip(Used),
+    {Online, lists:sum(Actives), lists:sum(Totals)}.
 
 
 -spec use_percent(scheduler_use(), scheduler_use()) -> non_neg_integer().
-use_percent({Active, Total}, {ActiveBefore, TotalBefore}) ->
+use_percent({_, Active, Total}, {_, ActiveBefore, TotalBefore}) ->
     round((Active - ActiveBefore) * 100 / max(1, Total - TotalBefore)).
 
 
