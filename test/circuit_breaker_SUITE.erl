@@ -1322,8 +1322,12 @@ node_probes_and_closes(_Config) ->
     node_breaker(20),
     ok = fail_node(3),
     timer:sleep(25),
-    %% It is open until somebody asks.
-    ?assertEqual(open, ?CB:get_state()),
+    %% Whether anybody has asked or not.
+    ?assertEqual(half_open, ?CB:get_state()),
+    ?assertEqual({ok, half_open}, ?CB:get_status()),
+    ?assertNot(?CB:is_open()),
+    %% Nobody was let through yet, so this is not the success of a probe.
+    ok = ?CB:record_success(),
     ?assert(?CB:allow_test_request()),
     ?assertEqual(half_open, ?CB:get_state()),
     ?assertNot(?CB:is_open()),

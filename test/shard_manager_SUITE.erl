@@ -24,6 +24,7 @@
          managers_ignore_the_unknown/1,
          open_circuit/1,
          probes_that_are_admitted_close_it/1,
+         probe_that_closes_it_at_once/1,
          probe_that_its_shard_refuses/1,
          probe_that_is_rate_limited/1,
          overload_of_many_shards_opens_it/1,
@@ -74,6 +75,7 @@ all() ->
      managers_ignore_the_unknown,
      open_circuit,
      probes_that_are_admitted_close_it,
+     probe_that_closes_it_at_once,
      probe_that_its_shard_refuses,
      probe_that_is_rate_limited,
      overload_of_many_shards_opens_it,
@@ -336,9 +338,7 @@ open_circuit(_Config) ->
 half_open() ->
     ok = erlmcp_backpressure:set(circuit_breaker, ?CIRCUIT),
     _ = erlmcp_nif:breaker_set(open),
-    timer:sleep(150),
-    open = erlmcp_nif:breaker_state(),
-    ok.
+    test_support:await_value(half_open, fun erlmcp_nif:breaker_state/0).
 
 
 probes_that_are_admitted_close_it(_Config) ->
@@ -346,7 +346,7 @@ probes_that_are_admitted_close_it(_Config) ->
     ok = erlmcp_shard_registry:register_connection(c, self(), #{}),
     %% Look-ups that find nobody are no probes.
     {error, not_found} = ?M:route_message(unknown, x),
-    ?assertEqual(open, erlmcp_nif:breaker_state()),
+    ?assertMatch(#{state := half_open, successes := 0, probes := 0}, erlmcp_nif:breaker_stats()),
     ?assertEqual(ok, ?M:route_message(c, 1)),
     ?assertMatch(#{state := half_open, successes := 1, probes := 0}, erlmcp_nif:breaker_stats()),
     ?assertEqual([ok], ?M:route_batch([{c, 2}])),
@@ -354,6 +354,16 @@ probes_that_are_admitted_close_it(_Config) ->
     ?assertEqual(ok, ?M:route_message(c, 3)),
     ?assertEqual(closed, erlmcp_nif:breaker_state()),
     ?assertEqual([1, 2, 3], test_support:flush()).
+
+
+%% Of two changes by one message both are told, in their order.
+probe_that_closes_it_at_once(_Config) ->
+    ok = erlmcp_shard_registry:register_connection(c, self(), #{}),
+    ok = erlmcp_backpressure:set(circuit_breaker, ?CIRCUIT#{success_threshold => 1, timeout_ms => 0}),
+    _ = erlmcp_nif:breaker_set(open),
+    {Pid, Events} = erlmcp_nif:route_connection(c),
+    ?assertEqual(self(), Pid),
+    ?assertEqual([half_open, closed], [ State || {circuit, State} <- Events ]).
 
 
 probe_that_its_shard_refuses(_Config) ->

@@ -480,6 +480,34 @@ fn one_of_too_many_failures_opens() {
     });
 }
 
+/// A probe succeeds and closes the circuit, and another one fails at the same moment: it opens the circuit
+/// again, which then was not closed; or it is the first one of many failures.
+#[test]
+fn a_late_failure_does_not_open_what_has_just_been_closed() {
+    loom::model(|| {
+        let config = Config {
+            failure_threshold: 3,
+            success_threshold: 1,
+            timeout_ms: 0,
+            ..Config::default()
+        };
+        let circuit = Arc::new(CircuitBreaker::new(Some(config), &Still).unwrap());
+        circuit.force(true, &Still);
+        for _ in 0..2 {
+            circuit.check(&Still).unwrap();
+        }
+        let closer = {
+            let circuit = Arc::clone(&circuit);
+            thread::spawn(move || circuit.record_success(&Still))
+        };
+        let has_opened = circuit.record_failure(&Still);
+        let has_closed = closer.join().unwrap();
+        assert!(has_opened != has_closed);
+        let failures = circuit.stats(&Still).failures;
+        assert_eq!(failures, usize::from(has_closed));
+    });
+}
+
 /// A shard with room for so many messages, whose next sample is far off.
 fn shard(threshold: u64) -> Arc<Admission> {
     let admission = Admission::new();

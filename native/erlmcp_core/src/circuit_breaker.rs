@@ -347,20 +347,24 @@ impl CircuitBreaker {
     pub fn record_failure(&self, clock: &impl Clock) -> bool {
         let mut held = self.word();
         let now_ms = clock.now_ms();
-        if held.state() == State::Closed && !self.settings.read(|settings| settings.failed(now_ms))
-        {
-            return false;
-        }
-        while matches!(
-            self.at(held, now_ms).state(),
-            State::Closed | State::HalfOpen
-        ) {
-            match self.exchange(held, Word::new(State::Open, 0, 0, now_ms)) {
-                Ok(()) => return held.state() != State::Open,
-                Err(changed) => held = changed,
+        loop {
+            let open = Word::new(State::Open, 0, 0, now_ms);
+            match self.at(held, now_ms).state() {
+                State::Open | State::Off => return false,
+                State::HalfOpen => match self.exchange(held, open) {
+                    Ok(()) => return held.state() != State::Open,
+                    // Closed meanwhile, perhaps: then it is one failure of many.
+                    Err(changed) => held = changed,
+                },
+                // The last one of too many. If the word has changed since it was counted, another one
+                // has opened the circuit, or somebody has closed it, which comes after all failures
+                // that were counted before.
+                State::Closed => {
+                    return self.settings.read(|settings| settings.failed(now_ms))
+                        && self.exchange(held, open).is_ok();
+                }
             }
         }
-        false
     }
 
     /// A probe came to nothing, neither a success nor a failure: its place is free again.

@@ -59,6 +59,9 @@ fn prepend_events<'a>(env: Env<'a>, events: &Events, mut list: Term<'a>) -> Term
     if let Some(state) = events.circuit {
         list = list.list_prepend((atoms::circuit(), state_term(env, state)).encode(env));
     }
+    if events.has_half_opened {
+        list = list.list_prepend((atoms::circuit(), atoms::half_open()).encode(env));
+    }
     list
 }
 

@@ -42,7 +42,9 @@ pub struct Events {
     pub sample: Option<u16>,
     /// This shard has entered overload.
     pub overloaded: Option<u16>,
-    /// The circuit has changed to this state.
+    /// The circuit has become half open, before it changed to [`Self::circuit`].
+    pub has_half_opened: bool,
+    /// The circuit has changed to this state, open or closed.
     pub circuit: Option<State>,
 }
 
@@ -50,7 +52,10 @@ impl Events {
     /// Whether there is anything to tell.
     #[inline]
     pub fn is_some(&self) -> bool {
-        self.sample.is_some() || self.overloaded.is_some() || self.circuit.is_some()
+        self.sample.is_some()
+            || self.overloaded.is_some()
+            || self.has_half_opened
+            || self.circuit.is_some()
     }
 }
 
@@ -162,7 +167,7 @@ where
             .check(clock)
             .map_err(|_| refused(shard, Refusal::CircuitOpen))?;
         if let Permit::Probe { is_first: true } = permit {
-            events.circuit = Some(State::HalfOpen);
+            events.has_half_opened = true;
         }
         let admission = &shard.admission;
         if let Err(overloaded) = admission.check(&self.sampling, || clock.now_ms()) {
