@@ -34,7 +34,8 @@
 %% Token buckets
 -export([bucket_new/1, is_bucket/1, bucket_take/2, bucket_state/1, bucket_set_limits/2]).
 -export([entry_take/3, entry_bucket_state/2, entry_set_limits/3]).
--export([set_shared_limits/1, shared_limits/0, are_limits/1, enforce_limits/1, has_token_buckets/0]).
+-export([set_shared_limits/1, shared_limits/0, are_limits/1]).
+-export([enforce_limits/1, enforces_limits/0, has_token_buckets/0]).
 %% Admission control
 -export([admission_check/1, admission_adjust/2, admission_set_threshold/2, admission_stats/1]).
 -export([admission_is_unwatched/1, refused/1, count_not_found/0]).
@@ -107,6 +108,7 @@
        shared_limits/0,
        are_limits/1,
        enforce_limits/1,
+       enforces_limits/0,
        has_token_buckets/0,
        admission_check/1,
        admission_adjust/2,
@@ -155,14 +157,18 @@
 %%% Loading
 
 
-%% Never fails, so that callers get an error that says why and what to do instead of `undef'.
--spec load() -> ok.
+%% Without the library the module is there all the same, so that callers get an error that says why and
+%% what to do instead of `undef'. But where the library is in use already, another load of this module
+%% fails (the VM replaces none in a running node): with stubs instead of it everything would stop.
+-spec load() -> ok | {error, term()}.
 load() ->
     Path = library(),
     case erlang:load_nif(Path, []) of
         ok ->
             _ = persistent_term:erase(?LOAD_ERROR),
             ok;
+        {error, {Replaces, _} = Reason} when Replaces =:= upgrade; Replaces =:= reload ->
+            {error, Reason};
         {error, Reason} ->
             persistent_term:put(?LOAD_ERROR,
                                 #{
@@ -489,6 +495,11 @@ are_limits(_Limits) -> ?NOT_LOADED.
 %% Whether routes take from buckets.
 -spec enforce_limits(boolean()) -> ok.
 enforce_limits(_IsOn) -> ?NOT_LOADED.
+
+
+%% What {@link enforce_limits/1} has said last; `true' at first.
+-spec enforces_limits() -> boolean().
+enforces_limits() -> ?NOT_LOADED.
 
 
 %% Whether routes take from any bucket: limits are enforced, and there are some.

@@ -10,6 +10,7 @@
 -export([starts_and_stops/1,
          refuses_a_bad_environment/1,
          keeps_an_existing_default_registry/1,
+         loading_the_library_again_is_refused/1,
          info_is_complete/1,
          i_prints_an_overview/1,
          explains_what_is_not_there/1,
@@ -22,6 +23,9 @@
          explains_when_the_registry_was_killed/1,
          explains_while_the_registry_stands_still/1]).
 
+%% In a node of its own
+-export([load_again/0]).
+
 -define(SLOW,        1 / 3600).
 -define(MODES,       [current, {percent, 0}, {percent, 50}, {percent, 100}, '100x']).
 -define(DEADLINE_MS, 30_000).
@@ -31,6 +35,7 @@ all() ->
     [starts_and_stops,
      refuses_a_bad_environment,
      keeps_an_existing_default_registry,
+     loading_the_library_again_is_refused,
      info_is_complete,
      i_prints_an_overview,
      explains_what_is_not_there,
@@ -104,6 +109,34 @@ keeps_an_existing_default_registry(_Config) ->
     application:set_env(erlmcp_native, shards, Shards * 2),
     ok = application:start(erlmcp_native),
     ?assertEqual(Limits, erlmcp_shard_registry:limits()).
+
+
+%% The code that is loaded stays, with the library, and all that is registered.
+loading_the_library_again_is_refused(_Config) ->
+    test_support:in_peer(?MODULE, load_again).
+
+
+load_again() ->
+    ok = application:start(erlmcp_native),
+    start_registry(),
+    Registry = whereis(erlmcp_registry),
+    Supervisor = whereis(erlmcp_native_sup),
+    ok = erlmcp_shard_registry:register_connection(c, self(), #{}),
+    ok = erlmcp_registry:register_server(s, self(), #{}),
+    _ = [ begin
+              {error, on_load_failure} = code:load_file(erlmcp_nif),
+              none = erlmcp_native_registry:load_error(),
+              ok = erlmcp_shard_manager:route_message(c, {message, N}),
+              {ok, {_, #{}}} = erlmcp_registry:find_server(s),
+              _ = code:soft_purge(erlmcp_nif)
+          end || N <- [1, 2, 3] ],
+    [{message, 1}, {message, 2}, {message, 3}] = test_support:flush(),
+    %% Longer than it takes for what would not work any more to be given up.
+    timer:sleep(1500),
+    Registry = whereis(erlmcp_registry),
+    Supervisor = whereis(erlmcp_native_sup),
+    ok = erlmcp_native:health(),
+    ok = application:stop(erlmcp_native).
 
 
 info_is_complete(_Config) ->

@@ -24,6 +24,8 @@
          close/1]).
 -export([load_error/0, make_default/3, bindings/1, bound_server/2, distinct_configs/0]).
 -export([check_shard/2]).
+%% Sentinels
+-export([init_sentinel/2, wake_sentinel/0]).
 
 -export_type([entry/0]).
 
@@ -198,14 +200,32 @@ distinct_configs() ->
 
 -spec start_sentinel(pid(), pid() | none) -> pid().
 start_sentinel(Pid, Owner) ->
-    spawn(fun() ->
-                  _ = monitor(process, Pid),
-                  _ = is_pid(Owner) andalso monitor(process, Owner),
-                  receive
-                      {'DOWN', _, process, _, _} -> ok;
-                      {?MODULE, stop} -> ok
-                  end
-          end).
+    spawn(?MODULE, init_sentinel, [Pid, Owner]).
+
+
+%% @private
+-spec init_sentinel(pid(), pid() | none) -> no_return().
+init_sentinel(Pid, Owner) ->
+    _ = monitor(process, Pid),
+    _ = is_pid(Owner) andalso monitor(process, Owner),
+    hibernate_sentinel().
+
+
+%% Hibernating, it refers to no version of this module: purging an old one would kill it, and its death
+%% removes the entry.
+-spec hibernate_sentinel() -> no_return().
+hibernate_sentinel() ->
+    erlang:hibernate(?MODULE, wake_sentinel, []).
+
+
+%% @private
+-spec wake_sentinel() -> ok.
+wake_sentinel() ->
+    receive
+        {'DOWN', _, process, _, _} -> ok;
+        {?MODULE, stop} -> ok;
+        _Unknown -> hibernate_sentinel()
+    end.
 
 
 -spec end_sentinel(pid()) -> ok.

@@ -170,6 +170,11 @@ fn enforce_limits(is_on: bool) -> Atom {
     atoms::ok()
 }
 
+#[rustler::nif]
+fn enforces_limits() -> bool {
+    default_registry().enforces_limits()
+}
+
 /// Whether any bucket has limits that are enforced.
 #[rustler::nif]
 fn has_token_buckets() -> bool {

@@ -277,6 +277,11 @@ where
         }
     }
 
+    /// What [`Self::enforce_limits`] has been told last; at first it is on.
+    pub fn enforces_limits(&self) -> bool {
+        self.buckets.in_use.load(Ordering::Relaxed) & ENFORCED != 0
+    }
+
     /// Whether routes take from any entry's bucket. One load.
     #[inline]
     pub fn has_token_buckets(&self) -> bool {
