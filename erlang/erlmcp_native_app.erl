@@ -37,8 +37,11 @@ start_with(_LoadError, _Limits) ->
 start_supervisor() ->
     show_logs(),
     case erlmcp_rollout:configure() of
-        ok -> erlmcp_native_sup:start_link();
-        {error, _} = Error -> Error
+        ok ->
+            erlmcp_native_sup:start_link();
+        {error, _} = Error ->
+            ok = stop([]),
+            Error
     end.
 
 

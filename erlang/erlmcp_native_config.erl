@@ -33,7 +33,7 @@
 %%% `application:set_env/3' alone takes effect with the next start.
 -module(erlmcp_native_config).
 
--export([check/0, check_live/2, check_mode/1, registry_limits/1, token_bucket/1, health/1, default/1, get/1]).
+-export([check/0, check_live/0, check_live/2, check_mode/1, registry_limits/1, token_bucket/1, health/1, default/1, get/1]).
 
 -export_type([limits/0, error/0, key/0]).
 
@@ -73,10 +73,24 @@ default_or_of_erlmcp(Key) ->
     default(Key).
 
 
-%% @doc Checks one setting of backpressure.
+%% @doc Checks the settings of backpressure in the application environment.
+-spec check_live() -> ok | {error, error()}.
+check_live() ->
+    check_live([]).
+
+
+%% @doc Checks one setting of backpressure, and those of the others in the application environment.
 -spec check_live(term(), term()) -> ok | {error, error()}.
 check_live(Key, Value) ->
-    case first_error([{Key, Value}], ?LIVE_KEYS) of
+    check_live([{Key, Value}]).
+
+
+-spec check_live([{term(), term()}]) -> ok | {error, error()}.
+check_live(New) ->
+    Others = [ {Key, Value} || Key <- ?LIVE_KEYS,
+                               not lists:keymember(Key, 1, New),
+                               {ok, Value} <- [application:get_env(erlmcp_native, Key)] ],
+    case first_error(New ++ Others, ?LIVE_KEYS) of
         none -> ok;
         Error -> {error, Error}
     end.
@@ -118,9 +132,9 @@ registry_limits(Options) ->
 %% @doc Limits of a token bucket, checked and completed.
 -spec token_bucket(term()) -> {ok, infinity | map()} | {error, error()}.
 token_bucket(Limits) ->
-    case check_live(token_bucket, Limits) of
-        ok -> {ok, complete(token_bucket, Limits)};
-        Error -> Error
+    case first_error([{token_bucket, Limits}], [token_bucket]) of
+        none -> {ok, complete(token_bucket, Limits)};
+        Error -> {error, Error}
     end.
 
 

@@ -16,12 +16,14 @@
          values_at_the_bounds/1,
          maps_are_completed/1,
          only_some_keys_change_live/1,
+         wrong_environment_of_another_key/1,
+         registry_without_the_application/1,
          environment_is_in_force_after_the_start/1,
          native_defaults_are_the_documented_ones/1,
          too_many_changes_are_an_error_and_change_nothing/1]).
 
 %% Called in peer nodes
--export([in_native_defaults/0, in_too_many_changes/0]).
+-export([in_native_defaults/0, in_too_many_changes/0, in_registry_alone/0]).
 
 -define(C,    erlmcp_native_config).
 -define(KEYS, [backpressure, token_bucket, admission, circuit_breaker]).
@@ -38,6 +40,8 @@ all() ->
      values_at_the_bounds,
      maps_are_completed,
      only_some_keys_change_live,
+     wrong_environment_of_another_key,
+     registry_without_the_application,
      environment_is_in_force_after_the_start,
      native_defaults_are_the_documented_ones,
      too_many_changes_are_an_error_and_change_nothing].
@@ -199,6 +203,55 @@ only_some_keys_change_live(_Config) ->
               ?assertEqual(undefined, application:get_env(erlmcp_native, Key))
           end || {Key, Value} <- [{shards, 64}, {max_entries, 1}, {max_id_bytes, 1}, {same_pid, ok}, {admision, infinity}] ],
     ?assertMatch({error, {bad_option, "admission", infinity, _}}, erlmcp_backpressure:set("admission", infinity)).
+
+
+%% Some keys are applied together: none is if one of them is wrong.
+wrong_environment_of_another_key(_Config) ->
+    ok = application:start(erlmcp_native),
+    _ = [ begin
+              ok = application:set_env(erlmcp_native, Wrong, Value),
+              Before = {in_force(), erlmcp_backpressure:info(), application:get_all_env(erlmcp_native)},
+              _ = [ ?assertMatch({error, {bad_option, Wrong, Value, [_ | _]}}, erlmcp_backpressure:set(Key, ?C:default(Key)))
+                    || Key <- ?KEYS, Key =/= Wrong ],
+              ?assertMatch({error, {bad_option, Wrong, Value, _}}, erlmcp_backpressure:set(backpressure, off)),
+              ?assertEqual(Before, {in_force(), erlmcp_backpressure:info(), application:get_all_env(erlmcp_native)}),
+              %% Itself it can be put right.
+              ok = erlmcp_backpressure:set(Wrong, ?C:default(Wrong))
+          end || {Wrong, Value} <- [{token_bucket, [{capacity, 20_000}]},
+                                    {admission, [{threshold, 20_000}]},
+                                    {circuit_breaker, [{timeout_ms, 1}]}] ],
+    ok.
+
+
+%% It looks at the environment too, as far as nobody needs to sample.
+registry_without_the_application(_Config) ->
+    ?assertEqual(ok, test_support:in_peer(?MODULE, in_registry_alone)).
+
+
+in_registry_alone() ->
+    Route = fun() ->
+                    {ok, _} = gen_server:start({local, erlmcp_registry}, erlmcp_registry, [], []),
+                    ok = erlmcp_registry:register_server(s, self(), #{}),
+                    ok = erlmcp_registry:register_transport(t, self(), #{}),
+                    Routed = [ erlmcp_registry:route_to_server(s, t, N) || N <- lists:seq(1, 3000) ],
+                    ok = gen_server:stop(erlmcp_registry),
+                    _ = test_support:flush(),
+                    #{backpressure := Backpressure} = erlmcp_backpressure:info(),
+                    {Backpressure, lists:usort(Routed), in_force()}
+            end,
+    Defaults = #{token_bucket => {1000, 10000.0}, admission => infinity, circuit_breaker => {50, 10000, 10, 30000, 10}},
+    {on, [ok, {error, rate_limited}], Defaults} = Route(),
+    _ = application:load(erlmcp_native),
+    ok = application:set_env(erlmcp_native, backpressure, off),
+    {off, [ok], #{circuit_breaker := off}} = Route(),
+    ok = application:set_env(erlmcp_native, backpressure, on),
+    {on, [ok, {error, rate_limited}], Defaults} = Route(),
+    ok = application:set_env(erlmcp_native, token_bucket, infinity),
+    {on, [ok], #{token_bucket := infinity}} = Route(),
+    %% What cannot be changes nothing, and keeps nobody from working.
+    ok = application:set_env(erlmcp_native, token_bucket, [{capacity, 1}]),
+    {on, [ok], #{token_bucket := infinity}} = Route(),
+    ok.
 
 
 environment_is_in_force_after_the_start(_Config) ->

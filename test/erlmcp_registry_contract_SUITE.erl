@@ -1300,7 +1300,14 @@ same_pid_can_be_ok(Config) ->
     ok = Module:register_server(s, P, first),
     ?assertEqual(ok, Module:register_server(s, P, second)),
     ?assertEqual({ok, {P, first}}, Module:find_server(s)),
-    ?assertEqual({error, already_registered}, Module:register_server(s, self(), third)).
+    ?assertEqual({error, already_registered}, Module:register_server(s, self(), third)),
+    %% What it cannot be is the default.
+    application:set_env(erlmcp_native, same_pid, true),
+    ?assertEqual({error, already_registered}, Module:register_server(s, P, fourth)),
+    {ok, Anonymous} = gen_server:start(Module, [], []),
+    ?assertEqual(ok, gen_server:call(Anonymous, {register_server, s, P, first})),
+    ?assertEqual({error, already_registered}, gen_server:call(Anonymous, {register_server, s, P, second})),
+    ok = gen_server:stop(Anonymous).
 
 
 %%% Drivers

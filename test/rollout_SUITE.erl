@@ -34,6 +34,11 @@ all() ->
      killed_during_a_switch,
      stopped_in_every_mode,
      one_switch_at_a_time,
+     whoever_wants_the_same_mode_waits,
+     caller_of_a_switch_ends,
+     application_starts_during_a_switch,
+     start_that_fails_leaves_nothing,
+     bindings_that_cannot_be_change_none,
      ids_that_only_one_takes_end_a_switch,
      what_was_different_is_repaired,
      registrations_race_a_switch,
@@ -301,8 +306,7 @@ stopped_in_every_mode(_Config) ->
 
 
 one_switch_at_a_time(_Config) ->
-    Holder = sleeper(),
-    [ ok = erlmcp_registry:register_transport(Id, Holder, #{}) || Id <- lists:seq(1, 5000) ],
+    Holder = many_transports(),
     {Setter, Monitor} = spawn_monitor(fun() -> exit({set, erlmcp_rollout:set(current)}) end),
     ok = await(current, fun() -> maps:get(switching_to, erlmcp_rollout:status()) end),
     ?assertEqual({error, {switching_to, current}}, erlmcp_rollout:set({percent, 5})),
@@ -311,6 +315,90 @@ one_switch_at_a_time(_Config) ->
     ?assertMatch(#{switching_to := none, last_switch := #{entries := 5000, copied := 5000, repaired := 0}},
                  erlmcp_rollout:status()),
     end_all([Holder]).
+
+
+whoever_wants_the_same_mode_waits(_Config) ->
+    Holder = many_transports(),
+    Setters = [ spawn_monitor(fun() -> exit({erlmcp_rollout:set(current), erlmcp_rollout:get()}) end)
+                || _ <- lists:seq(1, 5) ],
+    [ receive {'DOWN', Monitor, process, Setter, Reason} -> ?assertEqual({ok, current}, Reason) end
+      || {Setter, Monitor} <- Setters ],
+    end_all([Holder]).
+
+
+%% The mode stays, also for the next process.
+caller_of_a_switch_ends(_Config) ->
+    Holder = many_transports(),
+    Setter = spawn(fun() -> erlmcp_rollout:set(current) end),
+    ok = await(current, fun() -> maps:get(switching_to, erlmcp_rollout:status()) end),
+    killed = test_support:kill(Setter),
+    ok = await(none, fun() -> maps:get(switching_to, erlmcp_rollout:status()) end),
+    ?assertMatch(#{mode := current, configured := current}, erlmcp_rollout:status()),
+    killed = test_support:kill(whereis(erlmcp_registry)),
+    start_registry(),
+    ?assertEqual(current, erlmcp_rollout:get()),
+    end_all([Holder]).
+
+
+%% The registry's process has been restarted and makes the mode be the configured one.
+application_starts_during_a_switch(_Config) ->
+    [ begin
+          ok = erlmcp_rollout:set('100x'),
+          Holder = many_transports(),
+          ok = application:set_env(erlmcp_native, architecture_version, current),
+          killed = test_support:kill(whereis(erlmcp_registry)),
+          {ok, _} = gen_server:start({local, erlmcp_registry}, erlmcp_registry, [], []),
+          ?assertMatch(#{switching_to := current}, erlmcp_rollout:status()),
+          ok = application:set_env(erlmcp_native, architecture_version, Mode),
+          ok = application:start(erlmcp_native),
+          ?assertEqual(Mode, erlmcp_rollout:get()),
+          ok = application:stop(erlmcp_native),
+          end_all([Holder])
+      end || Mode <- [current, {percent, 5}] ].
+
+
+%% Neither thresholds, for which nobody would sample, nor a filter of logs.
+start_that_fails_leaves_nothing(_Config) ->
+    Long = binary:copy(<<"long">>, 20_000),
+    ok = erlmcp_rollout:set(current),
+    ok = erlmcp_registry:register_server(Long, self(), #{}),
+    ok = application:set_env(erlmcp_native, architecture_version, '100x'),
+    {ok, Handler} = logger:get_handler_config(default),
+    ?assertMatch({error, {{cannot_copy, {server, Long}, badarg}, _}}, application:start(erlmcp_native)),
+    ?assertEqual({ok, Handler}, logger:get_handler_config(default)),
+    ?assertMatch(#{threshold := infinity}, erlmcp_admission_control:get_shard_stats(0)),
+    ok = erlmcp_registry:unregister_server(Long),
+    ok = application:start(erlmcp_native),
+    ?assertEqual('100x', erlmcp_rollout:get()),
+    ok = application:stop(erlmcp_native).
+
+
+%% An id that is too long for the native registry is told before any binding is changed.
+bindings_that_cannot_be_change_none(_Config) ->
+    Holder = sleeper(),
+    Long = binary:copy(<<"long">>, 20_000),
+    [ ok = erlmcp_registry:register_transport(Id, Holder, #{server_id => s}) || Id <- lists:seq(1, 20) ],
+    {ok, Before} = erlmcp_registry:get_all_state(),
+    [ begin
+          ok = erlmcp_rollout:set(Mode),
+          [ begin
+                Refused = try
+                              erlmcp_registry:restore_state({registry_state, Bindings})
+                          catch
+                              error:badarg -> {error, badarg}
+                          end,
+                ?assertEqual({error, badarg}, Refused),
+                ?assertEqual({ok, Before}, erlmcp_registry:get_all_state()),
+                [ ?assertEqual({ok, s}, erlmcp_registry:get_server_for_transport(Id)) || Id <- lists:seq(1, 20) ]
+            end || Bindings <- [#{Long => s}, #{1 => Long}] ]
+      end || Mode <- ['100x', {percent, 50}] ],
+    end_all([Holder]).
+
+
+many_transports() ->
+    Holder = sleeper(),
+    [ ok = erlmcp_registry:register_transport(Id, Holder, #{}) || Id <- lists:seq(1, 5000) ],
+    Holder.
 
 
 ids_that_only_one_takes_end_a_switch(_Config) ->

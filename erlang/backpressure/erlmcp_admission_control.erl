@@ -104,8 +104,9 @@ set_threshold(Threshold) ->
     erlmcp_backpressure:set(admission, Others#{threshold => Threshold}).
 
 
-%% @doc Changes the threshold of one shard, until {@link set_threshold/1} changes all. Raises `badarg'
-%% for a threshold that is not within 1 to 2^40.
+%% @doc Changes the threshold of one shard, until those of all are set: by {@link set_threshold/1}, by {@link
+%% erlmcp_backpressure:set/2}, or by a start of the application. Raises `badarg' for a threshold that is not
+%% within 1 to 2^40.
 -spec set_threshold(shard_id(), pos_integer() | infinity) -> ok.
 set_threshold(ShardId, Threshold) ->
     erlmcp_nif:admission_set_threshold(ShardId, Threshold).

@@ -18,7 +18,7 @@
 
 -include_lib("kernel/include/logger.hrl").
 
--export([set/2, configure/0, admit_everything/0, info/0]).
+-export([set/2, configure/0, configure_alone/0, admit_everything/0, info/0]).
 -export([has_token_buckets/0]).
 -export([deliver/2, refused/1, notify/1, sampler/1, sample_interval_ms/0]).
 
@@ -40,7 +40,11 @@
 %% environment and in the running system. See {@link erlmcp_native_config}.
 %%
 %% Tokens that buckets hold stay, up to the new capacity; the state of the circuit stays, and its
-%% failures are counted anew. Messages under way are judged by the former values or the new ones.
+%% failures are counted anew. Messages under way are judged by the former values or the new ones. With
+%% `admission' and with `backpressure' all shards get the threshold of the configuration.
+%%
+%% `{error, {bad_option, Key, Value, Expected}}' changes nothing, and may be about another key of these that
+%% was set in the environment to what it cannot be.
 %%
 %% `{error, too_many_changes}' changes nothing. It comes after some hundred changes of limits with which
 %% a bucket takes months to fill, and after many millions where it takes minutes.
@@ -73,6 +77,27 @@ restore(Key, undefined) -> application:unset_env(erlmcp_native, Key).
 -spec configure() -> ok | {error, too_many_changes}.
 configure() ->
     apply_setting(backpressure).
+
+
+%% @private
+%% When the registry starts alone, without the application: as {@link configure/0}, but for admission
+%% control, which has no sampler then. Nobody has checked the environment.
+-spec configure_alone() -> ok.
+configure_alone() ->
+    case whereis(erlmcp_native_sup) =:= undefined andalso erlmcp_native_config:check_live() of
+        false ->
+            ok;
+        ok ->
+            ok = erlmcp_nif:enforce_limits(is_on()),
+            ok = apply_setting(circuit_breaker),
+            _ = apply_setting(token_bucket),
+            ok;
+        {error, Error} ->
+            ?LOG_WARNING("erlmcp_native: the settings of backpressure stay as they are, because of ~0tp in the "
+                         "environment of erlmcp_native",
+                         [Error],
+                         #{domain => [erlmcp_native], event => bad_option})
+    end.
 
 
 %% @private
@@ -125,7 +150,9 @@ set_token_bucket(Setting) ->
 set_admission(true, #{threshold := Threshold, sample_interval_ms := IntervalMs}) ->
     ok = set_sample_interval(IntervalMs),
     set_thresholds(Threshold);
-set_admission(_IsOn, _Setting) ->
+set_admission(false, _Setting) ->
+    set_thresholds(infinity);
+set_admission(true, infinity) ->
     set_thresholds(infinity).
 
 
@@ -182,7 +209,9 @@ set_circuit_breaker(true,
         #{config := Config} -> ok;
         _ -> erlmcp_nif:breaker_configure(Config)
     end;
-set_circuit_breaker(_IsOn, _Setting) ->
+set_circuit_breaker(false, _Setting) ->
+    erlmcp_nif:breaker_configure(off);
+set_circuit_breaker(true, off) ->
     erlmcp_nif:breaker_configure(off).
 
 
@@ -193,7 +222,11 @@ set_circuit_breaker(_IsOn, _Setting) ->
 info() ->
     {Shards, _, _} = erlmcp_nif:limits(default),
     #{
-      backpressure => erlmcp_native_config:get(backpressure),
+      backpressure =>
+          case erlmcp_nif:enforces_limits() of
+              true -> on;
+              false -> off
+          end,
       circuit => erlmcp_nif:breaker_state(),
       overloaded_shards => [ Shard || Shard <- lists:seq(0, Shards - 1), is_overloaded(Shard) ]
      }.

@@ -68,7 +68,7 @@ register(Registry, Kind, Id, Pid, Config) ->
         {error, {already_registered, Pid}} ->
             case application:get_env(erlmcp_native, same_pid, already_registered) of
                 ok -> ok;
-                already_registered -> {error, already_registered}
+                _ -> {error, already_registered}
             end;
         {error, {already_registered, _Other}} ->
             {error, already_registered};
@@ -86,6 +86,9 @@ owner(_Default) -> none.
 %% One binding after the other: a transport that is registered meanwhile keeps its own.
 -spec restore(erlmcp_nif:registry(), #{term() => term()}) -> ok | diverted.
 restore(Registry, Bindings) ->
+    %% Before anything is changed: `badarg' for what is too long to be bound.
+    ok = check_ids(Registry, maps:keys(Bindings)),
+    ok = check_ids(Registry, maps:values(Bindings)),
     Unbound = [ erlmcp_nif:unbind(Registry, TransportId)
                 || {TransportId, _} <- erlmcp_nif:bindings(Registry), not is_map_key(TransportId, Bindings) ],
     Bound = [ erlmcp_nif:bind(Registry, TransportId, ServerId, false)
@@ -95,6 +98,11 @@ restore(Registry, Bindings) ->
         true -> diverted;
         false -> ok
     end.
+
+
+-spec check_ids(erlmcp_nif:registry(), [term()]) -> ok.
+check_ids(Registry, Ids) ->
+    lists:foreach(fun(Id) -> erlmcp_nif:shard(Registry, Id) end, Ids).
 
 
 %%% Casts

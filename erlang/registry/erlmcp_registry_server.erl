@@ -16,7 +16,8 @@
           %% `exclusive' for the named one, `none' for an anonymous classic one.
           registry :: exclusive | reference() | none,
           classic = none :: none | erlmcp_registry_classic:state(),
-          switch = none :: none | {reference(), erlmcp_rollout_switch:switch(), gen_server:from() | none},
+          %% With those who wait for its end.
+          switch = none :: none | {reference(), erlmcp_rollout_switch:switch(), [gen_server:from()]},
           last_switch = none :: none | erlmcp_rollout_switch:result(),
           compared = 0 :: non_neg_integer(),
           differences = 0 :: non_neg_integer(),
@@ -38,6 +39,7 @@ init(Name) ->
         {ok, Wanted} when Name =:= anonymous -> {ok, new(Wanted)};
         {ok, _Wanted} ->
             ok = erlmcp_rollout:warn_unless_started(),
+            _ = erlmcp_native_registry:load_error() =:= none andalso erlmcp_backpressure:configure_alone(),
             {ok, adopt(erlmcp_rollout_plan:read())}
     end.
 
@@ -94,7 +96,7 @@ continue(#state{registry = exclusive} = State) ->
     {ok, Wanted} = erlmcp_rollout:wanted(),
     case erlmcp_rollout_switch:mode(erlmcp_rollout_plan:read()) of
         Wanted -> State;
-        _ -> start_switch(Wanted, none, State)
+        _ -> start_switch(Wanted, [], State)
     end;
 continue(State) ->
     State.
@@ -242,8 +244,8 @@ note(_Unknown, State) ->
 
 
 -spec info(term(), state()) -> state().
-info({erlmcp_rollout, Reference, continue}, #state{switch = {Reference, Switch, From}} = State) ->
-    switched(erlmcp_rollout_switch:continue(Switch, State#state.classic), From, State);
+info({erlmcp_rollout, Reference, continue}, #state{switch = {Reference, Switch, Waiting}} = State) ->
+    switched(erlmcp_rollout_switch:continue(Switch, State#state.classic), Waiting, State);
 info(_Info, #state{classic = none} = State) ->
     State;
 info(Info, #state{classic = Classic} = State) ->
@@ -260,13 +262,20 @@ info(Info, #state{classic = Classic} = State) ->
 
 
 -spec command(term(), gen_server:from(), state()) -> {reply, term(), state()} | {noreply, state()}.
-command({set, _Mode}, _From, #state{switch = {_, Switch, _}} = State) ->
-    {reply, {error, {switching_to, erlmcp_rollout_switch:target(Switch)}}, State};
+command({set, Mode}, From, #state{switch = {Reference, Switch, Waiting}} = State) ->
+    case erlmcp_rollout_switch:target(Switch) of
+        Mode -> {noreply, State#state{switch = {Reference, Switch, [From | Waiting]}}};
+        Other -> {reply, {error, {switching_to, Other}}, State}
+    end;
 command({set, Mode}, From, State) ->
     case erlmcp_rollout_switch:mode(erlmcp_rollout_plan:read()) of
-        Mode -> {reply, ok, State};
-        _ -> {noreply, start_switch(Mode, From, State)}
+        Mode -> {reply, erlmcp_rollout:remember(Mode), State};
+        _ -> {noreply, start_switch(Mode, [From], State)}
     end;
+command(await_switch, From, #state{switch = {Reference, Switch, Waiting}} = State) ->
+    {noreply, State#state{switch = {Reference, Switch, [From | Waiting]}}};
+command(await_switch, _From, State) ->
+    {reply, ok, State};
 command({compare, IsComparing}, _From, State) ->
     ok = erlmcp_rollout_plan:compare(IsComparing),
     {reply, ok, State};
@@ -285,23 +294,26 @@ command(_Unknown, _From, State) ->
     {reply, {error, unknown_request}, State}.
 
 
--spec start_switch(erlmcp_rollout:mode(), gen_server:from() | none, state()) -> state().
-start_switch(Mode, From, #state{classic = Classic0} = State) ->
+-spec start_switch(erlmcp_rollout:mode(), [gen_server:from()], state()) -> state().
+start_switch(Mode, Waiting, #state{classic = Classic0} = State) ->
     {Switch, Classic} = erlmcp_rollout_switch:start(Mode, ?KEEPER, Classic0),
-    switched({continue, Switch, Classic}, From, with_classic(State, Classic)).
+    switched({continue, Switch, Classic}, Waiting, with_classic(State, Classic)).
 
 
 -spec switched({continue, erlmcp_rollout_switch:switch(), erlmcp_registry_classic:state()} |
                {done, erlmcp_rollout_switch:result(), erlmcp_registry_classic:state() | none},
-               gen_server:from() | none,
+               [gen_server:from()],
                state()) -> state().
-switched({continue, Switch, Classic}, From, State) ->
+switched({continue, Switch, Classic}, Waiting, State) ->
     Reference = make_ref(),
     self() ! {erlmcp_rollout, Reference, continue},
-    State#state{switch = {Reference, Switch, From}, classic = Classic};
-switched({done, #{result := Result, from := Source, to := Target} = Done, Classic}, From, State) ->
+    State#state{switch = {Reference, Switch, Waiting}, classic = Classic};
+switched({done, #{result := Result, from := Source, to := Target} = Done, Classic}, Waiting, State) ->
     case Result of
         ok ->
+            %% Here and not by the one who has asked, who may have ended: the next process under this name
+            %% starts with what is configured.
+            ok = erlmcp_rollout:remember(Target),
             ?LOG_NOTICE("erlmcp_native: switched from ~tp to ~tp: ~tp",
                         [Source, Target, Done],
                         #{domain => [erlmcp_native], event => switched});
@@ -310,15 +322,15 @@ switched({done, #{result := Result, from := Source, to := Target} = Done, Classi
                        [Source, Target, Reason, Done],
                        #{domain => [erlmcp_native], event => switch_failed})
     end,
-    _ = From =:= none orelse gen_server:reply(From, Result),
+    _ = [ gen_server:reply(From, Result) || From <- Waiting ],
     State#state{switch = none, last_switch = Done, classic = Classic}.
 
 
 -spec followed(ok | {error, term()}, state()) -> state().
 followed(ok, State) ->
     State;
-followed({error, Error}, #state{switch = {_, Switch, From}, classic = Classic} = State) ->
-    switched(erlmcp_rollout_switch:follow_failed(Error, Switch, Classic), From, State).
+followed({error, Error}, #state{switch = {_, Switch, Waiting}, classic = Classic} = State) ->
+    switched(erlmcp_rollout_switch:follow_failed(Error, Switch, Classic), Waiting, State).
 
 
 %%% Comparison

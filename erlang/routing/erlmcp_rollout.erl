@@ -51,7 +51,7 @@
 -include_lib("kernel/include/logger.hrl").
 
 -export([set/1, get/0, status/0, compare/1]).
--export([wanted/0, configure/0, warn_unless_started/0]).
+-export([wanted/0, configure/0, remember/1, warn_unless_started/0]).
 
 -export_type([mode/0, status/0]).
 
@@ -87,7 +87,8 @@
 %% <ul>
 %% <li>`{bad_option, architecture_version, Mode, Expected}': no mode</li>
 %% <li>`{nif_not_loaded, Info}': without the native library there is only `current'</li>
-%% <li>`{switching_to, Other}': another switch is going on</li>
+%% <li>`{switching_to, Other}': a switch to another mode is going on. One to the same mode is waited for,
+%% and its result returned</li>
 %% <li>`{cannot_copy, {Kind, Id}, Reason}', `{registries_differ, {Kind, Id}}': given up, everything is as
 %% before</li>
 %% </ul>
@@ -106,13 +107,24 @@ set(Mode) ->
 
 -spec switch(mode()) -> ok | {error, term()}.
 switch(Mode) ->
-    Result = case whereis(?REGISTRY) of
-                 undefined -> ok;
-                 Registry -> gen_server:call(Registry, {erlmcp_rollout, {set, Mode}}, infinity)
-             end,
-    case Result of
-        ok -> application:set_env(erlmcp_native, architecture_version, Mode);
-        Error -> Error
+    case whereis(?REGISTRY) of
+        undefined -> remember(Mode);
+        Registry -> command(Registry, {set, Mode})
+    end.
+
+
+-spec command(pid(), term()) -> term().
+command(Registry, Command) ->
+    gen_server:call(Registry, {erlmcp_rollout, Command}, infinity).
+
+
+%% @private
+%% The mode that is in force, or will be, is the configured one from now on.
+-spec remember(mode()) -> ok.
+remember(Mode) ->
+    case wanted() of
+        {ok, Mode} -> ok;
+        _ -> application:set_env(erlmcp_native, architecture_version, Mode)
     end.
 
 
@@ -138,7 +150,7 @@ get() ->
 compare(Switch) when Switch =:= on; Switch =:= off ->
     case whereis(?REGISTRY) of
         undefined -> {error, registry_not_running};
-        Registry -> gen_server:call(Registry, {erlmcp_rollout, {compare, Switch =:= on}}, infinity)
+        Registry -> command(Registry, {compare, Switch =:= on})
     end.
 
 
@@ -168,7 +180,7 @@ of_process(undefined) ->
     #{};
 of_process(Registry) ->
     try
-        gen_server:call(Registry, {erlmcp_rollout, status}, infinity)
+        command(Registry, status)
     catch
         %% It has ended meanwhile.
         exit:_ -> #{registry_process => undefined}
@@ -240,10 +252,22 @@ warn(#{path := Path, reason := Reason, remedy := Remedy}) ->
                  #{domain => [erlmcp_native], event => native_library_not_loaded}).
 
 
-%% Nothing to do where nothing runs: the registry's process asks for itself.
+%% Nothing to do where nothing runs: the registry's process asks for itself. One that has just been
+%% restarted may be at a switch that was cut short.
 -spec set_if_running(mode()) -> ok | {error, term()}.
 set_if_running(Mode) ->
     case whereis(?REGISTRY) of
         undefined -> ok;
-        Registry -> gen_server:call(Registry, {erlmcp_rollout, {set, Mode}}, infinity)
+        Registry -> set_when_possible(Mode, Registry)
+    end.
+
+
+-spec set_when_possible(mode(), pid()) -> ok | {error, term()}.
+set_when_possible(Mode, Registry) ->
+    case command(Registry, {set, Mode}) of
+        {error, {switching_to, _Other}} ->
+            _ = command(Registry, await_switch),
+            set_when_possible(Mode, Registry);
+        Result ->
+            Result
     end.
