@@ -26,6 +26,10 @@
 %%% {@link erlmcp_shard_health}</td></tr>
 %%% </table>
 %%%
+%%% Where {@link erlmcp_registry} is started without the application it looks at `architecture_version',
+%%% `require_native', `same_pid', `backpressure', `token_bucket' and `circuit_breaker' too; admission control
+%%% is off then.
+%%%
 %%% The first three are the bounds of the default registry and cannot be changed once it exists.
 %%% `same_pid' is read whenever it is needed. What has a star is changed in a running system:
 %%% `architecture_version' by {@link erlmcp_rollout:set/1}, `health' by {@link

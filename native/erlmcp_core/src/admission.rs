@@ -12,9 +12,10 @@
 //!
 //! # Guarantee
 //!
-//! At most `threshold` messages wait in the shard, and one for each caller that was between
-//! admission and sending when a sample began, or between the two loads and the count of
-//! [`Admission::admit`] at the limit.
+//! At most `threshold` messages wait in the shard, and besides: each message that was between admission
+//! and sending when a sample began, and one for each caller between the two loads and the count of
+//! [`Admission::admit`] at the limit. A caller has one message between admission and sending, but many
+//! where it sends many after one call.
 //!
 //! A shard is never refused for want of a sampler: if the last sample is older than ten intervals,
 //! and so is the message that asked for one, everything is admitted.

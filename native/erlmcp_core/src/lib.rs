@@ -8,8 +8,10 @@
 //!
 //! * Every operation of [`registry::Registry`] is linearizable, except for the iterations, which
 //!   are weakly consistent: an element that is present throughout is seen exactly once.
-//! * No operation takes a lock. Look-ups make progress whatever other threads do; an update is
-//!   repeated only when another thread's update of the same id came between.
+//! * Look-ups and routes take no lock and make progress whatever other threads do. An update is
+//!   repeated when another thread's update of the same id came between. While a map grows, `papaya` has
+//!   one thread allocate the next table, under a lock, and an update waits while another thread copies
+//!   the entry that it is about.
 //! * `unsafe` code in one small module alone.
 
 #![deny(unsafe_code)]

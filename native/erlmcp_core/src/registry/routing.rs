@@ -75,7 +75,8 @@ impl<L> Registry<L>
 where
     L: Clone + PartialEq + Send + Sync + 'static,
 {
-    /// The address of `id` if a message may be sent there, which is then counted. Lock-free.
+    /// The address of `id` if a message may be sent there, which is then counted. Takes no lock,
+    /// and is repeated only where others take from the same bucket at the same moment.
     #[inline(always)]
     pub fn route(
         &self,
