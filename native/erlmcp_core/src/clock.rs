@@ -61,6 +61,10 @@ impl<C: Clock> Clock for Reading<'_, C> {
 /// monotonic clock and falls back to that where the counter is not invariant.
 ///
 /// A reading costs about a tenth of one of the system's clock where that is virtual.
+///
+/// Where the counter begins anew under a running process (a virtual machine that is restored from a
+/// snapshot, or some hardware after it slept) the clock goes back, and what waits for a time waits until it
+/// has caught up.
 pub struct TscClock {
     clock: quanta::Clock,
     origin: u64,
