@@ -3,7 +3,7 @@
 #![cfg(not(loom))]
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Barrier};
+use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -250,7 +250,6 @@ fn readers_find_everything_while_the_table_grows() {
     assert!(checks >= 2, "no contention");
 }
 
-/// Entering against closing: what was not refused has been removed.
 /// Ids come back at other places while the table grows, so that the former table still has their
 /// former keys: each is found and removed at its place, and listed there.
 #[test]
@@ -293,6 +292,7 @@ fn every_place_is_found_while_the_table_grows() {
     }
 }
 
+/// Entering against closing: what was not refused has been removed.
 #[test]
 fn nothing_is_left_behind_a_close() {
     let closes = if cfg!(miri) { 3 } else { 300 };
@@ -349,6 +349,198 @@ fn nothing_is_left_behind_a_close() {
     }
     registry.close(|_| {});
     assert_eq!(registry.count(Namespace::Server), 0);
+}
+
+/// A server with so many transports bound to it, whose addresses are their numbers from 0 on.
+fn bound_transports(number: u64) -> Arc<Registry<u64>> {
+    let registry = registry();
+    let server = registry.id(0, b"s");
+    registry
+        .register(Namespace::Server, server, 0, 0, None, |_| 0)
+        .unwrap();
+    for n in 0..number {
+        let bytes = n.to_le_bytes();
+        let id = registry.id(0, &bytes);
+        registry
+            .register(Namespace::Transport, id, 0, n, None, |_| n)
+            .unwrap();
+        registry.bind(&id, server, true).unwrap();
+    }
+    registry
+}
+
+/// The addresses of those who are bound, while `meanwhile` is done after the first one.
+fn bound_while(registry: &Registry<u64>, meanwhile: impl Fn()) -> Vec<u64> {
+    let mut found = Vec::new();
+    registry.for_each_bound(&registry.id(0, b"s"), |entry| {
+        if found.is_empty() {
+            meanwhile();
+        }
+        found.push(entry.address);
+    });
+    found
+}
+
+/// A transport that is bound to the same server again is bound throughout: whoever walks through the
+/// bound ones finds it once.
+#[test]
+fn binding_to_the_same_server_is_no_change() {
+    let registry = bound_transports(2);
+    let server = registry.id(0, b"s");
+    let (first, second) = (0u64.to_le_bytes(), 1u64.to_le_bytes());
+    let (first, second) = (registry.id(0, &first), registry.id(0, &second));
+    for must_exist in [true, false] {
+        let again = || registry.bind(&second, server, must_exist).unwrap();
+        assert_eq!(bound_while(&registry, again), [0, 1], "missed");
+    }
+    assert!(registry.unbind(&second));
+    let again = || registry.bind(&first, server, true).unwrap();
+    assert_eq!(bound_while(&registry, again), [0], "twice");
+    // So it is with a name that has no server, which is there as long as somebody is bound to it.
+    registry.remove(Namespace::Server, &server);
+    for _ in 0..3 {
+        registry.bind(&first, server, false).unwrap();
+        assert_eq!(bound_while(&registry, || ()), [0]);
+    }
+    assert!(registry.unbind(&first));
+    assert_eq!(bound_while(&registry, || ()), [0; 0]);
+}
+
+/// The same by two at a time.
+#[test]
+fn rebound_transports_are_found_once() {
+    const BOUND: u64 = 20;
+    let registry = bound_transports(BOUND);
+    let done = Arc::new(AtomicBool::new(false));
+    let binders: Vec<_> = (0..2)
+        .map(|n| {
+            let (registry, done) = (Arc::clone(&registry), Arc::clone(&done));
+            thread::spawn(move || {
+                let mut bindings = 0u64;
+                while !done.load(Ordering::Relaxed) {
+                    let id = ((bindings * 7 + n) % BOUND).to_le_bytes();
+                    let transport = registry.id(0, &id);
+                    registry
+                        .bind(&transport, registry.id(0, b"s"), bindings.is_multiple_of(2))
+                        .unwrap();
+                    bindings += 1;
+                }
+                bindings
+            })
+        })
+        .collect();
+    let walks = if cfg!(miri) { 3 } else { 20_000 };
+    for _ in 0..walks {
+        let mut found = bound_while(&registry, thread::yield_now);
+        found.sort_unstable();
+        assert_eq!(found, (0..BOUND).collect::<Vec<_>>());
+    }
+    done.store(true, Ordering::Relaxed);
+    let bindings: u64 = binders.into_iter().map(|b| b.join().unwrap()).sum();
+    if !cfg!(miri) {
+        assert!(bindings > walks, "no contention");
+    }
+}
+
+/// Leases that are given out again and again, each to one registration at a time.
+#[derive(Default)]
+struct Pool {
+    idle: Mutex<Vec<u64>>,
+    made: AtomicU64,
+}
+
+impl Pool {
+    fn take(&self) -> u64 {
+        let idle = self.idle.lock().unwrap().pop();
+        idle.unwrap_or_else(|| self.made.fetch_add(1, Ordering::Relaxed))
+    }
+
+    fn give_back(&self, lease: u64) {
+        let mut idle = self.idle.lock().unwrap();
+        assert!(!idle.contains(&lease), "given back twice");
+        idle.push(lease);
+    }
+}
+
+/// Registering against closing and opening. Each lease is given back once: to the one who is refused,
+/// or else by the close that takes the entry out. What is registered while the registry is open stays
+/// until it is closed, also if its id and its lease were in use a moment ago by one who is being refused.
+#[test]
+fn every_lease_is_given_back_once() {
+    let closes = if cfg!(miri) { 3 } else { 30_000 };
+    let registry = registry();
+    let pool = Arc::new(Pool::default());
+    // Odd while the registry is not open.
+    let epoch = Arc::new(AtomicU64::new(0));
+    let refused = Arc::new(AtomicU64::new(0));
+    let removed = Arc::new(AtomicU64::new(0));
+    let done = Arc::new(AtomicBool::new(false));
+    on_threads({
+        let (registry, pool) = (Arc::clone(&registry), Arc::clone(&pool));
+        let (refused, removed) = (Arc::clone(&refused), Arc::clone(&removed));
+        move |n| {
+            if n == 0 {
+                let deadline = Instant::now() + Duration::from_secs(60);
+                for closed in 0.. {
+                    let is_enough = cfg!(miri) || refused.load(Ordering::Relaxed) >= 1000;
+                    if closed >= closes && is_enough || Instant::now() > deadline {
+                        break;
+                    }
+                    epoch.fetch_add(1, Ordering::SeqCst);
+                    registry.close(|entry| {
+                        removed.fetch_add(1, Ordering::Relaxed);
+                        pool.give_back(entry.lease);
+                    });
+                    registry.open();
+                    epoch.fetch_add(1, Ordering::SeqCst);
+                }
+                done.store(true, Ordering::Release);
+                return;
+            }
+            let server = registry.id(0, b"s");
+            let mut m = 0;
+            while !done.load(Ordering::Acquire) {
+                m += 1;
+                let id = registry.id(0, if m % 2 == 0 { b"a" } else { b"b" });
+                let (namespace, bind_to) = match m % 3 {
+                    0 => (Namespace::Server, None),
+                    1 => (Namespace::Transport, None),
+                    _ => (Namespace::Transport, Some(server)),
+                };
+                let began = epoch.load(Ordering::SeqCst);
+                let mut taken = None;
+                let registered =
+                    registry.register(namespace, id, 0, 1, bind_to, |_| *taken.insert(pool.take()));
+                if m % 2 == 0 {
+                    thread::yield_now();
+                }
+                let is_there = registry.address(namespace, &id).is_some();
+                let was_open = began.is_multiple_of(2) && epoch.load(Ordering::SeqCst) == began;
+                match registered {
+                    Ok(_) => assert!(is_there || !was_open, "removed while it was open"),
+                    Err(RegisterError::AlreadyRegistered { .. }) => {}
+                    Err(RegisterError::Closed) => assert!(!was_open, "refused by an open one"),
+                    Err(other) => panic!("{other}"),
+                }
+                if let (Err(error), Some(lease)) = (registered, taken) {
+                    let is_closed = matches!(error, RegisterError::Closed);
+                    refused.fetch_add(u64::from(is_closed), Ordering::Relaxed);
+                    pool.give_back(lease);
+                }
+            }
+        }
+    });
+    if !cfg!(miri) {
+        assert!(refused.load(Ordering::Relaxed) > 0, "no contention");
+        assert!(removed.load(Ordering::Relaxed) > 0, "no contention");
+    }
+    registry.close(|entry| pool.give_back(entry.lease));
+    let made = pool.made.load(Ordering::Relaxed);
+    assert_eq!(pool.idle.lock().unwrap().len() as u64, made);
+    assert_eq!(registry.dangling_servers(), 0);
+    for namespace in Namespace::ALL {
+        assert_eq!(registry.count(namespace), 0);
+    }
 }
 
 #[test]

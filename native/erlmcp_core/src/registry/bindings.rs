@@ -29,6 +29,10 @@
 //! looked up before the transport is, and no group comes back), so the binding was made just before
 //! the removal.
 //!
+//! Binding to the server that the transport is bound to already changes nothing, so that its place in
+//! the list stays. The group is looked up first, then the binding to it is read, and then the group is
+//! still current: so it was when the binding was read, and that is when this takes effect.
+//!
 //! An automatic binding is part of a registration: the transport enters the map with an undecided
 //! attempt and counts as registered from the decision on. If the decision is "aborted" it never
 //! was, and the one who registers it begins again with the group that is current now.
@@ -52,7 +56,7 @@ impl<L> Registry<L>
 where
     L: Clone + PartialEq + Send + Sync + 'static,
 {
-    /// Binds a transport to a server, instead of what it is bound to. Lock-free.
+    /// Binds a transport to a server, instead of what it is bound to.
     ///
     /// With `server_must_exist` the server must be registered at the moment of binding (checked
     /// before the transport); without it the binding is made as an automatic one.
@@ -83,6 +87,18 @@ where
             }
             let location = key.location();
             let from = self.holding(&held.binding);
+            if from
+                .as_ref()
+                .is_some_and(|membership| Arc::ptr_eq(&membership.group, &group))
+            {
+                let is_bound = self.is_current(&group);
+                self.leave_group(&group);
+                if is_bound {
+                    return Ok(());
+                }
+                // The server has gone since it was looked up.
+                continue;
+            }
             let attempt = Attempt::new(group.enter(location), From::Registered(from.clone()));
             let installed = self.transports.compute(
                 Key::new(*transport, location),

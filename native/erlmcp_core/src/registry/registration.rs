@@ -1,15 +1,17 @@
 //! Registering, removing and changing entries. Each takes effect at one exchange in one map, but for
 //! a registration with an automatic binding (see the module `bindings`).
 
+use std::hash::Hash;
 use std::sync::Arc;
 
-use papaya::{Compute, Operation};
+use papaya::{Compute, Equivalent, Operation};
 
 use super::entry::{Connection, Key, Server, Transport};
 use super::group::{Attempt, Binding, Decision, From, Group};
 use super::{Entry, Id, Location, Namespace, Registry};
 use crate::error::RegisterError;
 use crate::sync::Ordering;
+use crate::token_bucket::Level;
 
 impl<L> Registry<L>
 where
@@ -19,7 +21,10 @@ where
     /// the server named by `bind_to`, whether that is registered or not. `lease` makes what the
     /// entry carries; it is called at most once, after the first checks have passed.
     ///
-    /// Lock-free. `bind_to` is ignored for servers and connections. `shard` must be less than the
+    /// With an error the lease, if it was made, goes back to the caller. After `Ok` it goes to
+    /// whoever takes the entry out, which may have been done by then.
+    ///
+    /// `bind_to` is ignored for servers and connections. `shard` must be less than the
     /// number of shards.
     pub fn register(
         &self,
@@ -51,9 +56,18 @@ where
             address,
             lease: lease.clone(),
         };
-        let inserted = match namespace {
-            Namespace::Server => self.insert_server(id, location, &entry),
-            Namespace::Transport => self.insert_transport(id, location, entry, bind_to),
+        let stands = match namespace {
+            Namespace::Server => self.insert_server(id, location, &entry).map(|group| {
+                self.stands(|| self.remove_server(&id, |_, held| Arc::ptr_eq(held.group(), &group)))
+            }),
+            Namespace::Transport => {
+                self.insert_transport(id, location, entry, bind_to)
+                    .map(|level| {
+                        self.stands(|| {
+                            self.remove_transport(&id, |_, held| Arc::ptr_eq(&held.level, &level))
+                        })
+                    })
+            }
             Namespace::Connection => {
                 let guard = self.connections.guard();
                 let connection = Connection {
@@ -62,22 +76,38 @@ where
                 };
                 self.connections
                     .try_insert(Key::new(id, location), connection, &guard)
-                    .map(|_| ())
+                    .map(|_| true)
                     .map_err(|occupied| occupied.current.entry.address)
             }
         };
-        if let Err(address) = inserted {
-            self.release(location);
-            return Err(RegisterError::AlreadyRegistered { address });
+        match stands {
+            Ok(true) => Ok(lease),
+            Ok(false) => Err(RegisterError::Closed),
+            Err(address) => {
+                self.release(location);
+                Err(RegisterError::AlreadyRegistered { address })
+            }
         }
-        if namespace != Namespace::Connection && self.gate.is_closed_behind() {
-            self.remove_if(namespace, &id, |held| *held == lease);
-            return Err(RegisterError::Closed);
-        }
-        Ok(lease)
     }
 
-    fn insert_server(&self, id: Id<'_>, location: Location, entry: &Entry<L>) -> Result<(), u64> {
+    /// Whether what has just been entered may stand. If the gate is closed, it may not, and
+    /// `take_out` takes it out.
+    ///
+    /// If it is not there any more, then it did stand: somebody has removed it (the one who closes,
+    /// or who unregisters the id), and has been given its lease. That one may have put the lease
+    /// behind another registration already, even of the same id at the same place once the gate is
+    /// open again. So `take_out` must not go by the lease, but by what is this registration's alone.
+    fn stands(&self, take_out: impl FnOnce() -> Option<Entry<L>>) -> bool {
+        !self.gate.is_closed_behind() || take_out().is_none()
+    }
+
+    /// Returns the group, which no other registration has, or the address of the one that is there.
+    fn insert_server(
+        &self,
+        id: Id<'_>,
+        location: Location,
+        entry: &Entry<L>,
+    ) -> Result<Arc<Group>, u64> {
         let guard = self.servers.guard();
         let group = Group::new(Key::without_location(id));
         loop {
@@ -90,7 +120,7 @@ where
             };
             let key = Key::new(id, location);
             let Err(occupied) = self.servers.try_insert(key, new, &guard) else {
-                return Ok(());
+                return Ok(group);
             };
             if let Some(held) = occupied.current.entry() {
                 return Err(held.address);
@@ -109,28 +139,33 @@ where
                 },
                 &guard,
             );
-            if matches!(registered, Compute::Updated { .. }) {
-                return Ok(());
+            if let Compute::Updated {
+                new: (_, server), ..
+            } = registered
+            {
+                return Ok(Arc::clone(server.group()));
             }
             // Lost to another change of this name.
         }
     }
 
+    /// Returns the level, which no other registration has, or the address of the one that is there.
     fn insert_transport(
         &self,
         id: Id<'_>,
         location: Location,
         entry: Entry<L>,
         bind_to: Option<Id<'_>>,
-    ) -> Result<(), u64> {
+    ) -> Result<Arc<Level>, u64> {
         let guard = self.transports.guard();
         loop {
             let attempt = bind_to
                 .map(|server| Attempt::new(self.join(server).enter(location), From::Unregistered));
+            let level = Arc::new(self.buckets.full());
             let transport = Transport {
                 entry: entry.clone(),
                 binding: attempt.clone().map_or(Binding::Unbound, Binding::Pending),
-                level: Arc::new(self.buckets.full()),
+                level: Arc::clone(&level),
             };
             let key = Key::new(id, location);
             if let Err(occupied) = self.transports.try_insert(key, transport, &guard) {
@@ -151,11 +186,11 @@ where
                 continue;
             }
             let Some(attempt) = attempt else {
-                return Ok(());
+                return Ok(level);
             };
             if self.decide(&attempt) {
                 self.settle(&id, &attempt, Some(attempt.to.clone()));
-                return Ok(());
+                return Ok(level);
             }
             let _ =
                 self.transports
@@ -176,7 +211,7 @@ where
 
     /// Removes whatever is registered under `id`, with its bindings, and returns it.
     pub fn remove(&self, namespace: Namespace, id: &Id<'_>) -> Option<Entry<L>> {
-        self.remove_if(namespace, id, |_| true)
+        self.remove_exact(namespace, id, |_| true)
     }
 
     /// Removes what is registered under `id` if `is_meant` says that its lease is the one meant.
@@ -186,7 +221,7 @@ where
         id: &Id<'_>,
         is_meant: impl Fn(&L) -> bool,
     ) -> Option<Entry<L>> {
-        self.remove_if(namespace, id, is_meant)
+        self.remove_if(namespace, id, |_, lease| is_meant(lease))
     }
 
     /// Removes the entry at `location` if `is_meant` says that its lease is the one meant. For
@@ -197,30 +232,21 @@ where
         is_meant: impl Fn(&L) -> bool,
     ) -> Option<Entry<L>> {
         let place = self.located(*location)?;
-        self.remove_if_key(location.namespace, &place, |key, lease| {
+        self.remove_if(location.namespace, &place, |key, lease| {
             place.is_place_of(key) && is_meant(lease)
         })
     }
 
-    fn remove_if(
-        &self,
-        namespace: Namespace,
-        id: &Id<'_>,
-        is_meant: impl Fn(&L) -> bool,
-    ) -> Option<Entry<L>> {
-        self.remove_if_key(namespace, id, |_, lease| is_meant(lease))
-    }
-
-    fn remove_if_key<Q>(
+    fn remove_if<Q>(
         &self,
         namespace: Namespace,
         query: &Q,
         is_meant: impl Fn(&Key, &L) -> bool,
     ) -> Option<Entry<L>>
     where
-        Q: papaya::Equivalent<Key> + std::hash::Hash,
+        Q: Equivalent<Key> + Hash,
     {
-        let (location, entry) = match namespace {
+        match namespace {
             Namespace::Connection => {
                 let guard = self.connections.guard();
                 let (key, connection) = self
@@ -228,40 +254,59 @@ where
                     .remove_if(query, |key, held| is_meant(key, &held.entry.lease), &guard)
                     .ok()??;
                 self.buckets.left(&connection.level);
-                (key.location(), connection.entry.clone())
+                self.release(key.location());
+                Some(connection.entry.clone())
             }
-            Namespace::Server => {
-                let guard = self.servers.guard();
-                let (key, server) = self
-                    .servers
-                    .remove_if(
-                        query,
-                        |key, server| server.entry().is_some_and(|e| is_meant(key, &e.lease)),
-                        &guard,
-                    )
-                    .ok()??;
-                Decision::server_has_gone();
-                (key.location(), server.entry()?.clone())
-            }
-            Namespace::Transport => {
-                let guard = self.transports.guard();
-                let (key, transport) = self
-                    .transports
-                    .remove_if(
-                        query,
-                        |key, t| is_meant(key, &t.entry.lease) && self.is_registered(t),
-                        &guard,
-                    )
-                    .ok()??;
-                if let Some(membership) = self.holding(&transport.binding) {
-                    self.leave(&membership);
-                }
-                self.buckets.left(&transport.level);
-                (key.location(), transport.entry.clone())
-            }
-        };
-        self.release(location);
-        Some(entry)
+            Namespace::Server => self.remove_server(query, |key, server| {
+                server
+                    .entry()
+                    .is_some_and(|entry| is_meant(key, &entry.lease))
+            }),
+            Namespace::Transport => self.remove_transport(query, |key, transport| {
+                is_meant(key, &transport.entry.lease)
+            }),
+        }
+    }
+
+    /// `is_meant` is true for registered servers at most.
+    fn remove_server<Q>(
+        &self,
+        query: &Q,
+        is_meant: impl Fn(&Key, &Server<L>) -> bool,
+    ) -> Option<Entry<L>>
+    where
+        Q: Equivalent<Key> + Hash,
+    {
+        let guard = self.servers.guard();
+        let (key, server) = self.servers.remove_if(query, is_meant, &guard).ok()??;
+        Decision::server_has_gone();
+        self.release(key.location());
+        server.entry().cloned()
+    }
+
+    fn remove_transport<Q>(
+        &self,
+        query: &Q,
+        is_meant: impl Fn(&Key, &Transport<L>) -> bool,
+    ) -> Option<Entry<L>>
+    where
+        Q: Equivalent<Key> + Hash,
+    {
+        let guard = self.transports.guard();
+        let (key, transport) = self
+            .transports
+            .remove_if(
+                query,
+                |key, held| is_meant(key, held) && self.is_registered(held),
+                &guard,
+            )
+            .ok()??;
+        if let Some(membership) = self.holding(&transport.binding) {
+            self.leave(&membership);
+        }
+        self.buckets.left(&transport.level);
+        self.release(key.location());
+        Some(transport.entry.clone())
     }
 
     /// Removes all servers and transports and refuses new ones until [`Self::open`]. `removed` is
