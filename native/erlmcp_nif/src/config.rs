@@ -7,7 +7,9 @@
 //!
 //! Terms that are equal (`=:=`) are kept once, in a table by content. A kept term counts its users;
 //! the last one to leave takes it out of the table. Zero users is final: whoever finds the term
-//! then keeps a new copy.
+//! then takes it out in the place of the last user, and keeps a new copy. It stays equal to its like
+//! until it is out: while the table grows, a key that was equal when another one was looked up and is
+//! not any more would hide that other one.
 
 use std::hash::{Hash, Hasher};
 use std::mem;
@@ -210,7 +212,7 @@ struct Table {
     distinct: AtomicU64,
 }
 
-/// A kept term as the table's key. A term without users is equal to nothing.
+/// A kept term as the table's key.
 struct Stored(Arc<Kept>);
 
 /// A term that is looked for.
@@ -224,9 +226,6 @@ struct Query<'a> {
     hash: u64,
     wanted: Wanted<'a>,
 }
-
-/// The kept term at this address and no other.
-struct Exactly<'a>(&'a Arc<Kept>);
 
 fn table() -> &'static Table {
     static TABLE: OnceBox<Table> = OnceBox::new();
@@ -284,40 +283,44 @@ impl Table {
         )
     }
 
-    fn keep(&self, query: Query<'_>, weight: usize, content: impl FnOnce() -> Content) -> Config {
+    fn keep(&self, query: Query<'_>, weight: usize, content: impl Fn() -> Content) -> Config {
         let guard = self.terms.guard();
-        if let Some((stored, ())) = self.terms.get_key_value(&query, &guard)
-            && let Some(config) = stored.join()
-        {
-            return config;
-        }
-        let kept = Arc::new(Kept {
-            users: AtomicUsize::new(1),
-            hash: query.hash,
-            weight,
-            content: content(),
-        });
+        let mut kept = None;
         loop {
-            match self.terms.try_insert(Stored(Arc::clone(&kept)), (), &guard) {
-                Ok(()) => {
-                    self.distinct.fetch_add(1, Ordering::Relaxed);
-                    return Config(kept);
+            if let Some((stored, ())) = self.terms.get_key_value(&query, &guard) {
+                if let Some(config) = stored.join() {
+                    return config;
                 }
-                // Lost to a concurrent insert of an equal term.
-                Err(_) => {
-                    if let Some((stored, ())) = self.terms.get_key_value(&query, &guard)
-                        && let Some(config) = stored.join()
-                    {
-                        return config;
-                    }
-                }
+                self.forget(&stored.0);
             }
+            let kept = kept.get_or_insert_with(|| {
+                Arc::new(Kept {
+                    users: AtomicUsize::new(1),
+                    hash: query.hash,
+                    weight,
+                    content: content(),
+                })
+            });
+            if self
+                .terms
+                .try_insert(Stored(Arc::clone(kept)), (), &guard)
+                .is_ok()
+            {
+                self.distinct.fetch_add(1, Ordering::Relaxed);
+                return Config(Arc::clone(kept));
+            }
+            // Lost to a concurrent insert of an equal term.
         }
     }
 
+    /// Takes out a term without users, unless that has been done.
     fn forget(&self, kept: &Arc<Kept>) {
         let guard = self.terms.guard();
-        if self.terms.remove(&Exactly(kept), &guard).is_some() {
+        let is_it = |stored: &Stored, _: &()| Arc::ptr_eq(&stored.0, kept);
+        let removed = self
+            .terms
+            .remove_if(&Stored(Arc::clone(kept)), is_it, &guard);
+        if matches!(removed, Ok(Some(_))) {
             self.distinct.fetch_sub(1, Ordering::Relaxed);
         }
     }
@@ -334,10 +337,6 @@ impl Stored {
             .ok()
             .map(|_| Config(Arc::clone(&self.0)))
     }
-
-    fn has_users(&self) -> bool {
-        self.0.users.load(Ordering::Acquire) > 0
-    }
 }
 
 impl PartialEq for Stored {
@@ -346,8 +345,6 @@ impl PartialEq for Stored {
             return true;
         }
         self.0.hash == other.0.hash
-            && self.has_users()
-            && other.has_users()
             && match (&self.0.content, &other.0.content) {
                 (Content::Immediate(a), Content::Immediate(b)) => a == b,
                 (Content::Compact(a), Content::Compact(b)) => a == b,
@@ -371,7 +368,6 @@ impl Hash for Stored {
 impl Equivalent<Stored> for Query<'_> {
     fn equivalent(&self, stored: &Stored) -> bool {
         self.hash == stored.0.hash
-            && stored.has_users()
             && match (&self.wanted, &stored.0.content) {
                 (Wanted::Immediate(wanted), Content::Immediate(word)) => wanted == word,
                 (Wanted::Compact(wanted), Content::Compact(bytes)) => **wanted == **bytes,
@@ -384,18 +380,6 @@ impl Equivalent<Stored> for Query<'_> {
 impl Hash for Query<'_> {
     fn hash<H: Hasher>(&self, state: &mut H) {
         state.write_u64(self.hash);
-    }
-}
-
-impl Equivalent<Stored> for Exactly<'_> {
-    fn equivalent(&self, stored: &Stored) -> bool {
-        Arc::ptr_eq(self.0, &stored.0)
-    }
-}
-
-impl Hash for Exactly<'_> {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        state.write_u64(self.0.hash);
     }
 }
 
