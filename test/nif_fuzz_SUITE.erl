@@ -26,8 +26,13 @@
          growth_to_a_million_entries_is_gradual/1,
          calls_with_the_longest_ids_are_short/1,
          calls_with_large_configs_are_short/1,
+         small_configs_are_found_on_any_scheduler/1,
          calls_after_large_configs_are_short/1,
+         calls_after_many_configs_are_short/1,
+         freeing_starts_one_thread/1,
+         freeing_goes_on_without_the_module/1,
          ids_beyond_the_bound_are_refused_at_once/1,
+         ids_beyond_the_bound_take_no_memory/1,
          listing_entries_with_long_ids_is_short/1,
          listing_where_many_entries_were_is_short/1,
          listing_servers_among_dangling_names_is_short/1,
@@ -35,7 +40,7 @@
          freeing_a_large_registry_is_short/1]).
 
 %% Called in peer nodes
--export([in_fuzz/2, in_measured/1, in_growth/0]).
+-export([in_fuzz/2, in_measured/1, in_growth/0, in_found/0, in_freeing/0, in_purged/0, in_memory/0]).
 
 -define(NIF,        erlmcp_nif).
 -define(NAMESPACES, [server, transport, connection]).
@@ -54,8 +59,13 @@ all() ->
      growth_to_a_million_entries_is_gradual,
      calls_with_the_longest_ids_are_short,
      calls_with_large_configs_are_short,
+     small_configs_are_found_on_any_scheduler,
      calls_after_large_configs_are_short,
+     calls_after_many_configs_are_short,
+     freeing_starts_one_thread,
+     freeing_goes_on_without_the_module,
      ids_beyond_the_bound_are_refused_at_once,
+     ids_beyond_the_bound_take_no_memory,
      listing_entries_with_long_ids_is_short,
      listing_where_many_entries_were_is_short,
      listing_servers_among_dangling_names_is_short,
@@ -675,6 +685,7 @@ measured(million) -> million();
 measured(longest_ids) -> longest_ids();
 measured(large_configs) -> large_configs();
 measured(after_large_configs) -> after_large_configs();
+measured(after_many_configs) -> after_many_configs();
 measured(beyond_bound) -> beyond_bound();
 measured(long_id_lists) -> long_id_lists();
 measured(shrunk_lists) -> shrunk_lists();
@@ -879,7 +890,19 @@ large_configs() ->
     R = ?NIF:new(64, 2_000_000, 65_535),
     [ {{Name, Shape, Size}, Us}
       || Size <- [64, 1000, 4990, 9990, 10_010, 1_000_000],
-         Shape <- [list, tuple, map, binaries, binary, server_id, references, nested],
+         Shape <- [list,
+                   tuple,
+                   map,
+                   binaries,
+                   binary,
+                   server_id,
+                   references,
+                   nested,
+                   'fun',
+                   funs,
+                   bits,
+                   integer,
+                   integers],
          Config <- [large(Shape, Size)],
          {Name, Us} <- shortest_times(fun() -> times_with_config(R, Config) end) ].
 
@@ -902,7 +925,53 @@ large(binaries, N) -> [ <<I:64>> || I <- lists:seq(1, N) ];
 large(binary, N) -> binary:copy(<<"x">>, N * 16);
 large(server_id, N) -> #{server_id => lists:seq(1, N)};
 large(references, N) -> lists:duplicate(N, make_ref());
-large(nested, N) -> lists:foldl(fun(_, T) -> {T} end, {}, lists:seq(1, N)).
+large(nested, N) -> lists:foldl(fun(_, T) -> {T} end, {}, lists:seq(1, N));
+large('fun', N) -> #{handler => fun_with(lists:seq(1, N))};
+large(funs, N) -> [ fun_with(I) || I <- lists:seq(1, N) ];
+large(bits, N) -> #{bits => <<0:(N * 128), 1:1>>};
+large(integer, N) -> #{integer => min(1 bsl min(N * 128, 32_000_000), largest_integer())};
+large(integers, N) -> [ 1 bsl 64 + I || I <- lists:seq(1, N) ].
+
+
+%% Of four megabytes, or what this VM has instead.
+largest_integer() ->
+    try
+        1 bsl 32_000_000
+    catch
+        error:system_limit -> 1 bsl 4_000_000
+    end.
+
+
+%% Of what the VM tells no size of, too, once it was weighed on a dirty scheduler.
+small_configs_are_found_on_any_scheduler(_Config) ->
+    ?assertEqual([], in_peer(in_found, [], [])).
+
+
+in_found() ->
+    R = ?NIF:new(64, 2_000_000, 65_535),
+    Configs = [#{handler => fun_with(lists:seq(1, 100))},
+               fun_with([]),
+               fun lists:map/2,
+               <<1:1>>,
+               #{bits => <<0:100_001>>},
+               1 bsl 64,
+               #{integers => [1 bsl 64, -(1 bsl 64), 1 bsl 1000, -(1 bsl 10_000)]},
+               [make_ref(), self(), hd(erlang:ports()), external_pid(<<"other@host">>, 1)]],
+    [ {Nth, Name}
+      || {Nth, Config} <- lists:enumerate(Configs),
+         Expected <- [{self(), Config}],
+         ok <- [registered(R, server, Config)],
+         {Name, Wrong} <- [{find, {ok, Expected} =/= ?NIF:find(R, server, a)},
+                           {list, [{a, Expected}] =/= ?NIF:list(R, server)},
+                           {unregister, ok =/= ?NIF:unregister(R, server, a)}],
+         Wrong ].
+
+
+registered(R, NS, Config) ->
+    case ?NIF:register(R, NS, a, self(), self(), Config) of
+        dirty -> ?NIF:register_dirty(R, NS, a, self(), self(), Config);
+        Registered -> Registered
+    end.
 
 
 %% What was removed is freed some calls later, in anybody's call.
@@ -924,8 +993,117 @@ longest_after(R, Config) ->
     lists:max([Removal | [ time_us(fun() -> nudge(R, connection, N) end) || N <- lists:seq(1, 300) ]]).
 
 
-%% An id that is too long is known to be so before it is looked at as a whole. The last ones the VM
-%% shows in no other way than as a copy, so that they cost in proportion to their size.
+%% Many that are freed together: those that are of middle size, and those of which each part is freed
+%% by itself.
+calls_after_many_configs_are_short(_Config) -> short(after_many_configs).
+
+
+after_many_configs() ->
+    R = ?NIF:new(64, 2_000_000, 65_535),
+    Pid = sleeper(),
+    Times = [ {{Shape, Size}, shortest(fun() -> longest_removal(R, Pid, Shape, Size) end)}
+              || Shape <- [list, binaries, references, funs], Size <- [20, 100, 1000, 4000] ],
+    exit(Pid, kill),
+    Times.
+
+
+longest_removal(R, Pid, Shape, Size) ->
+    Ids = lists:seq(1, 200),
+    [ begin
+          Config = {Id, many(Shape, Size)},
+          ok = ?NIF:register_dirty(R, connection, Id, Pid, Pid, Config)
+      end || Id <- Ids ],
+    lists:max([ time_us(fun() -> ok = ?NIF:unregister(R, connection, Id) end) || Id <- Ids ] ++
+              [ time_us(fun() -> nudge(R, connection, {nudge, N}) end) || N <- lists:seq(1, 300) ]).
+
+
+many(binaries, N) -> [ binary:copy(<<I:32>>, 20) || I <- lists:seq(1, N) ];
+many(references, N) -> [ atomics:new(1, []) || _ <- lists:seq(1, N) ];
+many(Shape, N) -> large(Shape, N).
+
+
+%% However much is to be freed at the same time.
+freeing_starts_one_thread(_Config) ->
+    #{before := Before, most := Most} = Threads = in_peer(in_freeing, [], []),
+    ct:pal("threads: ~0p", [Threads]),
+    ?assert(Most =< Before + 1, Threads).
+
+
+in_freeing() ->
+    Parent = self(),
+    Pid = sleeper(),
+    Configs = [ [N | lists:seq(1, 11_000)] || N <- lists:seq(1, 1500) ],
+    Holder = spawn_link(fun() ->
+                                R = ?NIF:new(4, 100_000, 65_535),
+                                [ ok = ?NIF:register_dirty(R, connection, N, Pid, Pid, Config)
+                                  || [N | _] = Config <- Configs ],
+                                Parent ! {self(), ?NIF:distinct_configs()},
+                                receive drop -> _ = ?NIF:limits(R) end
+                        end),
+    1500 = receive {Holder, Distinct} -> Distinct end,
+    Before = threads(),
+    Counter = spawn_link(fun() -> most_threads(Before) end),
+    Holder ! drop,
+    test_support:await(fun() -> ?NIF:distinct_configs() =:= 0 end, 60_000),
+    %% One by one, so that the threads come and go with each.
+    R = ?NIF:new(4, 100_000, 65_535),
+    [ begin
+          ok = ?NIF:register_dirty(R, connection, N, Pid, Pid, Config),
+          ok = ?NIF:unregister(R, connection, N)
+      end || [N | _] = Config <- Configs ],
+    Counter ! {most, self()},
+    Most = receive {Counter, Seen} -> Seen end,
+    exit(Pid, kill),
+    #{before => Before, most => Most}.
+
+
+most_threads(Most) ->
+    receive
+        {most, From} -> From ! {self(), Most}
+    after
+        0 ->
+            most_threads(max(Most, threads()))
+    end.
+
+
+threads() ->
+    {ok, Threads} = file:list_dir("/proc/self/task"),
+    length(Threads).
+
+
+%% The thread that frees runs code of the library, which the VM must not unload then.
+freeing_goes_on_without_the_module(_Config) ->
+    ?assertEqual({purged, reloaded}, in_peer(in_purged, [], [])).
+
+
+in_purged() ->
+    Drop = fun() ->
+                   Pid = sleeper(),
+                   {Holder, Monitor} = spawn_monitor(fun() ->
+                                                             ok = fill(?NIF:new(4, 100_000, 65_535),
+                                                                       connection,
+                                                                       Pid,
+                                                                       2000)
+                                                     end),
+                   receive {'DOWN', Monitor, process, Holder, normal} -> exit(Pid, kill) end
+           end,
+    Before = threads(),
+    Drop(),
+    test_support:await(fun() -> threads() =:= Before + 1 end),
+    true = code:delete(?NIF),
+    false = code:purge(?NIF),
+    timer:sleep(100),
+    {ok, Maps} = file:read_file("/proc/self/maps"),
+    {_, _} = binary:match(Maps, <<"erlmcp_nif.so">>),
+    {module, ?NIF} = code:load_file(?NIF),
+    Drop(),
+    test_support:await(fun() -> ?NIF:distinct_configs() =:= 0 end),
+    {purged, reloaded}.
+
+
+%% An id that is too long is known to be so before it is looked at as a whole. Bit strings, binaries
+%% that do not begin at a byte, large integers and funs the VM shows in no other way than as a copy, so
+%% that they cost in proportion to their size.
 ids_beyond_the_bound_are_refused_at_once(_Config) -> short(beyond_bound).
 
 
@@ -961,6 +1139,40 @@ beyond_bound() ->
 
 
 fun_with(Term) -> fun() -> Term end.
+
+
+%% Except for those that the VM shows as a copy.
+ids_beyond_the_bound_take_no_memory(_Config) ->
+    Grown = in_peer(in_memory, [], []),
+    ct:pal("{id, kB}: ~0p", [Grown]),
+    ?assertEqual([], [ Of || {_, Kb} = Of <- Grown, Kb > 2000 ]).
+
+
+in_memory() ->
+    Binary = binary:copy(<<0>>, 50_000_000),
+    List = lists:seq(1, 1_000_000),
+    Ids = [{binary, Binary},
+           {binary_inside, {Binary}},
+           {list, List},
+           {tuple, list_to_tuple(List)},
+           {map, maps:from_list([ {N, N} || N <- lists:seq(1, 300_000) ])},
+           {nested, lists:foldl(fun(_, T) -> {T} end, {}, List)}],
+    [ {Name, grown_kb(fun() -> [ badarg = result(Call) || {_, Call} <- refused_calls(Id) ] end)}
+      || {Name, Id} <- Ids ].
+
+
+%% The most memory that was resident meanwhile, above what was before.
+grown_kb(Fun) ->
+    ok = file:write_file("/proc/self/clear_refs", "5"),
+    Before = most_resident_kb(),
+    _ = Fun(),
+    most_resident_kb() - Before.
+
+
+most_resident_kb() ->
+    {ok, Status} = file:read_file("/proc/self/status"),
+    {match, [Kb]} = re:run(Status, "VmHWM:\\s+([0-9]+) kB", [{capture, all_but_first, binary}]),
+    binary_to_integer(Kb).
 
 
 refused_calls(Id) ->

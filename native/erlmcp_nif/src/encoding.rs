@@ -4,7 +4,8 @@
 //! written in postfix order, elements before what holds them, so that neither direction needs
 //! recursion, whatever the nesting. The encoding is our own and not the external term format:
 //!
-//! * It stops at a bound instead of first writing what may be gigabytes.
+//! * It stops at a bound instead of first writing what may be gigabytes, except for bit strings, funs
+//!   and large integers (see below).
 //! * A local pid or reference in the external format carries the node's name, so that it would no
 //!   longer be the same once the node has become distributed.
 //! * Before OTP 27, `0.0 =:= -0.0`, but the external format tells them apart.
@@ -13,6 +14,14 @@
 //! What has no better form (large integers, bit strings, ports, what belongs to another node) is
 //! held in the external format inside the encoding; of a fun, without its creator, which is not
 //! part of its identity.
+//!
+//! # What is not bounded
+//!
+//! References, ports and pids are short. But a bit string that is no binary, a binary that does not begin
+//! at a byte, an integer of more than a word, and a fun with all that it has captured are shown by the
+//! native interface in no other way than as a copy, and it has no size of them. So the first of them
+//! that passes the bound takes time and memory in proportion to its own size before it is refused: the
+//! memory until the call returns. (No integer has more than some megabytes.)
 
 use std::cell::OnceCell;
 

@@ -1,7 +1,8 @@
 //! Registries as resources.
 
+use std::mem;
 use std::ops::Deref;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
 
 use erlmcp_core::diversion::Passage;
@@ -9,7 +10,7 @@ use erlmcp_core::registry::{Id, Limits, Namespace};
 use erlmcp_core::token_bucket;
 use once_cell::race::OnceBox;
 use papaya::HashMap;
-use rustler::{NifResult, Resource, Term};
+use rustler::{NifResult, Resource, ResourceArc, Term};
 
 use crate::atoms;
 use crate::background;
@@ -35,6 +36,7 @@ fn numbers() -> &'static Numbers {
 impl Registry {
     pub(crate) fn create(limits: Limits) -> Arc<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
+        keep_library();
         loop {
             let number = NEXT.fetch_add(1, Ordering::Relaxed) % ((1 << NUMBER_BITS) - 1) + 1;
             let guard = numbers().guard();
@@ -83,6 +85,16 @@ impl Deref for Registry {
 pub(crate) struct RegistryResource(pub(crate) Option<Arc<Registry>>);
 
 impl Resource for RegistryResource {}
+
+/// Keeps the library in memory, also when its module is purged: what was freed in the background may
+/// still be (see [`background`]), and so may what the schedulers' threads have left to be freed when
+/// they end. The VM does not unload a library while there is a resource of it that has a destructor.
+fn keep_library() {
+    static IS_KEPT: AtomicBool = AtomicBool::new(false);
+    if !IS_KEPT.swap(true, Ordering::Relaxed) {
+        mem::forget(ResourceArc::new(RegistryResource(None)));
+    }
+}
 
 impl Drop for RegistryResource {
     fn drop(&mut self) {
