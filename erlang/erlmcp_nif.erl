@@ -349,12 +349,12 @@ list(_Registry, _Namespace) -> ?NOT_LOADED.
 list_dirty(_Registry, _Namespace) -> ?NOT_LOADED.
 
 
-%% The connections of one shard.
 %% The ids of all entries. Dirty.
 -spec list_ids(registry(), namespace()) -> [term()].
 list_ids(_Registry, _Namespace) -> ?NOT_LOADED.
 
 
+%% The connections of one shard.
 -spec list_shard(registry(), non_neg_integer()) -> [{term(), {pid(), term()}}] | dirty.
 list_shard(_Registry, _Shard) -> ?NOT_LOADED.
 
