@@ -48,9 +48,10 @@
 %%% == The node's breaker ==
 %%% Its state is native, is asked on every guarded route, and outlives all processes; its options are
 %%% `circuit_breaker' in the environment of `erlmcp_native'. Once `timeout_ms' have passed it is half
-%%% open, whether anybody has asked or not; the transition is logged when the first one is let through.
-%%% Successes count from then on. Its functions run in the calling process. {@link start_link/0} starts the process that hosts supervise, which keeps the metrics of
-%%% {@link record_request/2} and {@link record_error/1}; the breaker works without it.
+%%% open, whether anybody has asked or not; the transition is logged when the first one is let through,
+%%% and successes count from then on. Its functions run in the calling process. {@link start_link/0}
+%%% starts the process that hosts supervise, which keeps the metrics of {@link record_request/2} and
+%%% {@link record_error/1}; the breaker works without it.
 %%%
 %%% == Logs ==
 %%% Each transition is logged once, opening as a warning and the others as notices, with the metadata
