@@ -159,6 +159,34 @@ fn nothing_slips_through_the_gate() {
     });
 }
 
+/// The one who enters takes its thing out again behind a closed gate, unless the walk has done so:
+/// it is one of the two who has it then, and never both.
+#[test]
+fn what_entered_a_closed_gate_is_taken_out_once() {
+    // As in a map: whoever finds nothing writes nothing.
+    fn take_out(entry: &AtomicBool) -> bool {
+        entry
+            .compare_exchange(true, false, Ordering::AcqRel, Ordering::Acquire)
+            .is_ok()
+    }
+    loom::model(|| {
+        let gate = Arc::new(Gate::new());
+        let entry = Arc::new(AtomicBool::new(false));
+        let enters = {
+            let (gate, entry) = (Arc::clone(&gate), Arc::clone(&entry));
+            thread::spawn(move || {
+                entry.store(true, Ordering::Release);
+                gate.is_closed_behind() && take_out(&entry)
+            })
+        };
+        gate.close();
+        let removed = take_out(&entry);
+        let refused = enters.join().unwrap();
+        assert!(removed != refused);
+        assert!(!entry.load(Ordering::Acquire));
+    });
+}
+
 /// loom itself would find the gate's race if the fences were not there.
 #[test]
 #[should_panic(expected = "slipped through")]

@@ -174,7 +174,8 @@ impl Watch {
     /// Writes the place of the entry that is about to be entered.
     pub(crate) fn place(&self, registry: &Registry, location: Location) {
         let place = u64::from(registry.number()) << Location::BITS | location.to_bits();
-        self.data().word.fetch_or(place, Ordering::AcqRel);
+        let former = self.data().word.fetch_or(place, Ordering::AcqRel);
+        debug_assert_eq!(former & !DOWN, IDLE, "the watch stands behind an entry");
     }
 
     /// Takes the place back; for the one who wrote it and entered nothing.
