@@ -21,6 +21,8 @@ all() ->
      update_server_against_death,
      registry_killed_and_adopted_under_load,
      orderly_stop_against_registration,
+     close_against_registration_of_one_process,
+     equal_configs_come_and_go_while_their_table_grows,
      pid_under_many_ids_dies,
      hundred_thousand_die_at_once,
      readers_during_table_growth,
@@ -250,6 +252,96 @@ register_until_refused(Parent, Count) ->
     catch
         exit:{noproc, {gen_server, call, [erlmcp_registry, {register_server, {s, Count}, Parent, #{}}]}} ->
             Parent ! {refused, self(), Count}
+    end.
+
+
+%% A process that is registered while the registry is closed has a monitor for each registration
+%% ever after: when it ends, nothing is left of it anywhere.
+close_against_registration_of_one_process(_Config) ->
+    Registry = erlmcp_nif:new(4, 100000, 65535),
+    Pid = spawn(fun() -> timer:sleep(infinity) end),
+    Outcomes = counters:new(2, []),
+    Registrars = [ spawn_link(fun() -> register_until_told(Registry, Pid, Outcomes, N, 0) end) || N <- [1, 2] ],
+    close_and_open(Registry, Outcomes, erlang:monotonic_time(millisecond) + 3000),
+    _ = [ begin
+              Registrar ! {stop, self()},
+              receive {stopped, Registrar} -> ok end
+          end || Registrar <- Registrars ],
+    [] = erlmcp_nif:close(Registry),
+    ?assertEqual(0, erlmcp_nif:count(Registry, transport)),
+    ct:log("registered ~b, refused ~b", [counters:get(Outcomes, 1), counters:get(Outcomes, 2)]),
+    ?assert(counters:get(Outcomes, 1) > 0),
+    ?assert(counters:get(Outcomes, 2) > 0),
+    Other = erlmcp_nif:new(4, 100000, 65535),
+    _ = [ ok = erlmcp_nif:register(Other, transport, I, Pid, Pid, #{}) || I <- lists:seq(1, 5000) ],
+    killed = test_support:kill(Pid),
+    test_support:await_value(0, fun() -> erlmcp_nif:count(Other, transport) end, ?DEADLINE_MS).
+
+
+close_and_open(Registry, Outcomes, End) ->
+    Now = erlang:monotonic_time(millisecond),
+    case Now > End andalso (counters:get(Outcomes, 2) > 0 orelse Now > End + ?DEADLINE_MS) of
+        true ->
+            ok;
+        false ->
+            [] = erlmcp_nif:close(Registry),
+            ok = erlmcp_nif:open(Registry),
+            close_and_open(Registry, Outcomes, End)
+    end.
+
+
+register_until_told(Registry, Pid, Outcomes, N, I) ->
+    case erlmcp_nif:register(Registry, transport, {N, I rem 50}, Pid, Pid, #{}) of
+        ok -> counters:add(Outcomes, 1, 1);
+        registry_closed -> counters:add(Outcomes, 2, 1);
+        {already_registered, Pid} -> ok
+    end,
+    receive
+        {stop, From} -> From ! {stopped, self()}
+    after
+        0 ->
+            register_until_told(Registry, Pid, Outcomes, N, I + 1)
+    end.
+
+
+%% The last user of a config leaves while another one keeps an equal one, and other configs make
+%% the table grow. When all are gone, so are the configs. The registry goes before they are counted,
+%% since what was removed from it is freed some operations later.
+equal_configs_come_and_go_while_their_table_grows(_Config) ->
+    Before = erlmcp_nif:distinct_configs(),
+    [Rounds] = at_once(1, fun(_) -> keep_equal_configs(3000) end),
+    ct:log("rounds ~w", [Rounds]),
+    ?assert(lists:all(fun(Round) -> Round > 100 end, Rounds)),
+    test_support:await_value(Before, fun erlmcp_nif:distinct_configs/0, ?DEADLINE_MS).
+
+
+keep_equal_configs(Ms) ->
+    Registry = erlmcp_nif:new(4, 1000000, 65535),
+    End = erlang:monotonic_time(millisecond) + Ms,
+    Rounds = at_once(4,
+                     fun(N) when N =< 3 -> come_and_go(Registry, N, 0, End);
+                        (_) -> grow(Registry, 0, End)
+                     end),
+    0 = erlmcp_nif:count(Registry, connection),
+    Rounds.
+
+
+come_and_go(Registry, N, Round, End) ->
+    ok = erlmcp_nif:register(Registry, connection, {equal, N}, self(), self(), {equal, Round rem 3}),
+    ok = erlmcp_nif:unregister(Registry, connection, {equal, N}),
+    case erlang:monotonic_time(millisecond) > End of
+        true -> Round;
+        false -> come_and_go(Registry, N, Round + 1, End)
+    end.
+
+
+grow(Registry, Round, End) ->
+    Ids = lists:seq(1, 200),
+    _ = [ ok = erlmcp_nif:register(Registry, connection, {other, I}, self(), self(), {Round, I}) || I <- Ids ],
+    _ = [ ok = erlmcp_nif:unregister(Registry, connection, {other, I}) || I <- Ids ],
+    case erlang:monotonic_time(millisecond) > End of
+        true -> Round;
+        false -> grow(Registry, Round + 1, End)
     end.
 
 
