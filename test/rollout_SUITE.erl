@@ -36,6 +36,8 @@ all() ->
      one_switch_at_a_time,
      whoever_wants_the_same_mode_waits,
      caller_of_a_switch_ends,
+     application_controller_is_busy,
+     wrong_mode_in_the_environment_is_replaced,
      application_starts_during_a_switch,
      start_that_fails_leaves_nothing,
      bindings_that_cannot_be_change_none,
@@ -333,11 +335,38 @@ caller_of_a_switch_ends(_Config) ->
     ok = await(current, fun() -> maps:get(switching_to, erlmcp_rollout:status()) end),
     killed = test_support:kill(Setter),
     ok = await(none, fun() -> maps:get(switching_to, erlmcp_rollout:status()) end),
-    ?assertMatch(#{mode := current, configured := current}, erlmcp_rollout:status()),
+    ok = await(current, fun() -> maps:get(configured, erlmcp_rollout:status()) end),
+    ?assertEqual(current, erlmcp_rollout:get()),
     killed = test_support:kill(whereis(erlmcp_registry)),
     start_registry(),
     ?assertEqual(current, erlmcp_rollout:get()),
     end_all([Holder]).
+
+
+%% The registry serves all the same, and whoever has asked waits until the mode is configured.
+application_controller_is_busy(_Config) ->
+    ok = sys:suspend(application_controller),
+    Registry = whereis(erlmcp_registry),
+    {Setter, Monitor} = spawn_monitor(fun() -> exit({set, erlmcp_rollout:set({percent, 100})}) end),
+    try
+        %% Longer than a call to the controller would wait.
+        timer:sleep(5500),
+        ?assertEqual(Registry, whereis(erlmcp_registry)),
+        ?assertEqual(ok, gen_server:call(erlmcp_registry, {register_server, s, self(), #{}})),
+        ?assertEqual({percent, 100}, erlmcp_rollout:get())
+    after
+        ok = sys:resume(application_controller)
+    end,
+    receive {'DOWN', Monitor, process, Setter, Reason} -> ?assertEqual({set, ok}, Reason) end,
+    ?assertMatch(#{mode := {percent, 100}, configured := {percent, 100}}, erlmcp_rollout:status()).
+
+
+wrong_mode_in_the_environment_is_replaced(_Config) ->
+    ok = application:set_env(erlmcp_native, architecture_version, wrong),
+    ?assertEqual(ok, erlmcp_rollout:set('100x')),
+    ?assertEqual({ok, '100x'}, application:get_env(erlmcp_native, architecture_version)),
+    ok = application:start(erlmcp_native),
+    ok = application:stop(erlmcp_native).
 
 
 %% The registry's process has been restarted and makes the mode be the configured one.

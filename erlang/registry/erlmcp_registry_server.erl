@@ -269,7 +269,9 @@ command({set, Mode}, From, #state{switch = {Reference, Switch, Waiting}} = State
     end;
 command({set, Mode}, From, State) ->
     case erlmcp_rollout_switch:mode(erlmcp_rollout_plan:read()) of
-        Mode -> {reply, erlmcp_rollout:remember(Mode), State};
+        Mode ->
+            ok = remember(Mode, [From]),
+            {noreply, State};
         _ -> {noreply, start_switch(Mode, [From], State)}
     end;
 command(await_switch, From, #state{switch = {Reference, Switch, Waiting}} = State) ->
@@ -311,19 +313,29 @@ switched({continue, Switch, Classic}, Waiting, State) ->
 switched({done, #{result := Result, from := Source, to := Target} = Done, Classic}, Waiting, State) ->
     case Result of
         ok ->
-            %% Here and not by the one who has asked, who may have ended: the next process under this name
-            %% starts with what is configured.
-            ok = erlmcp_rollout:remember(Target),
+            ok = remember(Target, Waiting),
             ?LOG_NOTICE("erlmcp_native: switched from ~tp to ~tp: ~tp",
                         [Source, Target, Done],
                         #{domain => [erlmcp_native], event => switched});
         {error, Reason} ->
             ?LOG_ERROR("erlmcp_native: not switched from ~tp to ~tp, because of ~tp: ~tp",
                        [Source, Target, Reason, Done],
-                       #{domain => [erlmcp_native], event => switch_failed})
+                       #{domain => [erlmcp_native], event => switch_failed}),
+            _ = [ gen_server:reply(From, Result) || From <- Waiting ]
     end,
-    _ = [ gen_server:reply(From, Result) || From <- Waiting ],
     State#state{switch = none, last_switch = Done, classic = Classic}.
+
+
+%% The next process under this name starts with what is configured, so that is written whether the one who
+%% has asked is still there or not; and not by this process, since the application controller answers
+%% nobody while it stops an application. Those who wait are told when it is done.
+-spec remember(erlmcp_rollout:mode(), [gen_server:from()]) -> ok.
+remember(Mode, Waiting) ->
+    _ = spawn(fun() ->
+                      ok = erlmcp_rollout:remember(Mode),
+                      [ gen_server:reply(From, ok) || From <- Waiting ]
+              end),
+    ok.
 
 
 -spec followed(ok | {error, term()}, state()) -> state().

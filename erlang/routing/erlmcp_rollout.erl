@@ -122,9 +122,9 @@ command(Registry, Command) ->
 %% The mode that is in force, or will be, is the configured one from now on.
 -spec remember(mode()) -> ok.
 remember(Mode) ->
-    case wanted() of
-        {ok, Mode} -> ok;
-        _ -> application:set_env(erlmcp_native, architecture_version, Mode)
+    case erlmcp_native_config:get(architecture_version) of
+        Mode -> ok;
+        _ -> application:set_env(erlmcp_native, architecture_version, Mode, [{timeout, infinity}])
     end.
 
 
