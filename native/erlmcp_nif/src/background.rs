@@ -16,8 +16,9 @@
 //!
 //! # Nobody waits
 //!
-//! The queue has no lock: one exchange, and every 31st time an allocation. Waking is one exchange and,
-//! if the reaper sleeps, a system call that does not wait.
+//! The queue has no lock: a value is put into a box of its own and that into the queue by one exchange; every
+//! 31st one links the next block of the queue, and who comes at just that moment spins until it has. Waking
+//! is one exchange and, if the reaper sleeps, a system call that does not wait.
 //!
 //! # The library stays
 //!
