@@ -1,17 +1,58 @@
-%%% @doc The face of `erlmcp_native' in the shell.
+%%% @doc The functions for the shell, and the settings of a running node.
 %%%
 %%% ```
 %%% 1> erlmcp_native:i().
+%%% 2> erlmcp_native:set(admission, #{threshold => 20000}).
 %%% '''
+%%%
+%%% == Backpressure ==
+%%% A message to a connection passes the node's circuit ({@link erlmcp_circuit_breaker}), the admission
+%%% control of its shard ({@link erlmcp_admission_control}) and the token bucket of the connection
+%%% that is charged ({@link erlmcp_token_bucket}), in that order, in one native call with the look-up. A
+%%% refusal is returned to the caller; nothing that was accepted is dropped. With `backpressure'
+%%% set to `off' nothing is refused.
+%%%
+%%% The layers are native and guard the default registry, whether the application runs or not. While
+%%% it does not run, nothing samples mailboxes, and admission control admits everything.
+%%%
+%%% == Logs ==
+%%% Each opening and closing of the circuit, and each overload and recovery of a shard, is one line; a
+%%% refused message never is. {@link erlmcp_native_log} lists all events, and shows how to filter them.
 -module(erlmcp_native).
 
 -export([i/0, info/0, health/0, explain/1]).
+-export([set/2]).
 
 -export_type([info/0]).
--export_type([health/0, explanation/0]).
+-export_type([health/0, explanation/0, entry/0, explain_error/0]).
 
 -type health() :: erlmcp_shard_health:health().
--type explanation() :: erlmcp_route_explanation:explanation().
+
+-type explanation() :: #{connection := entry(), server := entry(), transport := entry()}.
+-type entry() :: #{
+                   registered := boolean(),
+                   registry := native | classic,
+                   routed_by := caller | process,
+                   shard := erlmcp_admission_control:shard_id(),
+                   route := ok | {error, erlmcp_delivery:reason()},
+                   decided_by := layer(),
+                   pid => pid(),
+                   config_bytes => pos_integer(),
+                   binding => {ok, Server :: term()} | {error, not_found},
+                   bucket => erlmcp_token_bucket:state(),
+                   sends => ok | {error, rate_limited}
+                  }.
+-type layer() :: registry | circuit | admission | token_bucket | none.
+-type explain_error() :: {id_too_long, MaxIdBytes :: pos_integer()} |
+                         {native_library, erlmcp_nif:load_error()} |
+                         registry_busy.
+
+%% Overloaded are the shards that have refused messages and have not recovered since.
+-type backpressure() :: #{
+                          backpressure := on | off,
+                          circuit := erlmcp_circuit_breaker:node_state(),
+                          overloaded_shards := [erlmcp_admission_control:shard_id()]
+                         }.
 
 -type info() :: #{
                   version := string(),
@@ -24,7 +65,7 @@
                   registry_process := pid() | undefined,
                   health := health(),
                   registry => erlmcp_shard_registry:stats(),
-                  backpressure => erlmcp_backpressure:info(),
+                  backpressure => backpressure(),
                   bindings => non_neg_integer(),
                   distinct_configs => non_neg_integer()
                  }.
@@ -32,10 +73,13 @@
 
 %% @doc What is installed, what runs, and what the default registry holds.
 %%
+%% Like every function of this module it does not request the state of an application from a process, so it may
+%% be called while the node stops.
+%%
 %% `registry', `backpressure', `bindings' and `distinct_configs' are there if the native library is loaded. `registry'
-%% is that of {@link erlmcp_shard_registry:stats/0}; `distinct_configs' counts the different config
-%% terms that all registries keep. Counting the bindings costs in proportion to the transports, on a
-%% dirty scheduler.
+%% is the result of {@link erlmcp_shard_registry:stats/0}; `distinct_configs' counts the different config
+%% terms that all registries keep, without those that take no memory (atoms, an empty list, local pids). Counting the
+%% bindings costs in proportion to the transports, on a dirty scheduler.
 -spec info() -> info().
 info() ->
     Info = #{
@@ -48,51 +92,99 @@ info() ->
              registry_process => whereis(erlmcp_registry),
              health => health()
             },
-    case erlmcp_native_registry:load_error() of
+    case erlmcp_registry_native:load_error() of
         none ->
             Info#{
               nif => loaded,
               registry => erlmcp_shard_registry:stats(),
-              backpressure => erlmcp_backpressure:info(),
-              bindings => length(erlmcp_native_registry:bindings(default)),
-              distinct_configs => erlmcp_native_registry:distinct_configs()
+              backpressure => backpressure_now(),
+              bindings => length(erlmcp_registry_native:bindings(exclusive)),
+              distinct_configs => erlmcp_registry_native:distinct_configs()
              };
         LoadError ->
             Info#{nif => {not_loaded, LoadError}}
     end.
 
 
-%% @doc Whether all is well in the whole node; if not, why. Computed now, by the calling process, whether
-%% the control plane is there or not. The reasons: {@link erlmcp_shard_health}.
+-spec backpressure_now() -> backpressure().
+backpressure_now() ->
+    #{shards := Shards} = erlmcp_shard_registry:limits(),
+    Loads = [ {Shard, erlmcp_admission_control:load(Shard)} || Shard <- lists:seq(0, Shards - 1) ],
+    #{
+      backpressure => erlmcp_native_config:switch(),
+      circuit => erlmcp_circuit_breaker:get_state(),
+      overloaded_shards => [ Shard || {Shard, {_Depth, _Threshold, true}} <- Loads ]
+     }.
+
+
+%% @doc Whether the whole node is healthy; if not, why. Computed now, by the calling process, whether
+%% the control plane runs or not. {@link erlmcp_shard_health} lists the reasons.
 -spec health() -> health().
 health() ->
     erlmcp_shard_health:check().
 
 
-%% @doc What is known of an id as a connection, as a server and as a transport, and what a route to it
-%% would answer now.
+%% @doc Explains an id as a connection, as a server and as a transport: its entry, and what a route to it
+%% would return now.
 %%
-%% `registered' says whether it is there at all, `registry' which one looks it up and routes to it now:
-%% `native', or `classic' for the pure-Erlang one ({@link erlmcp_rollout}). If it is there, so are its `pid' and `config_bytes', the size
-%% that its config or capabilities have in the external term format. `bucket' is the token bucket of a
-%% connection or a transport, `binding' the server that a transport is bound to.
+%% `registered' says whether the id is registered at all; `registry' which store has it, `native' or `classic' for
+%% the pure-Erlang one; and `routed_by' which process sends the messages routed to it, the `caller' or the registry's
+%% `process' ({@link erlmcp_rollout}). For a registered id there are also its `pid' and `config_bytes', the size of its
+%% config or capabilities in the external term format. `bucket' is the token bucket of a connection or a transport,
+%% `binding' the server that a transport is bound to.
 %%
-%% `route' is what {@link erlmcp_shard_manager:route_message/2} would answer for a connection, {@link
-%% erlmcp_registry:route_to_server/3} for a server, whatever the bucket of the transport that pays says,
+%% `route' is what {@link erlmcp_shard_manager:route_message/2} would return for a connection, {@link
+%% erlmcp_registry:route_to_server/3} for a server, without regard to the bucket of the sending transport,
 %% and {@link erlmcp_registry:route_to_transport/3} for a transport. `decided_by' is the layer that
 %% decides it: `circuit', `admission', `token_bucket', `registry' where the id is not registered (a
-%% message to no server or no transport is dropped with a warning and `ok', as in erlmcp), or `none'. What the
-%% pure-Erlang registry routes passes no layer.
+%% message to an unknown server or transport is dropped with a warning and `ok', as in erlmcp), or `none'. Messages
+%% that the registry's process routes pass no layer.
 %% `sends' is what the bucket of a transport would answer to a message that it sends to a server of the
-%% native registry. Where that has no such transport, `bucket' and `sends' are missing.
+%% native registry. Where the native registry has no such transport, `bucket' and `sends' are missing.
 %%
-%% Takes no token and no probe and counts nothing. An id that is too long for the native registry, for
-%% which the other functions raise `badarg', is `{error, {id_too_long, MaxIdBytes}}', also where the
-%% pure-Erlang one has it. That one is asked by a message to its process; if it does not answer within five
-%% seconds that is `{error, registry_busy}'.
--spec explain(Id :: term()) -> explanation() | {error, erlmcp_route_explanation:error()}.
+%% Takes no token and no probe and counts nothing. The result is not a snapshot: the layers are asked one after the
+%% other, and a message routed meanwhile may get another answer. An id that is too long for the native registry, for
+%% which the other functions raise `badarg', is `{error, {id_too_long, MaxIdBytes}}', and so is one with a fun
+%% other than `fun M:F/A', even if the pure-Erlang store has it. The pure-Erlang store is asked by a message to its
+%% process; if the process does not answer within five seconds the result is `{error, registry_busy}'.
+-spec explain(Id :: term()) -> explanation() | {error, explain_error()}.
 explain(Id) ->
-    erlmcp_route_explanation:of_id(Id).
+    case erlmcp_registry_native:load_error() of
+        none ->
+            try
+                maps:from_list([ {Namespace, entry(Namespace, Id)} || Namespace <- [connection, server, transport] ])
+            catch
+                %% The only other fault of an id: a fun in it, whose size has no known bound.
+                error:badarg -> {error, {id_too_long, maps:get(max_id_bytes, erlmcp_shard_registry:limits())}};
+                throw:registry_busy -> {error, registry_busy}
+            end;
+        LoadError ->
+            {error, {native_library, LoadError}}
+    end.
+
+
+%% @doc Changes `backpressure', `token_bucket', `admission', `circuit_breaker' or `health' in the running node and,
+%% for the next start, in the application environment. See {@link erlmcp_native_config}.
+%%
+%% A map, property list or keyword list changes the keys that it names and keeps the others. Where the setting was
+%% `infinity' or `off' it switches the layer on; keys that it does not name take their last value in force, else the
+%% configured one, else the default.
+%%
+%% Concurrent changes are made one after the other. A change is completed even if the caller is killed.
+%% It waits for no process except one that changes a setting. While the application controller stops an application
+%% and does not answer, the environment is written later.
+%%
+%% Buckets keep their tokens, up to the new capacity; the circuit keeps its state, and its
+%% failures are counted anew. Messages under way are judged by the former values or the new ones. A change of
+%% `admission' or `backpressure' gives all shards the threshold of the configuration.
+%%
+%% `{error, {bad_option, Key, Value, Expected}}' changes nothing, and may be about another of these keys whose
+%% value in the environment is wrong. Without the native library all keys but `health' return `{error,
+%% {nif_not_loaded, Info}}'.
+-spec set(erlmcp_native_config:live_key(), term()) ->
+          ok | {error, erlmcp_native_config:error() | erlmcp_native_config:not_loaded()}.
+set(Key, Value) ->
+    erlmcp_native_config:set(Key, Value).
 
 
 %% @doc Prints what {@link info/0} returns.
@@ -102,7 +194,7 @@ i() ->
     io:format("erlmcp_native ~ts on OTP ~ts, ~ts~n",
               [maps:get(version, Info), maps:get(otp_release, Info), maps:get(system_architecture, Info)]),
     print("application", "~p", [maps:get(application, Info)]),
-    print_mode(maps:get(mode, Info)),
+    print_mode(Info),
     print("erlmcp_registry", "~ts", [process_state(maps:get(registry_process, Info))]),
     print_health(maps:get(health, Info)),
     case Info of
@@ -125,11 +217,14 @@ i() ->
     end.
 
 
--spec print_mode(erlmcp_rollout:mode()) -> ok.
-print_mode('100x') ->
-    print("mode", "~tp", ['100x']);
-print_mode(Mode) ->
-    print("mode", "~tp (below is the native registry; of both tells erlmcp_rollout:status())", [Mode]).
+%%% What is installed and what runs: printing
+
+
+-spec print_mode(info()) -> ok.
+print_mode(#{nif := loaded, mode := Mode}) when Mode =/= '100x' ->
+    print("mode", "~tp (the figures below are those of the native registry; see erlmcp_rollout:status())", [Mode]);
+print_mode(#{mode := Mode}) ->
+    print("mode", "~tp", [Mode]).
 
 
 -spec print_health(health()) -> ok.
@@ -137,7 +232,7 @@ print_health(ok) ->
     print("health", "ok", []);
 print_health({degraded, Reasons}) ->
     print("health", "degraded", []),
-    lists:foreach(fun(Reason) -> print("", "~tP", [Reason, 20]) end, Reasons).
+    lists:foreach(fun(Reason) -> print("", erlmcp_native_log:health_format(Reason, ""), [Reason, 20]) end, Reasons).
 
 
 -spec print_registry(erlmcp_shard_registry:stats()) -> ok.
@@ -160,7 +255,7 @@ print_registry(Registry) ->
           [Shards, Fullest, Most, Emptiest, Least]).
 
 
--spec print_backpressure(erlmcp_backpressure:info()) -> ok.
+-spec print_backpressure(backpressure()) -> ok.
 print_backpressure(#{backpressure := Switch, circuit := Circuit, overloaded_shards := Overloaded}) ->
     print("backpressure", "~p", [Switch]),
     print("circuit", "~p", [Circuit]),
@@ -177,18 +272,170 @@ process_state(undefined) -> "not running";
 process_state(Pid) -> "running as " ++ pid_to_list(Pid).
 
 
+%% By the name of its top supervisor: the application controller does not answer while it stops an
+%% application.
 -spec application_state() -> running | stopped.
 application_state() ->
-    case lists:keymember(?MODULE, 1, application:which_applications()) of
-        true -> running;
-        false -> stopped
+    case whereis(erlmcp_native_sup) of
+        undefined -> stopped;
+        _Pid -> running
     end.
 
 
+%% `get_key/2' reads a table. Where the application is not loaded, because only its modules are used,
+%% the version is read from its resource file.
 -spec version() -> string().
 version() ->
-    _ = application:load(?MODULE),
     case application:get_key(?MODULE, vsn) of
         {ok, Version} -> Version;
-        undefined -> "unknown"
+        undefined -> version_of_file(code:where_is_file("erlmcp_native.app"))
     end.
+
+
+-spec version_of_file(file:filename() | non_existing) -> string().
+version_of_file(non_existing) ->
+    "unknown";
+version_of_file(File) ->
+    case file:consult(File) of
+        {ok, [{application, ?MODULE, Keys}]} -> proplists:get_value(vsn, Keys, "unknown");
+        _ -> "unknown"
+    end.
+
+
+%%% Explanation: an id in one namespace
+
+
+-spec entry(erlmcp_nif:namespace(), term()) -> entry().
+entry(Namespace, Id) ->
+    Registry = store(Namespace),
+    Known = #{
+              registry => Registry,
+              routed_by => sender(Namespace, Id),
+              shard => erlmcp_shard_registry:get_shard_id(Id)
+             },
+    case find(Registry, Namespace, Id) of
+        {ok, {Pid, Config}} ->
+            Entry = Known#{registered => true, pid => Pid, config_bytes => erlang:external_size(Config)},
+            details(Namespace, Id, Entry);
+        {error, not_found} ->
+            not_registered(Namespace, Known)
+    end.
+
+
+%% Messages to a server or a transport that is not registered are dropped with a warning.
+-spec not_registered(erlmcp_nif:namespace(), map()) -> entry().
+not_registered(connection, Known) ->
+    Known#{registered => false, route => {error, not_found}, decided_by => registry};
+not_registered(_Namespace, Known) ->
+    Known#{registered => false, route => ok, decided_by => registry}.
+
+
+%%% The store that has an id, and the process that sends the messages routed to it
+
+
+-spec store(erlmcp_nif:namespace()) -> native | classic.
+store(connection) -> native;
+store(_Namespace) -> erlmcp_rollout_path:store(erlmcp_rollout_path:read()).
+
+
+-spec sender(erlmcp_nif:namespace(), term()) -> caller | process.
+sender(connection, _Id) ->
+    caller;
+sender(_Namespace, Id) ->
+    case erlmcp_rollout_path:of_id(Id, erlmcp_rollout_path:read()) of
+        straight ->
+            caller;
+        call ->
+            case whereis(erlmcp_registry) of
+                undefined -> caller;
+                _Pid -> process
+            end;
+        cast ->
+            process
+    end.
+
+
+-spec find(native | classic, erlmcp_nif:namespace(), term()) -> {ok, {pid(), term()}} | {error, not_found}.
+find(native, Namespace, Id) -> erlmcp_registry_native:find(exclusive, Namespace, Id);
+find(classic, server, Id) -> ask({find_server, Id});
+find(classic, transport, Id) -> ask({find_transport, Id}).
+
+
+-spec binding(native | classic, term()) -> {ok, term()} | {error, not_found}.
+binding(native, Id) -> erlmcp_registry_native:bound_server(exclusive, Id);
+binding(classic, Id) -> ask({get_server_for_transport, Id}).
+
+
+%% Without the process nothing is registered there, as far as a route is concerned.
+-spec ask(term()) -> {ok, term()} | {error, not_found}.
+ask(Request) ->
+    try
+        gen_server:call(erlmcp_registry, Request)
+    catch
+        exit:{timeout, _} -> throw(registry_busy);
+        exit:_ -> {error, not_found}
+    end.
+
+
+%%% Layers
+
+
+-spec details(erlmcp_nif:namespace(), term(), entry() | map()) -> entry().
+details(server, _Id, Entry) ->
+    %% The bucket that is charged is that of the transport that the message comes from.
+    answered(layers(server, Entry), Entry);
+details(transport, Id, #{registry := Registry} = Entry) ->
+    answered(layers(transport, Entry), maps:merge(Entry#{binding => binding(Registry, Id)}, payer(Registry, Id)));
+details(connection, Id, Entry) ->
+    case erlmcp_token_bucket:get_state(connection, Id) of
+        %% Removed meanwhile.
+        {error, not_found} -> not_registered(connection, maps:with([registry, routed_by, shard], Entry));
+        Bucket -> answered(layers(connection, Entry), Entry#{bucket => Bucket})
+    end.
+
+
+%% The registry's process asks no layer.
+-spec layers(erlmcp_nif:namespace(), map()) -> [layer()].
+layers(_Namespace, #{routed_by := process}) -> [];
+layers(connection, _Entry) -> [circuit, admission, token_bucket];
+layers(_Namespace, _Entry) -> [circuit, admission].
+
+
+%% The bucket that a transport's messages to servers are charged to, if any; only the native registry has
+%% buckets. After a switch to the other store its entries are removed in the background.
+-spec payer(native | classic, Transport :: term()) -> map().
+payer(classic, _Id) ->
+    #{};
+payer(native, Id) ->
+    case erlmcp_token_bucket:get_state(transport, Id) of
+        {error, not_found} ->
+            #{};
+        Bucket ->
+            case lets_through(token_bucket, #{bucket => Bucket}) of
+                true -> #{bucket => Bucket, sends => ok};
+                false -> #{bucket => Bucket, sends => {error, rate_limited}}
+            end
+    end.
+
+
+-spec answered([layer()], map()) -> entry().
+answered([], Entry) ->
+    Entry#{route => ok, decided_by => none};
+answered([Layer | Layers], Entry) ->
+    case lets_through(Layer, Entry) of
+        true -> answered(Layers, Entry);
+        false -> Entry#{route => {error, refusal(Layer)}, decided_by => Layer}
+    end.
+
+
+-spec lets_through(layer(), map()) -> boolean().
+lets_through(circuit, _Entry) -> erlmcp_circuit_breaker:would_allow();
+lets_through(admission, #{shard := Shard}) -> erlmcp_admission_control:check_admission(Shard) =:= ok;
+lets_through(token_bucket, #{bucket := #{tokens := 0}}) -> not erlmcp_token_bucket:are_asked();
+lets_through(token_bucket, _Entry) -> true.
+
+
+-spec refusal(layer()) -> erlmcp_delivery:reason().
+refusal(circuit) -> circuit_open;
+refusal(admission) -> shard_overloaded;
+refusal(token_bucket) -> rate_limited.

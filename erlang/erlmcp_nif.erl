@@ -1,55 +1,61 @@
 %%% @private
 %%% The functions of the native library: stubs, and loading it.
 %%%
-%%% A `Registry' is the atom `default', a reference from {@link new/3}, or `exclusive' for the default
-%%% one in the hands of whoever has diverted all others ({@link divert/0}). A namespace is `server',
+%%% A `Registry' is the atom `default', a reference from {@link new/3}, or `exclusive': the default
+%%% registry used by its owner, which diverts all other callers ({@link divert/1}). A namespace is `server',
 %%% `transport' or `connection'. Every function raises `badarg' for arguments of the wrong kind and
 %%% for ids that take more than the registry's `max_id_bytes', and changes nothing then.
 %%%
-%%% Functions that may have much to do return `dirty' instead of working for long on a normal
-%%% scheduler; the caller then calls the one named `..._dirty'. {@link erlmcp_native_registry} does
-%%% that for all of them.
+%%% Functions that may have much work reschedule themselves on a dirty scheduler when they find that they
+%%% do; functions marked dirty always run on one.
 %%%
-%%% Without the library every function raises `{nif_not_loaded, Info}', where `Info' names path,
-%%% target, NIF version, reason and remedy; only those that can be diverted are so instead.
+%%% Without the library, functions that can be diverted return `diverted', and every other function raises
+%%% `{nif_not_loaded, Info}', where `Info' names path, target, NIF version, reason and remedy.
 -module(erlmcp_nif).
 
 %% Registries
--export([new/3, make_default/3, limits/1, close/1, open/1, divert/0, undivert/0]).
+-export([new/3, make_default/3, limits/1, close/1, open/1, divert/1]).
 %% Look-up
--export([whereis_connection/1, whereis_server/1, whereis_transport/1, whereis/3]).
--export([find/3, find_dirty/3]).
+-export([whereis_connection/1, whereis_name/1, whereis/3]).
+-export([find/3]).
 %% Registration
--export([register/6, register_dirty/6, unregister/3, update_server/3, update_server_dirty/3]).
+-export([register/6, unregister/3, update_server/3]).
 %% Bindings
 -export([bind/4, unbind/2, bound_server/2, bindings/1]).
--export([bound_transports/2, bound_transports_dirty/2]).
+-export([bound_transports/2]).
 %% Listing and counting
--export([list/2, list_dirty/2, list_shard/2, list_shard_dirty/2, list_ids/2]).
--export([count/2, count_shard/2, check_shard/2, shard/2, distinct_configs/0]).
+-export([list/2, list_shard/2, page/5]).
+-export([count/2, count_shard/2, shard/2, distinct_configs/0]).
 %% Routing
 -export([route_connection/1, route_server/2, route_transport/1, route_batch/1]).
 -export([route_server_exclusive/2, route_transport_exclusive/1]).
--export([route_bound/1, route_bound_dirty/1, route_bound_exclusive/1]).
+-export([route_bound/1, route_bound_exclusive/1]).
 %% Token buckets
 -export([bucket_new/1, is_bucket/1, bucket_take/2, bucket_state/1, bucket_set_limits/2]).
 -export([entry_take/3, entry_bucket_state/2, entry_set_limits/3]).
 -export([set_shared_limits/1, shared_limits/0, are_limits/1]).
 -export([enforce_limits/1, enforces_limits/0, has_token_buckets/0]).
 %% Admission control
--export([admission_check/1, admission_adjust/2, admission_set_threshold/2, admission_stats/1]).
+-export([admission_check/1, admission_adjust/2, admission_stats/1]).
+-export([admission_set_threshold/2, admission_threshold/1]).
 -export([admission_is_unwatched/1, refused/1, count_not_found/0]).
--export([set_sample_interval/1, sample_begin/1, sample_end/4, sample_skip/1]).
--export([shard_receivers/1, shard_receivers_dirty/1]).
+-export([count_receivers/1, is_receiver_count_due/1]).
+-export([set_sample_interval/1, sample_begin/2, sample_take/2, sample_report/3]).
+-export([sample_skip/1, sample_pause/1, sample_counts/1]).
 %% Circuit breaker
 -export([breaker_state/0, breaker_allow/0, breaker_success/0, breaker_failure/0]).
 -export([breaker_set/1, breaker_configure/1, breaker_stats/0]).
+%% Named circuit breakers
+-export([named_breaker_register/4, named_breaker_remove/1, named_breaker_owner/1, named_breakers/0]).
+-export([named_breaker_enter/2, named_breaker_leave/2]).
+-export([named_breaker_state/1, named_breaker_stats/1, named_breaker_force/2]).
 %% Loading
 -export([load_error/0]).
 
 -export_type([registry/0, namespace/0, load_error/0]).
 -export_type([routed/0, route/0, refusal/0, event/0]).
--export_type([bucket/0, limits/0, taken/0, circuit_state/0]).
+-export_type([bucket/0, limits/0, change/0, taken/0, circuit_state/0]).
+-export_type([named_breaker_config/0, transition/0, entered/0]).
 
 -on_load(load/0).
 
@@ -58,33 +64,24 @@
        limits/1,
        close/1,
        open/1,
-       divert/0,
-       undivert/0,
+       divert/1,
        whereis_connection/1,
-       whereis_server/1,
-       whereis_transport/1,
+       whereis_name/1,
        whereis/3,
        find/3,
-       find_dirty/3,
        register/6,
-       register_dirty/6,
        unregister/3,
        update_server/3,
-       update_server_dirty/3,
        bind/4,
        unbind/2,
        bound_server/2,
        bindings/1,
        bound_transports/2,
-       bound_transports_dirty/2,
        list/2,
-       list_dirty/2,
        list_shard/2,
-       list_shard_dirty/2,
-       list_ids/2,
+       page/5,
        count/2,
        count_shard/2,
-       check_shard/2,
        shard/2,
        distinct_configs/0,
        route_connection/1,
@@ -94,7 +91,6 @@
        route_transport_exclusive/1,
        route_batch/1,
        route_bound/1,
-       route_bound_dirty/1,
        route_bound_exclusive/1,
        bucket_new/1,
        is_bucket/1,
@@ -112,24 +108,37 @@
        has_token_buckets/0,
        admission_check/1,
        admission_adjust/2,
-       admission_set_threshold/2,
        admission_stats/1,
+       admission_set_threshold/2,
+       admission_threshold/1,
        admission_is_unwatched/1,
        refused/1,
        count_not_found/0,
+       count_receivers/1,
+       is_receiver_count_due/1,
        set_sample_interval/1,
-       sample_begin/1,
-       sample_end/4,
+       sample_begin/2,
+       sample_take/2,
+       sample_report/3,
        sample_skip/1,
-       shard_receivers/1,
-       shard_receivers_dirty/1,
+       sample_pause/1,
+       sample_counts/1,
        breaker_state/0,
        breaker_allow/0,
        breaker_success/0,
        breaker_failure/0,
        breaker_set/1,
        breaker_configure/1,
-       breaker_stats/0]).
+       breaker_stats/0,
+       named_breaker_register/4,
+       named_breaker_remove/1,
+       named_breaker_owner/1,
+       named_breakers/0,
+       named_breaker_enter/2,
+       named_breaker_leave/2,
+       named_breaker_state/1,
+       named_breaker_stats/1,
+       named_breaker_force/2]).
 
 -type registry() :: default | exclusive | reference().
 -type namespace() :: server | transport | connection.
@@ -147,19 +156,26 @@
 -type routed() :: route() | {route(), [event()]}.
 -type bucket() :: reference().
 -type limits() :: infinity | {Capacity :: pos_integer(), RatePerSecond :: float()}.
+%% `undefined' keeps the value.
+-type change() :: {Capacity :: pos_integer() | undefined, RatePerSecond :: float() | undefined} | infinity.
 -type taken() :: {ok, Left :: non_neg_integer() | infinity} |
                  {rate_limited, WaitNs :: non_neg_integer()} |
                  exceeds_capacity.
 -type circuit_state() :: closed | open | half_open | off.
+%% failure_threshold, success_threshold, timeout, window_size, failure_rate_threshold, probe_limit.
+-type named_breaker_config() :: {1..16#ffffffff, 1..16#ffffffff, 1..16#ffffffff, pos_integer(), float(), pos_integer()}.
+%% The name of a breaker, and the state that it has entered.
+-type transition() :: {term(), closed | open | half_open}.
+-type entered() :: non_neg_integer() | refused | {non_neg_integer() | refused, [transition()]}.
 
 -define(LOAD_ERROR, {?MODULE, load_error}).
 
 %%% Loading
 
 
-%% Without the library the module is there all the same, so that callers get an error that says why and
-%% what to do instead of `undef'. But where the library is in use already, another load of this module
-%% fails (the VM replaces none in a running node): with stubs instead of it everything would stop.
+%% Without the library the module is loaded all the same, so that callers get an error with the reason and the
+%% remedy instead of `undef'. But where the library is already in use, another load of this module
+%% fails (the VM does not replace a library in a running node): with stubs in its place everything would stop.
 -spec load() -> ok | {error, term()}.
 load() ->
     Path = library(),
@@ -185,7 +201,7 @@ load() ->
     end.
 
 
-%% Beside the ebin folder that this module was loaded from: right for a project, a dependency, a
+%% The `priv' folder beside the `ebin' folder that this module was loaded from: right for a project, a dependency, a
 %% checkout and a release, also while the code path is being built.
 -spec library() -> file:filename().
 library() ->
@@ -207,11 +223,12 @@ load_error() ->
 
 
 -define(NOT_LOADED, erlang:nif_error({nif_not_loaded, load_error()})).
-%% Without the library. (With it none of these lines is ever run.)
--define(DIVERTED,
-        case load_error() of
-            none -> ?NOT_LOADED;
-            _ -> diverted
+%% Without the library. (With it none of these function bodies is ever run.)
+-define(DIVERTED, ?DIVERTED(default, server)).
+-define(DIVERTED(Registry, Namespace),
+        case load_error() =/= none andalso Registry =:= default andalso Namespace =/= connection of
+            true -> diverted;
+            false -> ?NOT_LOADED
         end).
 
 %%% Registries
@@ -222,7 +239,7 @@ load_error() ->
 new(_Shards, _MaxEntries, _MaxIdBytes) -> ?NOT_LOADED.
 
 
-%% Makes the default registry with these bounds, unless it is there already.
+%% Makes the default registry with these bounds, unless it exists.
 -spec make_default(pos_integer(), pos_integer(), pos_integer()) -> created | exists.
 make_default(_Shards, _MaxEntries, _MaxIdBytes) -> ?NOT_LOADED.
 
@@ -231,81 +248,63 @@ make_default(_Shards, _MaxEntries, _MaxIdBytes) -> ?NOT_LOADED.
 limits(_Registry) -> ?NOT_LOADED.
 
 
-%% Removes all servers and transports and refuses new ones. Returns the sentinels to end. Dirty.
+%% Removes all servers and transports and refuses new ones. Returns the sentinels to stop. Dirty.
 -spec close(registry()) -> [pid()].
 close(_Registry) -> ?NOT_LOADED.
 
 
-%% Takes servers and transports again.
+%% Accepts servers and transports again.
 -spec open(registry()) -> ok.
 open(_Registry) -> ?NOT_LOADED.
 
 
-%% Turns away, with `diverted', whoever wants to change servers, transports or bindings of `default',
-%% or to route by them; who says `exclusive' instead still can. `ok' if all changes that began before
-%% have been made; until then `busy'.
--spec divert() -> ok | busy.
-divert() -> ?NOT_LOADED.
-
-
--spec undivert() -> ok.
-undivert() -> ?NOT_LOADED.
+%% From now on exactly these kinds of calls with `default' return `diverted': calls that change servers, transports
+%% or bindings (`changes'), look them up, or route by them. `ok' if no change is under way that began
+%% before; otherwise `busy'.
+-spec divert([changes | lookups | routes]) -> ok | busy.
+divert(_Whom) -> ?NOT_LOADED.
 
 
 %%% Look-up
 
 
+%% A process of this node may have exited already.
 -spec whereis_connection(term()) -> pid() | undefined.
 whereis_connection(_Id) -> ?NOT_LOADED.
 
 
--spec whereis_server(term()) -> pid() | undefined.
-whereis_server(_Id) -> ?NOT_LOADED.
+%% The process of a connection; never a process of this node that has exited.
+-spec whereis_name(term()) -> pid() | undefined.
+whereis_name(_Id) -> ?NOT_LOADED.
 
 
--spec whereis_transport(term()) -> pid() | undefined.
-whereis_transport(_Id) -> ?NOT_LOADED.
-
-
+%% Never a process of this node that has exited.
 -spec whereis(registry(), namespace(), term()) -> pid() | undefined.
 whereis(_Registry, _Namespace, _Id) -> ?NOT_LOADED.
 
 
 -spec find(registry(), namespace(), term()) ->
-          {ok, {pid(), term()}} | {error, not_found} | dirty.
-find(_Registry, _Namespace, _Id) -> ?NOT_LOADED.
-
-
--spec find_dirty(registry(), namespace(), term()) -> {ok, {pid(), term()}} | {error, not_found}.
-find_dirty(_Registry, _Namespace, _Id) -> ?NOT_LOADED.
+          {ok, {pid(), term()}} | {error, not_found} | diverted.
+find(Registry, Namespace, _Id) -> ?DIVERTED(Registry, Namespace).
 
 
 %%% Registration
 
 
-%% `Monitored' is the local process whose end removes the entry: `Pid' itself, or for a process of
+%% `Monitored' is the local process whose exit removes the entry: `Pid' itself, or for a process of
 %% another node its sentinel.
 -spec register(registry(), namespace(), term(), pid(), pid(), term()) ->
-          ok | {already_registered, pid()} | registry_full | registry_closed | diverted | dirty.
-register(_Registry, _Namespace, _Id, _Pid, _Monitored, _Config) -> ?NOT_LOADED.
-
-
--spec register_dirty(registry(), namespace(), term(), pid(), pid(), term()) ->
           ok | {already_registered, pid()} | registry_full | registry_closed | diverted.
-register_dirty(_Registry, _Namespace, _Id, _Pid, _Monitored, _Config) -> ?NOT_LOADED.
+register(Registry, Namespace, _Id, _Pid, _Monitored, _Config) -> ?DIVERTED(Registry, Namespace).
 
 
-%% Returns the sentinel to end, if the entry had one.
+%% Returns the sentinel to stop, if the entry had one.
 -spec unregister(registry(), namespace(), term()) -> ok | {ok, pid()} | diverted.
-unregister(_Registry, _Namespace, _Id) -> ?NOT_LOADED.
+unregister(Registry, Namespace, _Id) -> ?DIVERTED(Registry, Namespace).
 
 
--spec update_server(registry(), term(), term()) -> ok | {error, not_found} | diverted | dirty.
-update_server(_Registry, _Id, _Config) -> ?NOT_LOADED.
-
-
--spec update_server_dirty(registry(), term(), term()) -> ok | {error, not_found} | diverted.
-update_server_dirty(_Registry, _Id, _Config) -> ?NOT_LOADED.
+-spec update_server(registry(), term(), term()) -> ok | {error, not_found} | diverted.
+update_server(Registry, _Id, _Config) -> ?DIVERTED(Registry, server).
 
 
 %%% Bindings
@@ -314,53 +313,43 @@ update_server_dirty(_Registry, _Id, _Config) -> ?NOT_LOADED.
 %% `false' makes a binding like an automatic one, also to a server that does not exist.
 -spec bind(registry(), Transport :: term(), Server :: term(), ServerMustExist :: boolean()) ->
           ok | {error, server_not_found | transport_not_found} | diverted.
-bind(_Registry, _Transport, _Server, _ServerMustExist) -> ?NOT_LOADED.
+bind(Registry, _Transport, _Server, _ServerMustExist) -> ?DIVERTED(Registry, transport).
 
 
 -spec unbind(registry(), Transport :: term()) -> ok | diverted.
-unbind(_Registry, _Transport) -> ?NOT_LOADED.
+unbind(Registry, _Transport) -> ?DIVERTED(Registry, transport).
 
 
--spec bound_server(registry(), Transport :: term()) -> {ok, term()} | {error, not_found}.
-bound_server(_Registry, _Transport) -> ?NOT_LOADED.
+-spec bound_server(registry(), Transport :: term()) -> {ok, term()} | {error, not_found} | diverted.
+bound_server(Registry, _Transport) -> ?DIVERTED(Registry, transport).
 
 
 %% All bindings: transport, server. Dirty.
--spec bindings(registry()) -> [{term(), term()}].
-bindings(_Registry) -> ?NOT_LOADED.
+-spec bindings(registry()) -> [{term(), term()}] | diverted.
+bindings(Registry) -> ?DIVERTED(Registry, transport).
 
 
--spec bound_transports(registry(), Server :: term()) -> [pid()] | dirty.
+-spec bound_transports(registry(), Server :: term()) -> [pid()].
 bound_transports(_Registry, _Server) -> ?NOT_LOADED.
-
-
--spec bound_transports_dirty(registry(), Server :: term()) -> [pid()].
-bound_transports_dirty(_Registry, _Server) -> ?NOT_LOADED.
 
 
 %%% Listing and counting
 
 
--spec list(registry(), namespace()) -> [{term(), {pid(), term()}}] | dirty.
-list(_Registry, _Namespace) -> ?NOT_LOADED.
+-spec list(registry(), namespace()) -> [{term(), {pid(), term()}}] | diverted.
+list(Registry, Namespace) -> ?DIVERTED(Registry, Namespace).
 
 
--spec list_dirty(registry(), namespace()) -> [{term(), {pid(), term()}}].
-list_dirty(_Registry, _Namespace) -> ?NOT_LOADED.
-
-
-%% The ids of all entries. Dirty.
--spec list_ids(registry(), namespace()) -> [term()].
-list_ids(_Registry, _Namespace) -> ?NOT_LOADED.
+%% The entries of a namespace at `Count' places of a shard, and the place after them. An entry keeps its
+%% place. Dirty.
+-spec page(registry(), namespace(), Shard :: non_neg_integer(), From :: non_neg_integer(), Count :: pos_integer()) ->
+          {[{Id :: term(), pid(), Config :: term(), unbound | {bound, Server :: term()}}], non_neg_integer() | none}.
+page(_Registry, _Namespace, _Shard, _From, _Count) -> ?NOT_LOADED.
 
 
 %% The connections of one shard.
--spec list_shard(registry(), non_neg_integer()) -> [{term(), {pid(), term()}}] | dirty.
+-spec list_shard(registry(), non_neg_integer()) -> [{term(), {pid(), term()}}].
 list_shard(_Registry, _Shard) -> ?NOT_LOADED.
-
-
--spec list_shard_dirty(registry(), non_neg_integer()) -> [{term(), {pid(), term()}}].
-list_shard_dirty(_Registry, _Shard) -> ?NOT_LOADED.
 
 
 -spec count(registry(), namespace()) -> non_neg_integer().
@@ -371,12 +360,6 @@ count(_Registry, _Namespace) -> ?NOT_LOADED.
 -spec count_shard(registry(), non_neg_integer()) ->
           {non_neg_integer(), non_neg_integer(), non_neg_integer()}.
 count_shard(_Registry, _Shard) -> ?NOT_LOADED.
-
-
-%% How many entries a walk through one shard finds, and those of their processes on this node that
-%% have ended; one for each entry. Dirty.
--spec check_shard(registry(), non_neg_integer()) -> {non_neg_integer(), [pid()]}.
-check_shard(_Registry, _Shard) -> ?NOT_LOADED.
 
 
 %% `erlang:phash2(Id, Shards)'.
@@ -394,22 +377,22 @@ distinct_configs() -> ?NOT_LOADED.
 %% Without the library nothing is routed here: everything is `diverted'.
 
 
-%% The process of a connection, if a message may be sent to it; the connection's bucket pays.
+%% The process of a connection, if a message may be sent to it; charges the connection's bucket.
 -spec route_connection(term()) -> routed().
 route_connection(_Id) -> ?NOT_LOADED.
 
 
-%% The process of a server, if a message may be sent to it; the transport's bucket pays.
+%% The process of a server, if a message may be sent to it; charges the transport's bucket.
 -spec route_server(Server :: term(), Transport :: term()) -> routed() | diverted.
 route_server(_Server, _Transport) -> ?DIVERTED.
 
 
-%% The process of a transport, if a message may be sent to it; no bucket pays.
+%% The process of a transport, if a message may be sent to it; charges no bucket.
 -spec route_transport(term()) -> routed() | diverted.
 route_transport(_Id) -> ?DIVERTED.
 
 
-%% The same two, for those who know that the native registry is to be used although it is diverted.
+%% As {@link route_server/2} and {@link route_transport/1}, whether routes are diverted or not.
 -spec route_server_exclusive(Server :: term(), Transport :: term()) -> routed().
 route_server_exclusive(_Server, _Transport) -> ?NOT_LOADED.
 
@@ -418,23 +401,19 @@ route_server_exclusive(_Server, _Transport) -> ?NOT_LOADED.
 route_transport_exclusive(_Id) -> ?NOT_LOADED.
 
 
-%% As {@link route_connection/1} for the first messages of the list, some hundreds, and the rest of
-%% it. An id that is too long is `undefined' here.
+%% The results of {@link route_connection/1} for the first messages of the list, some hundreds, and the rest of
+%% the list. An id that is too long is `undefined' here.
 -spec route_batch([{Id :: term(), Message :: term()}]) -> {[routed()], Rest :: [{term(), term()}]}.
 route_batch(_Messages) -> ?NOT_LOADED.
 
 
-%% The processes of the transports bound to a server that a message may be sent to, and why it was
-%% refused for others, if it was.
--spec route_bound(Server :: term()) -> {[pid()], none | refusal(), [event()]} | diverted | dirty.
+%% The processes of the transports bound to a server to which a message may be sent, and the reason of refusal for
+%% the others, if any was refused.
+-spec route_bound(Server :: term()) -> {[pid()], none | refusal(), [event()]} | diverted.
 route_bound(_Server) -> ?DIVERTED.
 
 
--spec route_bound_dirty(Server :: term()) -> {[pid()], none | refusal(), [event()]} | diverted.
-route_bound_dirty(_Server) -> ?DIVERTED.
-
-
-%% As {@link route_server_exclusive/2}. Dirty.
+%% As {@link route_server_exclusive/2}.
 -spec route_bound_exclusive(Server :: term()) -> {[pid()], none | refusal(), [event()]}.
 route_bound_exclusive(_Server) -> ?NOT_LOADED.
 
@@ -458,7 +437,7 @@ bucket_take(_Bucket, _Tokens) -> ?NOT_LOADED.
 bucket_state(_Bucket) -> ?NOT_LOADED.
 
 
--spec bucket_set_limits(bucket(), limits()) -> ok | too_many_changes.
+-spec bucket_set_limits(bucket(), change()) -> ok | too_slow_to_fill.
 bucket_set_limits(_Bucket, _Limits) -> ?NOT_LOADED.
 
 
@@ -472,14 +451,14 @@ entry_take(_Namespace, _Id, _Tokens) -> ?NOT_LOADED.
 entry_bucket_state(_Namespace, _Id) -> ?NOT_LOADED.
 
 
-%% Limits for one connection or transport; `shared' for those of all.
--spec entry_set_limits(namespace(), term(), limits() | shared) ->
-          ok | not_found | too_many_changes.
+%% Limits for one connection or transport; `shared' for the limits of all.
+-spec entry_set_limits(namespace(), term(), change() | shared) ->
+          ok | not_found | too_slow_to_fill.
 entry_set_limits(_Namespace, _Id, _Limits) -> ?NOT_LOADED.
 
 
-%% The limits of all that have none of their own.
--spec set_shared_limits(limits()) -> ok | too_many_changes.
+%% The limits of all connections and transports that have no limits of their own.
+-spec set_shared_limits(limits()) -> ok.
 set_shared_limits(_Limits) -> ?NOT_LOADED.
 
 
@@ -497,12 +476,12 @@ are_limits(_Limits) -> ?NOT_LOADED.
 enforce_limits(_IsOn) -> ?NOT_LOADED.
 
 
-%% What {@link enforce_limits/1} has said last; `true' at first.
+%% The value that {@link enforce_limits/1} was last called with; `true' at first.
 -spec enforces_limits() -> boolean().
 enforces_limits() -> ?NOT_LOADED.
 
 
-%% Whether routes take from any bucket: limits are enforced, and there are some.
+%% Whether routes take from any bucket: limits are enforced, and some limits are set.
 -spec has_token_buckets() -> boolean().
 has_token_buckets() -> ?NOT_LOADED.
 
@@ -514,12 +493,18 @@ has_token_buckets() -> ?NOT_LOADED.
 admission_check(_Shard) -> ?NOT_LOADED.
 
 
+%% The calling process has received messages from its mailbox (`Delta' is negative), or was sent some by other ways.
 -spec admission_adjust(non_neg_integer(), integer()) -> ok.
 admission_adjust(_Shard, _Delta) -> ?NOT_LOADED.
 
 
--spec admission_set_threshold(non_neg_integer(), pos_integer() | infinity) -> ok.
+-spec admission_set_threshold(non_neg_integer(), pos_integer() | auto | infinity) -> ok.
 admission_set_threshold(_Shard, _Threshold) -> ?NOT_LOADED.
+
+
+%% The threshold that was set; {@link admission_stats/1} has the one in force.
+-spec admission_threshold(non_neg_integer()) -> pos_integer() | auto | infinity.
+admission_threshold(_Shard) -> ?NOT_LOADED.
 
 
 -spec admission_stats(non_neg_integer()) ->
@@ -531,12 +516,12 @@ admission_set_threshold(_Shard, _Threshold) -> ?NOT_LOADED.
 admission_stats(_Shard) -> ?NOT_LOADED.
 
 
-%% Whether messages have been admitted since the last sample and that is older than ten intervals.
+%% Whether messages have been admitted since the last sample and that sample is older than ten intervals.
 -spec admission_is_unwatched(non_neg_integer()) -> boolean().
 admission_is_unwatched(_Shard) -> ?NOT_LOADED.
 
 
-%% Messages to a shard that were refused so far. Those that were not found count in any shard.
+%% Messages to a shard that were refused so far. Messages to unregistered ids are counted in an arbitrary shard.
 -spec refused(non_neg_integer()) ->
           {NotFound :: non_neg_integer(),
            CircuitOpen :: non_neg_integer(),
@@ -545,7 +530,7 @@ admission_is_unwatched(_Shard) -> ?NOT_LOADED.
 refused(_Shard) -> ?NOT_LOADED.
 
 
-%% A message to nobody that was not looked up. All that were are counted where they were.
+%% Counts a message to an unregistered id that no native call has looked up. Native look-ups count theirs.
 -spec count_not_found() -> ok.
 count_not_found() -> ?NOT_LOADED.
 
@@ -554,28 +539,49 @@ count_not_found() -> ?NOT_LOADED.
 set_sample_interval(_IntervalMs) -> ?NOT_LOADED.
 
 
--spec sample_begin(non_neg_integer()) -> Began :: non_neg_integer().
-sample_begin(_Shard) -> ?NOT_LOADED.
+%% Begins a pass over receivers that have messages waiting: those that callers have requested, or all. Returns the
+%% priority for the pass; `busy' while another sampler makes one.
+-spec sample_begin(non_neg_integer(), asked | all) -> high | normal | busy.
+sample_begin(_Shard, _Pass) -> ?NOT_LOADED.
 
 
-%% `IsLast': no more samples are taken until an event asks for one.
--spec sample_end(non_neg_integer(), Began :: non_neg_integer(), Queued :: non_neg_integer(), IsLast :: boolean()) ->
-          IsUsedUp :: boolean().
-sample_end(_Shard, _Began, _Queued, _IsLast) -> ?NOT_LOADED.
+%% The next receivers to sample; the same receivers until they were reported. At the end of the pass `done', or
+%% `due' if another pass is due at once. With `IsLast' only what is urgent comes before the end.
+-spec sample_take(non_neg_integer(), IsLast :: boolean()) ->
+          {Batch :: non_neg_integer(), [pid()]} | done | due | busy.
+sample_take(_Shard, _IsLast) -> ?NOT_LOADED.
 
 
-%% Instead of a sample: what was admitted since the last one counts on.
+%% Reports the lengths of the mailboxes, in the same order; `none' for a process that has not answered. A report
+%% of any batch but the last one is ignored, with `false'.
+-spec sample_report(non_neg_integer(), Batch :: non_neg_integer(), [non_neg_integer() | none]) -> boolean().
+sample_report(_Shard, _Batch, _Lengths) -> ?NOT_LOADED.
+
+
+%% Instead of a sample: the messages that were admitted since the last sample keep counting.
 -spec sample_skip(non_neg_integer()) -> ok.
 sample_skip(_Shard) -> ?NOT_LOADED.
 
 
-%% The processes of this node behind a shard's entries, one for each entry.
--spec shard_receivers(non_neg_integer()) -> [pid()] | dirty.
-shard_receivers(_Shard) -> ?NOT_LOADED.
+%% No more samples are taken until an event requests one. `false' if there are receivers to sample.
+-spec sample_pause(non_neg_integer()) -> boolean().
+sample_pause(_Shard) -> ?NOT_LOADED.
 
 
--spec shard_receivers_dirty(non_neg_integer()) -> [pid()].
-shard_receivers_dirty(_Shard) -> ?NOT_LOADED.
+%% The number of mailboxes sampled so far, and of receivers that were sent something and not seen empty since.
+-spec sample_counts(non_neg_integer()) -> {Looks :: non_neg_integer(), ActiveReceivers :: non_neg_integer()}.
+sample_counts(_Shard) -> ?NOT_LOADED.
+
+
+%% Counts the different processes of this node behind a shard's entries, for a threshold of `auto'. Costs nothing
+%% if no entry was added or removed since the last count.
+-spec count_receivers(non_neg_integer()) -> ok.
+count_receivers(_Shard) -> ?NOT_LOADED.
+
+
+%% Whether so many entries were added and removed that they should be counted.
+-spec is_receiver_count_due(non_neg_integer()) -> boolean().
+is_receiver_count_due(_Shard) -> ?NOT_LOADED.
 
 
 %%% The node's circuit breaker
@@ -585,12 +591,12 @@ shard_receivers_dirty(_Shard) -> ?NOT_LOADED.
 breaker_state() -> ?NOT_LOADED.
 
 
-%% A probe must be answered by a success or a failure.
+%% `{allowed, half_open}' is a probe, whose outcome must be recorded as a success or a failure.
 -spec breaker_allow() -> allowed | {allowed, half_open} | refused.
 breaker_allow() -> ?NOT_LOADED.
 
 
-%% Returns the change that it has led to, as do the next two.
+%% Returns the transition that it has caused, as do the next two.
 -spec breaker_success() -> none | closed.
 breaker_success() -> ?NOT_LOADED.
 
@@ -614,3 +620,59 @@ breaker_configure(_Config) -> ?NOT_LOADED.
 
 -spec breaker_stats() -> #{atom() => term()}.
 breaker_stats() -> ?NOT_LOADED.
+
+
+%%% Named circuit breakers
+%%
+%% `undefined': there is no such breaker. Without the library there is none.
+
+
+%% With `true' the breaker is removed when the calling process exits. `Options' is a term that is kept.
+-spec named_breaker_register(term(), named_breaker_config(), Options :: term(), boolean()) ->
+          ok |
+          {already_registered, pid() | none} |
+          name_too_long |
+          config_too_large |
+          too_many_breakers.
+named_breaker_register(_Name, _Config, _Options, _IsOwned) -> ?NOT_LOADED.
+
+
+%% Removes a breaker that has no process, or whose process is the calling one.
+-spec named_breaker_remove(term()) -> ok | undefined.
+named_breaker_remove(_Name) -> ?NOT_LOADED.
+
+
+-spec named_breaker_owner(term()) -> pid() | none | undefined.
+named_breaker_owner(_Name) -> ?NOT_LOADED.
+
+
+%% All names. Dirty.
+-spec named_breakers() -> [term()].
+named_breakers() -> ?NOT_LOADED.
+
+
+%% Admits the calling process to a call, which gets a number. In the half-open state the call holds a slot for so
+%% many milliseconds at most.
+-spec named_breaker_enter(term(), timeout()) -> entered() | undefined.
+named_breaker_enter(_Breaker, _LimitMs) ->
+    case load_error() of
+        none -> ?NOT_LOADED;
+        _ -> undefined
+    end.
+
+
+%% Ends the call of this number, and those inside it.
+-spec named_breaker_leave(non_neg_integer(), success | failure) -> ok | [transition()].
+named_breaker_leave(_Call, _Outcome) -> ?NOT_LOADED.
+
+
+-spec named_breaker_state(term()) -> {closed | open | half_open, [transition()]} | undefined.
+named_breaker_state(_Breaker) -> ?NOT_LOADED.
+
+
+-spec named_breaker_stats(term()) -> {map(), [transition()]} | undefined.
+named_breaker_stats(_Breaker) -> ?NOT_LOADED.
+
+
+-spec named_breaker_force(term(), reset | open | closed | half_open) -> [transition()] | undefined.
+named_breaker_force(_Breaker, _State) -> ?NOT_LOADED.

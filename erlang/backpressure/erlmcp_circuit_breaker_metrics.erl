@@ -1,13 +1,13 @@
 %%% @private
-%%% What callers of the node's circuit breaker report of their requests: how many, how long, how
-%%% many errors. The process of the local name `erlmcp_circuit_breaker', which a host's supervisor
-%%% starts.
+%%% The metrics that callers of the node's circuit breaker report of their requests: counts, latencies and
+%%% errors. The process has the local name `erlmcp_circuit_breaker', and a host's supervisor
+%%% starts it.
 %%%
 %%% The reports go into counters that all processes share, and never to this process. It is there to
-%%% be supervised, and to begin the counts anew when it starts.
+%%% be supervised, and resets the counts when it starts.
 %%%
 %%% Latencies are counted in buckets, eight to each power of two: a percentile is the upper end of
-%%% its bucket, at most an eighth above the true one. A reading is no snapshot: what is reported
+%%% its bucket, at most an eighth above the true value. A reading is not a snapshot: what is reported
 %%% meanwhile may be in one figure and not yet in another.
 -module(erlmcp_circuit_breaker_metrics).
 
@@ -25,7 +25,7 @@
 -define(LATENCY_SUM,  3).
 -define(FIRST_BUCKET, 4).
 
-%% Buckets 0 to 15 are of one millisecond each. The last one takes what is longer than 2^32 ms.
+%% Buckets 0 to 15 are of one millisecond each. The last bucket counts everything longer than 2^32 ms.
 -define(MAX_LATENCY, 16#ffffffff).
 -define(BUCKETS,     240).
 
@@ -36,7 +36,7 @@ start_link() ->
     gen_server:start_link({local, ?NAME}, ?MODULE, [], []).
 
 
-%% @doc Ends the process.
+%% @doc Stops the process.
 -spec stop() -> ok.
 stop() ->
     try
@@ -69,7 +69,7 @@ error() ->
     end.
 
 
-%% @doc Begins the counts anew.
+%% @doc Resets the counts.
 -spec clear() -> ok.
 clear() ->
     case counters() of
@@ -164,7 +164,7 @@ counters() ->
 %% @private
 -spec init([]) -> {ok, []}.
 init([]) ->
-    % Made once in the life of a node: to replace a persistent term costs a scan of all processes.
+    % Made once in the life of a node: replacing a persistent term costs a scan of all processes.
     case counters() of
         undefined ->
             persistent_term:put(?COUNTERS,

@@ -1,36 +1,39 @@
 %%% @doc Token buckets: how many messages, in one burst and in the long run.
 %%%
-%%% A bucket holds up to `capacity' tokens and gets `rate_per_second' of them back, continuously. It is
-%%% one word in native memory, refilled when it is asked, without a process or a timer. In every
+%%% A bucket holds up to `capacity' tokens and is refilled continuously, at `rate_per_second'. It is
+%%% one word in native memory, updated when it is used, without a process or a timer. In every
 %%% window of time `t' at most `capacity + rate_per_second * t' tokens are taken, by however many
 %%% processes.
 %%%
-%%% Every connection and every transport has one. What is routed to a connection, or from a
-%%% transport to a server, takes a token from it. All share the limits of the configuration (`token_bucket' in {@link
-%%% erlmcp_native_config}) but those that {@link set_limits/2} gives limits of their own. {@link new/1}
+%%% Every connection and every transport has one. A message routed to a connection, or from a
+%%% transport to a server, takes a token from its bucket. All share the limits of the configuration (`token_bucket' in
+%%% {@link erlmcp_native_config}), except those to which {@link set_limits/2} gives limits of their own. {@link new/1}
 %%% makes a bucket for anything else.
 %%%
-%%% Functions that take a bucket or an id take a connection's id, any term; a bucket is never taken
-%%% for an id. Those with a leading `connection' or `transport' take ids of that kind.
+%%% Where a function accepts a bucket or an id, the id is that of a connection, any term; a bucket is never taken
+%%% for an id. Functions with the first argument `connection' or `transport' accept ids of that kind.
 %%%
 %%% == Cost ==
 %%% Constant time, on the calling scheduler, without a lock: about as much as a look-up.
 %%%
 %%% == Errors ==
-%%% A number of tokens that is not an integer from 0 on raises `badarg'; limits that no bucket can have
+%%% A number of tokens that is not a non-negative integer raises `badarg'; limits that no bucket can have
 %%% raise `{bad_option, Key, Value, Expected}'.
 -module(erlmcp_token_bucket).
 
 -export([new/1]).
 -export([consume/2, consume/3, consume_or_wait_time/2, consume_or_wait_time/3]).
 -export([get_state/1, get_state/2, set_limits/2, set_limits/3]).
+%% For other modules of this application
+-export([are_asked/0]).
 
 -export_type([bucket/0, limits/0, state/0, namespace/0]).
 
 -define(MORE_THAN_ANY, (1 bsl 32)).
 
 -type bucket() :: erlmcp_nif:bucket().
--type limits() :: #{capacity => pos_integer(), rate_per_second => number()} | infinity.
+%% Or a property list or keyword list.
+-type limits() :: #{capacity => pos_integer(), rate_per_second => number()} | [{atom(), number()}] | infinity.
 -type state() :: #{
                    tokens := non_neg_integer() | infinity,
                    capacity := pos_integer() | infinity,
@@ -46,7 +49,7 @@ new(Limits) ->
     erlmcp_nif:bucket_new(native(Limits)).
 
 
-%% @doc Takes `N' tokens, or none. `Remaining' is what is left then, `infinity' without limits.
+%% @doc Takes `N' tokens, or none. `Remaining' is the number of tokens left, `infinity' without limits.
 -spec consume(bucket() | Id :: term(), N :: non_neg_integer()) ->
           {ok, Remaining :: non_neg_integer() | infinity} |
           {error, rate_limited | exceeds_capacity | not_found}.
@@ -62,7 +65,7 @@ consume(Namespace, Id, N) ->
     without_wait(entry_take(Namespace, Id, N)).
 
 
-%% @doc As {@link consume/2}, but says in how many milliseconds `N' tokens will be there if nobody
+%% @doc As {@link consume/2}, but a refusal says in how many milliseconds `N' tokens will be available if no process
 %% takes any meanwhile.
 -spec consume_or_wait_time(bucket() | Id :: term(), N :: non_neg_integer()) ->
           {ok, Remaining :: non_neg_integer() | infinity} |
@@ -79,7 +82,7 @@ consume_or_wait_time(Namespace, Id, N) ->
     with_wait(entry_take(Namespace, Id, N)).
 
 
-%% @doc What a bucket holds now, and its limits. A connection that is not registered is `{error,
+%% @doc The tokens and the limits of a bucket. For a connection that is not registered the result is `{error,
 %% not_found}'.
 -spec get_state(bucket() | Id :: term()) -> state() | {error, not_found}.
 get_state(Of) ->
@@ -89,7 +92,7 @@ get_state(Of) ->
     end.
 
 
-%% @doc What the bucket of a connection or a transport holds now, and its limits.
+%% @doc The tokens and the limits of the bucket of a connection or a transport.
 -spec get_state(namespace(), Id :: term()) -> state() | {error, not_found}.
 get_state(Namespace, Id) when Namespace =:= connection; Namespace =:= transport ->
     case erlmcp_nif:entry_bucket_state(Namespace, Id) of
@@ -98,31 +101,36 @@ get_state(Namespace, Id) when Namespace =:= connection; Namespace =:= transport 
     end.
 
 
-%% @doc Changes the limits of a bucket, or gives a connection limits of its own. `default' gives a
-%% connection those of the configuration again.
+%% @doc Changes the limits of a bucket, or gives a connection limits of its own. With `default' a
+%% connection has the limits of the configuration again.
 %%
-%% Tokens that it holds stay, up to the new capacity. A key that is not given has its default, as
-%% with {@link new/1}. For `{error, too_many_changes}' see
-%% {@link erlmcp_backpressure:set/2}.
--spec set_limits(bucket() | Id :: term(), limits() | default) ->
-          ok | {error, not_found | too_many_changes}.
+%% A key that is not given keeps its value. A connection that has no limits of its own begins with those of the
+%% configuration, and keeps them from then on. Where the limits were `infinity', a key that is not given has the last
+%% value that it had. The bucket keeps its tokens, up to the new capacity, however often limits change.
+-spec set_limits(bucket() | Id :: term(), limits() | default) -> ok | {error, not_found}.
 set_limits(Of, Limits) ->
     case is_bucket(Of) of
-        true -> changed(erlmcp_nif:bucket_set_limits(Of, native(Limits)));
+        true -> changed(erlmcp_nif:bucket_set_limits(Of, change(Limits)), Limits);
         false -> set_limits(connection, Of, Limits)
     end.
 
 
 %% @doc Gives a connection or a transport limits of its own; see {@link set_limits/2}.
--spec set_limits(namespace(), Id :: term(), limits() | default) ->
-          ok | {error, not_found | too_many_changes}.
+-spec set_limits(namespace(), Id :: term(), limits() | default) -> ok | {error, not_found}.
 set_limits(Namespace, Id, default) when Namespace =:= connection; Namespace =:= transport ->
-    changed(erlmcp_nif:entry_set_limits(Namespace, Id, shared));
+    changed(erlmcp_nif:entry_set_limits(Namespace, Id, shared), default);
 set_limits(Namespace, Id, Limits) when Namespace =:= connection; Namespace =:= transport ->
-    changed(erlmcp_nif:entry_set_limits(Namespace, Id, native(Limits))).
+    changed(erlmcp_nif:entry_set_limits(Namespace, Id, change(Limits)), Limits).
 
 
-%% Most ids are no references, and are not asked about.
+%% @private
+%% Whether routes take tokens from any bucket at all.
+-spec are_asked() -> boolean().
+are_asked() ->
+    erlmcp_nif:has_token_buckets().
+
+
+%% Most ids are not references, and need no native call.
 -spec is_bucket(term()) -> boolean().
 is_bucket(Of) ->
     is_reference(Of) andalso erlmcp_nif:is_bucket(Of).
@@ -162,9 +170,10 @@ with_wait({rate_limited, WaitNs}) -> {error, {rate_limited, max(1, (WaitNs + 999
 with_wait(Reason) -> {error, Reason}.
 
 
--spec changed(ok | not_found | too_many_changes) -> ok | {error, not_found | too_many_changes}.
-changed(ok) -> ok;
-changed(Reason) -> {error, Reason}.
+-spec changed(ok | not_found | too_slow_to_fill, limits() | default) -> ok | {error, not_found}.
+changed(ok, _Limits) -> ok;
+changed(not_found, _Limits) -> {error, not_found};
+changed(too_slow_to_fill, Limits) -> error({bad_option, token_bucket, Limits, erlmcp_native_config:too_slow_to_fill()}).
 
 
 -spec state({non_neg_integer() | infinity, erlmcp_nif:limits()}) -> state().
@@ -181,3 +190,17 @@ native(Limits) ->
         {ok, #{capacity := Capacity, rate_per_second := Rate}} -> {Capacity, float(Rate)};
         {error, Error} -> error(Error)
     end.
+
+
+-spec change(limits() | term()) -> erlmcp_nif:change().
+change(Limits) ->
+    case erlmcp_native_config:token_bucket_change(Limits) of
+        {ok, infinity} -> infinity;
+        {ok, Map} -> {maps:get(capacity, Map, undefined), rate(Map)};
+        {error, Error} -> error(Error)
+    end.
+
+
+-spec rate(map()) -> float() | undefined.
+rate(#{rate_per_second := Rate}) -> float(Rate);
+rate(#{}) -> undefined.

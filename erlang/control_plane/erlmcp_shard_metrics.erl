@@ -1,12 +1,12 @@
 %%% @doc Metrics of the shards: once a second native counters become rates and percentiles.
 %%%
-%%% Routes count what they admit and what they refuse in native memory anyway; nobody waits for this
-%%% process, and {@link get/0} reads a table. Rates are differences of counters over the time that has
-%%% really passed, so a second that was late makes no peak.
+%%% Routes count admitted and refused messages in native memory anyway; no caller waits for this
+%%% process, and {@link get/0} reads a table. Rates are differences of counters divided by the time that has
+%%% really passed, so a late measurement makes no peak.
 %%%
 %%% Messages are counted as admitted where admission control has a threshold. With `admission' set to
-%%% `infinity', or `backpressure' to `off', a route leaves no trace, and the rates are zero. Nor does what the
-%%% pure-Erlang registry routes ({@link erlmcp_rollout}).
+%%% `infinity', or `backpressure' to `off', routes do not count, and the rates are zero. Messages that the
+%%% pure-Erlang registry routes are not counted either ({@link erlmcp_rollout}).
 -module(erlmcp_shard_metrics).
 
 -behaviour(gen_server).
@@ -42,7 +42,7 @@
                     }.
 
 -define(INTERVAL_MS, 1_000).
-%% Seconds that the percentiles of rates look back.
+%% Seconds over which the percentiles of rates are computed.
 -define(WINDOW,  60).
 -define(REASONS, [not_found, circuit_open, shard_overloaded, rate_limited]).
 
@@ -54,7 +54,7 @@
          }).
 -record(state, {
           counters :: #counters{},
-          %% Of the last minute, the latest one first.
+          %% The rates of the last minute, the latest one first.
           message_rates = [] :: [non_neg_integer()],
           refusal_rates = [] :: [non_neg_integer()]
          }).
@@ -62,12 +62,12 @@
 
 %% @doc The metrics of the last second. Asks no process.
 %%
-%% `measured_at_ms' is the system time of the measurement, `interval_ms' the time that it is over.
+%% `measured_at_ms' is the system time of the measurement, `interval_ms' the time that it covers.
 %% Shards that have admitted nothing are not in `messages_per_second_of_shards'. `latency_us' is the
 %% time that messages wait in the mailboxes of the shards with traffic, from the last samples of their
 %% managers ({@link erlmcp_admission_control:get_shard_stats/1}). `admitted' and `refused' are the
-%% counts since the registry was made. `{error, not_running}' comes without the process, and in the
-%% first second of it.
+%% counts since the registry was made. The result is `{error, not_running}' if the process does not run, and in its
+%% first second.
 -spec get() -> metrics() | {error, not_running}.
 get() ->
     try ets:lookup(?MODULE, metrics) of
@@ -79,7 +79,7 @@ get() ->
 
 
 %% @private
-%% How long ago the process has measured or, before that, was started.
+%% The time since the last measurement or, before the first one, since the start of the process.
 -spec age_ms() -> integer() | none.
 age_ms() ->
     try
@@ -176,7 +176,7 @@ measure(#state{counters = Before} = State) ->
     Refused = lists:zipwith(fun erlang:'-'/2, Now#counters.refused, Before#counters.refused),
     MessageRates = lists:sublist([Messages | State#state.message_rates], ?WINDOW),
     RefusalRates = lists:sublist([PerSecond(lists:sum(Refused)) | State#state.refusal_rates], ?WINDOW),
-    Latencies = lists:append([ erlmcp_shard_stats:latencies_us(Shard) || {Shard, _Count} <- Active ]),
+    Latencies = lists:append([ erlmcp_shard_sampler:latencies_us(Shard) || {Shard, _Count} <- Active ]),
     Metrics = #{
                 measured_at_ms => erlang:system_time(millisecond),
                 interval_ms => max(1, Us div 1000),
@@ -186,10 +186,10 @@ measure(#state{counters = Before} = State) ->
                 refusals_per_second => by_reason([ PerSecond(Count) || Count <- Refused ]),
                 last_minute =>
                     #{
-                      messages_per_second => erlmcp_shard_stats:percentiles(MessageRates),
-                      refusals_per_second => erlmcp_shard_stats:percentiles(RefusalRates)
+                      messages_per_second => erlmcp_shard_sampler:percentiles(MessageRates),
+                      refusals_per_second => erlmcp_shard_sampler:percentiles(RefusalRates)
                      },
-                latency_us => erlmcp_shard_stats:percentiles(Latencies),
+                latency_us => erlmcp_shard_sampler:percentiles(Latencies),
                 admitted => lists:sum([ Count || {_Shard, Count} <- Now#counters.admitted ]),
                 refused => by_reason(Now#counters.refused)
                },

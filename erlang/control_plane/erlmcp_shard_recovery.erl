@@ -1,39 +1,36 @@
-%%% @doc Recovery of shards: notices when a shard's manager has been restarted, checks the shard's
-%%% entries, tells who wants to know, and keeps account of the downtimes.
+%%% @doc Recovery of shards: detects that a shard's manager has been restarted, notifies subscribers, and
+%%% records the downtimes.
 %%%
-%%% A manager's end stops no route: its shard is only not sampled until the next one is there. Its
-%%% <em>downtime</em> is from its end to the end of its successor's first sample. Then the entries are
-%%% checked: no process among them that has ended, and as many as are counted; what is wrong for five
-%%% seconds is told by {@link erlmcp_native:health/0} and logged, and looked at again every second.
-%%% After the check each subscriber gets
+%%% The exit of a manager stops no route: its shard is only not sampled until the next manager runs. The
+%%% <em>downtime</em> is the time from the exit of a manager, which a monitor reports, to the end of its successor's
+%%% first sample, which the successor reports. Then each subscriber gets
 %%%
 %%% ```
 %%% {erlmcp_shard_recovered, ShardId, DowntimeMs}
 %%% '''
 %%%
-%%% == When this process is not there ==
-%%% Subscriptions, downtimes and what was under way stay in a table of the application's top supervisor
-%%% ({@link erlmcp_shard_recovery_records}). The next process finds in it which managers there were,
-%%% and so the restarts that nobody has seen. Their downtimes are given as an upper bound: from the
-%%% last second in which this process is known to have been there. They are counted apart, as are those
-%%% that were over before this process was told that they had begun: about one in a hundred on two busy
-%%% cores, and whatever came while it was suspended. A
-%%% message may come twice if this process was killed while it told of it.
+%%% == Guarantees ==
+%%% Each downtime is counted once, and each subscriber is notified of it once; twice if this process was killed
+%%% while it sent the notifications. Subscriptions, downtimes and the last known manager of each shard are kept in a
+%%% table of the application's top supervisor, and what a recovery changes in it is written in one step. In this table
+%%% the next process finds the restarts that were not observed. Their downtimes are given as an upper
+%%% bound: from the last second in which this process is known to have run. These downtimes are counted separately,
+%%% and so are those that were over before this process was notified of their start: one or two in a hundred
+%%% on two busy cores, and all that occurred while the process was suspended.
 %%%
 %%% == Cost ==
-%%% One monitor for each manager, and a sign of life once a second; managers that are missing are
-%%% looked for every millisecond, less often after a second.
+%%% A monitor for each manager, two messages for each restart, and a sign of life once a second.
 -module(erlmcp_shard_recovery).
 
 -behaviour(gen_server).
 
--include_lib("kernel/include/logger.hrl").
-
 %% Subscriptions
 -export([subscribe/0, subscribe/1, unsubscribe/0, unsubscribe/1]).
 %% What is known
--export([downtimes/0, damaged/0, check/1]).
+-export([downtimes/0]).
+-export([silent_ms/0]).
 %% Process
+-export([new/0]).
 -export([start_link/0]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
 
@@ -49,18 +46,23 @@
                        unobserved_worst_us := non_neg_integer(),
                        down := [shard_id()]
                       }.
+%% Whether a downtime was measured, or is an upper bound since its beginning was not observed.
+-type kind() :: exact | bound.
+%% The condition of a manager: running; running, and subscribers are being notified of its recovery; exited.
+-type condition() :: up | {untold, DowntimeUs :: non_neg_integer()} | {down, SinceUs :: integer(), kind()}.
 
--define(RECORDS,    erlmcp_shard_recovery_records).
--define(ALIVE_MS,   1_000).
--define(RECHECK_MS, 1_000).
+%% The rows of the table: `{{subscriber, pid()}}'; `{{shard, shard_id()}, pid() | none, condition()}', the
+%% manager that was there last; `{{downtimes, kind()}, Count, SumUs, WorstUs, LatestUs}'; `{alive_us, Us}'.
+-define(TABLE,    ?MODULE).
+-define(ALIVE_MS, 1_000).
+%% The number of downtimes that are kept for the median.
+-define(KEPT, 1_000).
 
 -record(state, {
-          %% The managers and subscribers that are monitored, and the checks that are under way.
-          managers = #{} :: #{reference() => shard_id()},
-          subscribers = #{} :: #{pid() => reference()},
-          checks = #{} :: #{reference() => {shard_id(), pid() | none}},
-          %% Looking for missing managers.
-          timer = idle :: idle | reference()
+          %% Monitors.
+          managers = #{} :: #{shard_id() => {pid(), reference()}},
+          shards = #{} :: #{reference() => shard_id()},
+          subscribers = #{} :: #{pid() => reference()}
          }).
 
 %%% Subscriptions
@@ -72,13 +74,14 @@ subscribe() ->
     subscribe(self()).
 
 
-%% @doc Has a process told of each recovery, until it ends, is unsubscribed or the application stops.
-%% Once is enough.
+%% @doc Subscribes a process to recoveries, until it exits, is unsubscribed or the application stops.
+%% Further calls for the same process have no effect.
 -spec subscribe(pid()) -> ok | {error, not_running}.
 subscribe(Pid) when is_pid(Pid) ->
-    case ?RECORDS:subscribe(Pid) of
-        true -> gen_server:cast(?MODULE, {subscribed, Pid});
-        false -> {error, not_running}
+    try ets:insert(?TABLE, {{subscriber, Pid}}) of
+        true -> gen_server:cast(?MODULE, {subscribed, Pid})
+    catch
+        error:badarg -> {error, not_running}
     end.
 
 
@@ -91,8 +94,11 @@ unsubscribe() ->
 %% @doc Ends a subscription; `ok' also if there is none. What was sent before may still arrive.
 -spec unsubscribe(pid()) -> ok.
 unsubscribe(Pid) when is_pid(Pid) ->
-    _ = ?RECORDS:unsubscribe(Pid),
-    gen_server:cast(?MODULE, {unsubscribed, Pid}).
+    try ets:delete(?TABLE, {subscriber, Pid}) of
+        true -> gen_server:cast(?MODULE, {unsubscribed, Pid})
+    catch
+        error:badarg -> ok
+    end.
 
 
 %%% What is known
@@ -100,13 +106,14 @@ unsubscribe(Pid) when is_pid(Pid) ->
 
 %% @doc The downtimes of managers since the application was started.
 %%
-%% `count', `mean_us' (the mean time to recovery) and `worst_us' are of all that were measured,
-%% `median_us' of the latest thousand. `unobserved_count' are those that nobody has seen begin, and
-%% `unobserved_worst_us' an upper bound of them. `down' are the shards without a manager that has
-%% sampled. Asks no process; all zero where the application is not running.
+%% `count', `mean_us' (the mean time to recovery) and `worst_us' are of all measured downtimes,
+%% `median_us' of the latest thousand. `unobserved_count' counts the downtimes whose start was not observed, and
+%% `unobserved_worst_us' is an upper bound of them. `down' are the shards whose manager has exited and that no new
+%% manager has sampled yet. Asks no process; all zero where the application is not running.
 -spec downtimes() -> downtimes().
 downtimes() ->
-    #{exact := {Count, Sum, Worst, Latest}, bound := {Unobserved, _, WorstBound, _}} = ?RECORDS:downtimes(),
+    {Count, Sum, Worst, Latest} = downtimes(exact),
+    {Unobserved, _Sum, WorstBound, _Latest} = downtimes(bound),
     #{
       count => Count,
       mean_us => Sum div max(1, Count),
@@ -114,7 +121,7 @@ downtimes() ->
       worst_us => Worst,
       unobserved_count => Unobserved,
       unobserved_worst_us => WorstBound,
-      down => lists:sort([ Shard || {Shard, _SinceUs, _Kind} <- ?RECORDS:down() ])
+      down => lists:sort([ Shard || [Shard] <- match({{shard, '$1'}, '_', {down, '_', '_'}}) ])
      }.
 
 
@@ -123,20 +130,22 @@ median([]) -> 0;
 median(Sorted) -> lists:nth((length(Sorted) + 1) div 2, Sorted).
 
 
-%% @doc The shards whose entries were found wrong at their last check. Asks no process.
--spec damaged() -> [shard_id()].
-damaged() ->
-    ?RECORDS:damaged().
-
-
-%% @doc Checks the entries of a shard now, in the calling process. That takes a moment where all is well,
-%% and five seconds where something stays wrong. Raises `badarg' if there is no such shard.
--spec check(shard_id()) -> erlmcp_shard_check:verdict().
-check(ShardId) ->
-    erlmcp_shard_check:run(ShardId).
+%% @private
+%% The time since the last sign of life of the process; 0 if it has never run.
+-spec silent_ms() -> integer().
+silent_ms() ->
+    (now_us() - last_alive_us()) div 1000.
 
 
 %%% Process
+
+
+%% @private
+%% Makes the table, owned by the calling process.
+-spec new() -> ok.
+new() ->
+    _ = ets:new(?TABLE, [named_table, public, {read_concurrency, true}]),
+    ok.
 
 
 %% @private
@@ -148,18 +157,14 @@ start_link() ->
 %% @private
 -spec init([]) -> {ok, #state{}}.
 init([]) ->
-    %% A restart is seen while the node is under load, or not measured rightly.
+    %% The process runs for some microseconds at a restart. With normal priority it would be notified of an exit on a
+    %% busy node only when the restart is over.
     _ = process_flag(priority, high),
     #{shards := Shards} = erlmcp_shard_registry:limits(),
-    Down = [ Shard || {Shard, _SinceUs, _Kind} <- ?RECORDS:down() ],
-    Watched = lists:foldl(fun watch/2, #state{}, lists:seq(0, Shards - 1) -- Down),
-    Subscribed = lists:foldl(fun monitor_subscriber/2, Watched, ?RECORDS:subscribers()),
-    Checking = lists:foldl(fun({Shard, Manager, _DowntimeUs}, State) -> start_check(Shard, Manager, State) end,
-                           Subscribed,
-                           ?RECORDS:unchecked()),
-    Rechecking = lists:foldl(fun(Shard, State) -> start_check(Shard, none, State) end, Checking, ?RECORDS:damaged()),
+    Watching = lists:foldl(fun watch/2, #state{}, lists:seq(0, Shards - 1)),
+    Subscribed = lists:foldl(fun monitor_subscriber/2, Watching, subscribers()),
     ok = sign_of_life(now_us()),
-    {ok, start_timer(Rechecking)}.
+    {ok, Subscribed}.
 
 
 %% @private
@@ -180,15 +185,13 @@ handle_cast(_Cast, State) ->
 
 %% @private
 -spec handle_info(term(), #state{}) -> {noreply, #state{}}.
-handle_info({timeout, Timer, look}, #state{timer = Timer} = State) ->
-    {noreply, start_timer(look_for_managers(State#state{timer = idle}))};
+handle_info({first_sample, Shard, Manager, SampledUs}, State) ->
+    {noreply, sampled(Shard, Manager, SampledUs, State)};
+handle_info({'DOWN', Monitor, process, Pid, _Reason}, State) ->
+    {noreply, ended(Monitor, Pid, State)};
 handle_info({sign_of_life, DueUs}, State) ->
     ok = sign_of_life(DueUs),
     {noreply, State};
-handle_info({check, Shard, Manager}, State) ->
-    {noreply, start_check(Shard, Manager, State)};
-handle_info({'DOWN', Monitor, process, Pid, Reason}, State) ->
-    {noreply, ended(Monitor, Pid, Reason, State)};
 handle_info(_Unknown, State) ->
     {noreply, State}.
 
@@ -199,142 +202,110 @@ terminate(_Reason, _State) ->
     ok.
 
 
--spec ended(reference(), pid(), term(), #state{}) -> #state{}.
-ended(Monitor, Pid, Reason, #state{managers = Managers, checks = Checks} = State) ->
-    case {Managers, Checks} of
-        {#{Monitor := Shard}, _} ->
-            ok = manager_ended(Shard, Pid),
-            start_timer(State#state{managers = maps:remove(Monitor, Managers)});
-        {_, #{Monitor := {Shard, Manager}}} ->
-            checked(Reason, Shard, Manager, State#state{checks = maps:remove(Monitor, Checks)});
-        _ ->
-            _ = ?RECORDS:unsubscribe(Pid),
-            State#state{subscribers = maps:remove(Pid, State#state.subscribers)}
-    end.
-
-
 %%% Managers
 
 
+%% If a manager takes its first sample before this process has its name, its message has no receiver; but it has
+%% written the row that is read here before that.
 -spec watch(shard_id(), #state{}) -> #state{}.
 watch(Shard, State) ->
-    case {whereis(erlmcp_backpressure:sampler(Shard)), ?RECORDS:manager(Shard)} of
-        {Manager, Manager} when is_pid(Manager) ->
+    case {whereis(erlmcp_shard_sampler:name(Shard)), known(Shard)} of
+        {_Any, {Former, {untold, DowntimeUs}}} ->
+            ok = tell(Shard, Former, DowntimeUs),
+            watch(Shard, State);
+        {Manager, {Manager, up}} ->
             monitor_manager(Shard, Manager, State);
-        {Manager, none} when is_pid(Manager) ->
+        {Manager, {none, up}} when is_pid(Manager) ->
             %% The application has just been started.
+            ok = insert([{{shard, Shard}, Manager, up}]),
             monitor_manager(Shard, Manager, State);
-        {_Other, _Former} ->
-            ok = ?RECORDS:went_down(Shard, last_alive_us(), bound),
+        {_Other, {Former, up}} ->
+            ok = went_down(Shard, Former, last_alive_us(), bound),
+            look_for_successor(Shard, State);
+        {_Any, {_Former, {down, _SinceUs, _Kind}}} ->
+            look_for_successor(Shard, State)
+    end.
+
+
+-spec look_for_successor(shard_id(), #state{}) -> #state{}.
+look_for_successor(Shard, State) ->
+    Manager = whereis(erlmcp_shard_sampler:name(Shard)),
+    case erlmcp_shard_sampler:first_sample(Shard) of
+        {Manager, SampledUs} -> sampled(Shard, Manager, SampledUs, State);
+        %% The manager will send a message.
+        _NoneOrFormer -> State
+    end.
+
+
+%% A manager has taken its first sample.
+-spec sampled(shard_id(), pid(), SampledUs :: integer(), #state{}) -> #state{}.
+sampled(Shard, Manager, SampledUs, State) ->
+    case {erlmcp_shard_sampler:first_sample(Shard), known(Shard)} of
+        {{Manager, _Us}, {Former, {down, SinceUs, Kind}}} when Former =/= Manager ->
+            recovered(Shard, Manager, max(0, SampledUs - SinceUs), Kind, State);
+        {{Manager, _Us}, {Former, up}} when Former =/= Manager ->
+            %% The 'DOWN' of the former manager is still on its way.
+            recovered(Shard, Manager, max(0, SampledUs - last_alive_us()), bound, demonitor_manager(Shard, State));
+        _ ->
+            %% The manager was known before it had sampled, or has exited, or a later one has sampled since.
             State
     end.
 
 
-%% A successor that has sampled already: the end was told too late to measure anything from it.
+-spec recovered(shard_id(), pid(), DowntimeUs :: non_neg_integer(), kind(), #state{}) -> #state{}.
+recovered(Shard, Manager, DowntimeUs, Kind, State) ->
+    {Count, Sum, Worst, Latest} = downtimes(Kind),
+    Downtimes = {{downtimes, Kind}, Count + 1, Sum + DowntimeUs, max(Worst, DowntimeUs), lists:sublist([DowntimeUs | Latest], ?KEPT)},
+    %% Both rows or none, if this process is killed.
+    ok = insert([{{shard, Shard}, Manager, {untold, DowntimeUs}}, Downtimes]),
+    ok = tell(Shard, Manager, DowntimeUs),
+    monitor_manager(Shard, Manager, State).
+
+
+-spec tell(shard_id(), pid(), DowntimeUs :: non_neg_integer()) -> ok.
+tell(Shard, Manager, DowntimeUs) ->
+    Message = {erlmcp_shard_recovered, Shard, (DowntimeUs + 999) div 1000},
+    lists:foreach(fun(Pid) -> Pid ! Message end, subscribers()),
+    insert([{{shard, Shard}, Manager, up}]).
+
+
+-spec ended(reference(), pid(), #state{}) -> #state{}.
+ended(Monitor, Pid, #state{shards = Shards, managers = Managers, subscribers = Subscribers} = State) ->
+    case Shards of
+        #{Monitor := Shard} ->
+            ok = manager_ended(Shard, Pid),
+            State#state{shards = maps:remove(Monitor, Shards), managers = maps:remove(Shard, Managers)};
+        _ ->
+            true = ets:delete(?TABLE, {subscriber, Pid}),
+            State#state{subscribers = maps:remove(Pid, Subscribers)}
+    end.
+
+
+%% If a successor has sampled already, the exit was reported too late to measure anything from it.
 -spec manager_ended(shard_id(), pid()) -> ok.
 manager_ended(Shard, Manager) ->
-    case erlmcp_shard_stats:first_sample(Shard) of
-        {Successor, _SampledUs} when Successor =/= Manager -> ?RECORDS:went_down(Shard, last_alive_us(), bound);
-        _OfManagerOrNone -> ?RECORDS:went_down(Shard, now_us(), exact)
+    case erlmcp_shard_sampler:first_sample(Shard) of
+        {Successor, _SampledUs} when Successor =/= Manager -> went_down(Shard, Manager, last_alive_us(), bound);
+        _OfManagerOrNone -> went_down(Shard, Manager, now_us(), exact)
     end.
+
+
+-spec went_down(shard_id(), pid() | none, SinceUs :: integer(), kind()) -> ok.
+went_down(Shard, Manager, SinceUs, Kind) ->
+    insert([{{shard, Shard}, Manager, {down, SinceUs, Kind}}]).
 
 
 -spec monitor_manager(shard_id(), pid(), #state{}) -> #state{}.
-monitor_manager(Shard, Manager, #state{managers = Managers} = State) ->
-    ok = ?RECORDS:set_manager(Shard, Manager),
-    State#state{managers = Managers#{monitor(process, Manager) => Shard}}.
+monitor_manager(Shard, Manager, #state{managers = Managers, shards = Shards} = State) ->
+    Monitor = monitor(process, Manager),
+    State#state{managers = Managers#{Shard => {Manager, Monitor}}, shards = Shards#{Monitor => Shard}}.
 
 
--spec look_for_managers(#state{}) -> #state{}.
-look_for_managers(State) ->
-    lists:foldl(fun look_for_manager/2, State, ?RECORDS:down()).
-
-
--spec look_for_manager({shard_id(), integer(), ?RECORDS:kind()}, #state{}) -> #state{}.
-look_for_manager({Shard, SinceUs, Kind}, State) ->
-    Manager = whereis(erlmcp_backpressure:sampler(Shard)),
-    case erlmcp_shard_stats:first_sample(Shard) of
-        {Manager, SampledUs} ->
-            DowntimeUs = max(0, SampledUs - SinceUs),
-            ok = ?RECORDS:checking(Shard, Manager, DowntimeUs),
-            ok = ?RECORDS:add_downtime(DowntimeUs, Kind),
-            Watching = monitor_manager(Shard, Manager, State),
-            ok = ?RECORDS:came_up(Shard),
-            start_check(Shard, Manager, Watching);
-        _NoneOrFormer ->
-            State
-    end.
-
-
-%% Runs while a manager is missing, and slower if that lasts.
--spec start_timer(#state{}) -> #state{}.
-start_timer(#state{timer = idle} = State) ->
-    case [ SinceUs || {_Shard, SinceUs, _Kind} <- ?RECORDS:down() ] of
-        [] -> State;
-        Since -> State#state{timer = erlang:start_timer(pause_ms(now_us() - lists:max(Since)), self(), look)}
-    end;
-start_timer(State) ->
-    State.
-
-
--spec pause_ms(AgeUs :: integer()) -> pos_integer().
-pause_ms(AgeUs) when AgeUs < 1_000_000 -> 1;
-pause_ms(AgeUs) when AgeUs < 10_000_000 -> 10;
-pause_ms(_AgeUs) -> 100.
-
-
-%%% Checks
-
-
-%% For subscribers to be told of this manager, or for none.
--spec start_check(shard_id(), pid() | none, #state{}) -> #state{}.
-start_check(Shard, Manager, #state{checks = Checks} = State) ->
-    {_Checker, Monitor} = spawn_monitor(erlmcp_shard_check, exit_with_verdict, [Shard]),
-    State#state{checks = Checks#{Monitor => {Shard, Manager}}}.
-
-
--spec checked(term(), shard_id(), pid() | none, #state{}) -> #state{}.
-checked({verdict, Verdict}, Shard, Manager, State) ->
-    IsNews = record(Verdict, Shard),
-    %% Of a damaged shard one check follows the other, until it is right.
-    Verdict =/= ok andalso (IsNews orelse Manager =:= none) andalso check_later(Shard, none),
-    ok = tell_subscribers(Shard, Manager),
-    State;
-checked(_Killed, Shard, Manager, State) ->
-    ok = check_later(Shard, Manager),
-    State.
-
-
--spec check_later(shard_id(), pid() | none) -> ok.
-check_later(Shard, Manager) ->
-    _ = erlang:send_after(?RECHECK_MS, self(), {check, Shard, Manager}),
-    ok.
-
-
-%% Whether that is news, and then a line in the log.
--spec record(erlmcp_shard_check:verdict(), shard_id()) -> boolean().
-record(ok, Shard) ->
-    IsNews = ?RECORDS:repaired(Shard),
-    IsNews andalso
-    ?LOG_NOTICE("erlmcp_native: the entries of shard ~b are right again",
-                [Shard],
-                #{domain => [erlmcp_native], event => shard_repaired, shard_id => Shard}),
-    IsNews;
-record({damaged, Damage}, Shard) ->
-    IsNews = ?RECORDS:set_damaged(Shard),
-    IsNews andalso
-    ?LOG_ERROR("erlmcp_native: the entries of shard ~b are not what they should be: ~tP",
-               [Shard, Damage, 30],
-               #{domain => [erlmcp_native], event => shard_damaged, shard_id => Shard}),
-    IsNews.
-
-
--spec tell_subscribers(shard_id(), pid() | none) -> ok.
-tell_subscribers(Shard, Manager) ->
-    Downtimes = [ Us || {S, M, Us} <- ?RECORDS:unchecked(), S =:= Shard, M =:= Manager ],
-    _ = [ Pid ! {erlmcp_shard_recovered, Shard, (Us + 999) div 1000} || Us <- Downtimes, Pid <- ?RECORDS:subscribers() ],
-    is_pid(Manager) andalso ?RECORDS:checked(Shard, Manager),
-    ok.
+-spec demonitor_manager(shard_id(), #state{}) -> #state{}.
+demonitor_manager(Shard, #state{managers = Managers, shards = Shards} = State) ->
+    {{_Manager, Monitor}, Others} = maps:take(Shard, Managers),
+    true = demonitor(Monitor, [flush]),
+    State#state{managers = Others, shards = maps:remove(Monitor, Shards)}.
 
 
 %%% Subscribers
@@ -361,22 +332,63 @@ demonitor_subscriber(Pid, #state{subscribers = Subscribers} = State) ->
 %%% Signs of life
 
 
-%% Whatever came before it has been handled. So what counts is when it was due: if it has waited, what
-%% came after it has waited as well.
+%% Every message before this one has been handled. So the time that counts is when it was due: if it has waited, the
+%% messages after it have waited as well.
 -spec sign_of_life(DueUs :: integer()) -> ok.
 sign_of_life(DueUs) ->
     _ = erlang:send_after(?ALIVE_MS, self(), {sign_of_life, now_us() + ?ALIVE_MS * 1000}),
-    ?RECORDS:set_alive_us(DueUs).
+    insert([{alive_us, DueUs}]).
 
 
 -spec last_alive_us() -> integer().
 last_alive_us() ->
-    case ?RECORDS:alive_us() of
-        none -> now_us();
-        Us -> Us
+    case match({alive_us, '$1'}) of
+        [[Us]] -> Us;
+        [] -> now_us()
     end.
 
 
 -spec now_us() -> integer().
 now_us() ->
     erlang:monotonic_time(microsecond).
+
+
+%%% The table
+
+
+-spec subscribers() -> [pid()].
+subscribers() ->
+    [ Pid || [Pid] <- match({{subscriber, '$1'}}) ].
+
+
+-spec known(shard_id()) -> {pid() | none, condition()}.
+known(Shard) ->
+    case match({{shard, Shard}, '$1', '$2'}) of
+        [[Manager, Condition]] -> {Manager, Condition};
+        [] -> {none, up}
+    end.
+
+
+-spec downtimes(kind()) ->
+          {Count :: non_neg_integer(), SumUs :: non_neg_integer(), WorstUs :: non_neg_integer(), LatestUs :: [non_neg_integer()]}.
+downtimes(Kind) ->
+    case match({{downtimes, Kind}, '$1', '$2', '$3', '$4'}) of
+        [[Count, Sum, Worst, Latest]] -> {Count, Sum, Worst, Latest};
+        [] -> {0, 0, 0, []}
+    end.
+
+
+-spec insert([tuple()]) -> ok.
+insert(Rows) ->
+    true = ets:insert(?TABLE, Rows),
+    ok.
+
+
+%% Empty where the application is not running.
+-spec match(tuple()) -> [[term()]].
+match(Pattern) ->
+    try
+        ets:match(?TABLE, Pattern)
+    catch
+        error:badarg -> []
+    end.

@@ -1,76 +1,39 @@
-%% The registry of erlmcp as one gen_server over maps: the API of `erlmcp_registry' without native
-%% code. It is the baseline of the benchmarks, the oracle of the property tests, the target of a
-%% rollback, and what runs where the native library cannot be loaded.
-%%
-%% *Guarantees*: every request is handled by one process, one at a time, so all of them are totally
-%% ordered; what one process sends through the registry to one target arrives in the order sent. A
-%% registration ends with its process, a binding with its transport and with its server. No function
-%% calls native code.
-%%
-%% *Consistency*: a process that has ended is gone for every later find, list, bind and register,
-%% also while its 'DOWN' waits in the mailbox, because those ask is_process_alive/1. That works for
-%% processes of this node only; one of another node is gone when its 'DOWN' has been handled.
-%%
-%% *Trade-offs*: the mailbox of that process is the bottleneck: it grows without bound when messages
-%% come faster than one scheduler routes them, and calls then time out. A lookup is a message and an
-%% answer, and copies the configuration.
-%%
-%% *Crashes*: the named instance mirrors registrations and bindings (not messages) into an ETS table
-%% whose heir is a small process, the keeper. If the registry is killed, the next one with the name
-%% takes the table over and adopts what still lives. An orderly end deletes the table. Anonymous
-%% instances have no mirror.
+%%% @private
+%%% The pure-Erlang store of servers, transports and bindings: the state of one process, which handles one
+%%% request after the other. {@link erlmcp_registry} uses it in the mode `current' and where the native
+%%% library cannot be loaded, and the benchmarks use it as the baseline.
+%%%
+%%% == Guarantees ==
+%%% All requests are totally ordered, by the process that holds the state. A registration ends with its
+%%% process, a binding with its transport and with its server. No function calls native code.
+%%%
+%%% == Consistency ==
+%%% An id whose process has exited is free, for every later find, list, bind and register, also while its
+%%% 'DOWN' waits in the mailbox: these requests call is_process_alive/1. That works for processes of this node only;
+%%% the entry of a process of another node is removed when its 'DOWN' has been handled.
+%%%
+%%% == Trade-offs ==
+%%% The mailbox of the process is the bottleneck. It grows without bound when messages come faster than
+%%% one scheduler routes them, and calls then time out. A look-up is a message and an answer, and copies the
+%%% config.
+%%%
+%%% == Crashes ==
+%%% A store with a <em>keeper</em> mirrors registrations and bindings (not messages) into an ETS table whose
+%%% heir is a small process of that name. If the process of the store is killed, the next one takes the table over and
+%%% adopts the entries of living processes. Without a keeper there is no mirror, and every change costs less.
 -module(erlmcp_registry_classic).
 
--behaviour(gen_server).
+-export([open/1, new/1, close/1, discard/1, unmonitor/2]).
+-export([execute/2, route/2, info/2]).
+-export([counts/1, bindings/1]).
+%% For copying a store
+-export([insert/3, remove/3, row/3, bound_to/2, first/1, next/2, has_server/2]).
 
--include_lib("kernel/include/logger.hrl").
-
-%% Registration
--export([start_link/0,
-         register_server/3, register_server/4,
-         register_transport/3, register_transport/4,
-         unregister_server/1, unregister_server/2,
-         unregister_transport/1, unregister_transport/2,
-         update_server/2]).
-%% Lookup
--export([find_server/1, find_server/2,
-         find_transport/1, find_transport/2,
-         list_servers/0, list_servers/1,
-         list_transports/0, list_transports/1,
-         get_servers/0]).
-%% Bindings
--export([bind_transport_to_server/2, unbind_transport/1, get_server_for_transport/1]).
-%% Routing
--export([route_to_server/3, route_to_transport/3, route_message/2]).
-%% Operation
--export([get_pid/0,
-         get_queue_depth/0,
-         get_all_state/0,
-         restore_state/1,
-         graceful_shutdown/0]).
-%% Names
--export([validate_tool_name/1, validate_transport_name/1, normalize_name/1]).
-%% gen_server
--export([init/1,
-         handle_call/3,
-         handle_cast/2,
-         handle_info/2,
-         terminate/2,
-         code_change/3,
-         format_status/1]).
-%% As a part of another process
--export([open/1, new/1, close/1, execute/2, route/2, info/2]).
--export([ids/2, counts/1, members/2, row/3, put/4]).
-
--export_type([server_id/0, transport_id/0, saved_state/0, state/0]).
+-export_type([state/0, iterator/0]).
 
 -type server_id() :: term().
 -type transport_id() :: term().
--type scope() :: local | global.
--type entry(Id) :: {Id, {pid(), Config :: term()}}.
--type global_entry(Id) :: {Id, {node(), pid(), Config :: term()}}.
 -type bindings() :: #{transport_id() => server_id()}.
--type saved_state() :: {registry_state, bindings()}.
 -type kind() :: server | transport.
 -type binding() :: unbound | {bound, server_id()}.
 -type row() :: {Key :: {kind(), term()}, pid(), Config :: term(), binding()}.
@@ -78,8 +41,8 @@
 -record(entry, {
           pid :: pid(),
           config :: term(),
-          % One a registration, not one a process: a process under several ids ends them all, and
-          % none of them has to know of the others.
+          %% One for each registration, not for each process: if a process has several ids, each of its entries
+          %% gets a 'DOWN' of its own, and no entry has to know of the others.
           monitor :: reference()
          }).
 
@@ -87,459 +50,96 @@
           servers = #{} :: #{server_id() => #entry{}},
           transports = #{} :: #{transport_id() => #entry{}},
           bindings = #{} :: bindings(),
-          % The inverse of bindings, with no empty sets; what a broadcast and the removal of a server
-          % walk through.
+          %% The inverse of bindings, without empty sets. A broadcast and the removal of a server
+          %% walk through it.
           members = #{} :: #{server_id() => #{transport_id() => pid()}},
           mirror = none :: ets:table() | none,
           keeper = none :: reference() | none,
           keeper_name = none :: atom(),
-          % When the last warning was logged (monotonic ms), and how many were not since.
+          %% When the last warning was logged (monotonic ms), and how many were suppressed since.
           warned = never :: integer() | never,
           suppressed = 0 :: non_neg_integer()
          }).
 
 -opaque state() :: #state{}.
 
+%% A snapshot of the entries that are still to be visited, servers first.
+-type iterator() :: [{kind(), maps:iterator(term(), #entry{})}].
+
 %% Positions in a row of the mirror.
 -define(CONFIG,  3).
 -define(BINDING, 4).
 
--define(KEEPER,           erlmcp_registry_classic_keeper).
 -define(WARN_INTERVAL_MS, 1000).
--define(SHUTDOWN_MS,      1000).
 
-%% Registration
-
-
-%% @doc Starts the registry under the local name `erlmcp_registry_classic'.
-%%
-%% Returns `{error, {already_started, Pid}}' if there is one. If the last one of the name was killed,
-%% its living registrations and their bindings are adopted.
--spec start_link() -> gen_server:start_ret().
-start_link() ->
-    gen_server:start_link({local, ?MODULE}, ?MODULE, [], []).
+%%% Beginning and end
 
 
-%% @doc Registers Pid as the server Id, until it ends or is unregistered.
-%%
-%% Config is any term and is returned verbatim by finds. Returns `{error, already_registered}' if a
-%% living process has the id; if that is Pid itself, the application environment `same_pid' of
-%% `erlmcp_native' (`already_registered' or `ok') is what is answered. The first registration stays
-%% as it is in both cases. A dead pid is accepted, and not found afterwards. Exits with `noproc' if
-%% the registry does not run, as do all functions here but the routes and what says otherwise.
--spec register_server(server_id(), pid(), term()) -> ok | {error, already_registered}.
-register_server(Id, Pid, Config) when is_pid(Pid) ->
-    gen_server:call(?MODULE, {register_server, Id, Pid, Config}).
+%% @doc An empty store of the calling process, without a mirror. With the name of a keeper: the store of a former
+%% process that used this keeper and was killed.
+-spec open(Keeper :: atom()) -> state().
+open(none) -> #state{};
+open(Keeper) -> adopt(open_mirror(Keeper)).
 
 
-%% @doc Registers a server on this node or in the whole cluster.
-%%
-%% The `global' scope is that of {@link erlmcp_registry_global} and needs no registry process.
--spec register_server(scope(), server_id(), pid(), term()) -> ok | {error, already_registered}.
-register_server(local, Id, Pid, Config) when is_pid(Pid) ->
-    register_server(Id, Pid, Config);
-register_server(global, Id, Pid, Config) when is_pid(Pid) ->
-    erlmcp_registry_global:register(server, Id, Pid, Config).
+%% @doc An empty store of the calling process; what the keeper holds is discarded.
+-spec new(Keeper :: atom()) -> state().
+new(none) ->
+    #state{};
+new(Keeper) ->
+    ok = discard(Keeper),
+    new_mirror(Keeper).
 
 
-%% @doc Registers Pid as the transport Id, until it ends or is unregistered.
-%%
-%% If Config is a map with a `server_id' other than `undefined', the transport is bound to that server
-%% at once, whether or not it exists yet. Otherwise as {@link register_server/3}.
--spec register_transport(transport_id(), pid(), term()) -> ok | {error, already_registered}.
-register_transport(Id, Pid, Config) when is_pid(Pid) ->
-    gen_server:call(?MODULE, {register_transport, Id, Pid, Config}).
-
-
-%% @doc Registers a transport on this node or in the whole cluster.
-%%
-%% Transports of the `global' scope have no bindings.
--spec register_transport(scope(), transport_id(), pid(), term()) ->
-          ok | {error, already_registered}.
-register_transport(local, Id, Pid, Config) when is_pid(Pid) ->
-    register_transport(Id, Pid, Config);
-register_transport(global, Id, Pid, Config) when is_pid(Pid) ->
-    erlmcp_registry_global:register(transport, Id, Pid, Config).
-
-
-%% @doc Removes a server and every binding to it; its transports stay.
-%%
-%% For an unknown server returns `ok', and bindings made ahead of it stay.
--spec unregister_server(server_id()) -> ok.
-unregister_server(Id) ->
-    gen_server:call(?MODULE, {unregister_server, Id}).
-
-
-%% @doc Removes a server of one scope. Returns `ok' for an unknown one.
--spec unregister_server(scope(), server_id()) -> ok.
-unregister_server(local, Id) ->
-    unregister_server(Id);
-unregister_server(global, Id) ->
-    erlmcp_registry_global:unregister(server, Id).
-
-
-%% @doc Removes a transport and its binding. Returns `ok' for an unknown one.
--spec unregister_transport(transport_id()) -> ok.
-unregister_transport(Id) ->
-    gen_server:call(?MODULE, {unregister_transport, Id}).
-
-
-%% @doc Removes a transport of one scope. Returns `ok' for an unknown one.
--spec unregister_transport(scope(), transport_id()) -> ok.
-unregister_transport(local, Id) ->
-    unregister_transport(Id);
-unregister_transport(global, Id) ->
-    erlmcp_registry_global:unregister(transport, Id).
-
-
-%% @doc Replaces the configuration of a server; its process and bindings stay.
-%%
-%% Returns `{error, not_found}' for an unknown server.
--spec update_server(server_id(), term()) -> ok | {error, not_found}.
-update_server(Id, Config) ->
-    gen_server:call(?MODULE, {update_server, Id, Config}).
-
-
-%% Lookup
-
-
-%% @doc Finds the process and the configuration of a server.
-%%
-%% Returns `{error, not_found}' if there is none, and never a process of this node that has ended.
--spec find_server(server_id()) -> {ok, {pid(), Config :: term()}} | {error, not_found}.
-find_server(Id) ->
-    gen_server:call(?MODULE, {find_server, Id}).
-
-
-%% @doc Finds a server of one scope; in the `global' one with the node of its process.
--spec find_server(scope(), server_id()) ->
-          {ok, {pid(), Config :: term()} | {node(), pid(), Config :: term()}} | {error, not_found}.
-find_server(local, Id) ->
-    find_server(Id);
-find_server(global, Id) ->
-    erlmcp_registry_global:find(server, Id).
-
-
-%% @doc Finds the process and the configuration of a transport, as {@link find_server/1}.
--spec find_transport(transport_id()) -> {ok, {pid(), Config :: term()}} | {error, not_found}.
-find_transport(Id) ->
-    gen_server:call(?MODULE, {find_transport, Id}).
-
-
-%% @doc Finds a transport of one scope; in the `global' one with the node of its process.
--spec find_transport(scope(), transport_id()) ->
-          {ok, {pid(), Config :: term()} | {node(), pid(), Config :: term()}} | {error, not_found}.
-find_transport(local, Id) ->
-    find_transport(Id);
-find_transport(global, Id) ->
-    erlmcp_registry_global:find(transport, Id).
-
-
-%% @doc Lists the servers, in no particular order.
--spec list_servers() -> [entry(server_id())].
-list_servers() ->
-    gen_server:call(?MODULE, list_servers).
-
-
-%% @doc Lists the servers of one scope; in the `global' one with the nodes of their processes.
--spec list_servers(scope()) -> [entry(server_id())] | [global_entry(server_id())].
-list_servers(local) ->
-    list_servers();
-list_servers(global) ->
-    erlmcp_registry_global:list(server).
-
-
-%% @doc Lists the transports, in no particular order.
--spec list_transports() -> [entry(transport_id())].
-list_transports() ->
-    gen_server:call(?MODULE, list_transports).
-
-
-%% @doc Lists the transports of one scope; in the `global' one with the nodes of their processes.
--spec list_transports(scope()) -> [entry(transport_id())] | [global_entry(transport_id())].
-list_transports(local) ->
-    list_transports();
-list_transports(global) ->
-    erlmcp_registry_global:list(transport).
-
-
-%% @doc Lists the processes of the servers; one under several ids is there once for each.
--spec get_servers() -> [pid()].
-get_servers() ->
-    [ Pid || {_Id, {Pid, _Config}} <- list_servers() ].
-
-
-%% Bindings
-
-
-%% @doc Binds a transport to a server, instead of the one that it was bound to.
-%%
-%% Returns `{error, server_not_found}', which is checked first, or `{error, transport_not_found}'.
--spec bind_transport_to_server(transport_id(), server_id()) ->
-          ok | {error, server_not_found | transport_not_found}.
-bind_transport_to_server(TransportId, ServerId) ->
-    gen_server:call(?MODULE, {bind_transport_to_server, TransportId, ServerId}).
-
-
-%% @doc Removes the binding of a transport. Returns `ok' for an unknown or unbound one.
--spec unbind_transport(transport_id()) -> ok.
-unbind_transport(TransportId) ->
-    gen_server:call(?MODULE, {unbind_transport, TransportId}).
-
-
-%% @doc Finds the server that a transport is bound to.
-%%
-%% Returns `{error, not_found}' if it is unknown, unbound, or bound to the id `undefined'.
--spec get_server_for_transport(transport_id()) -> {ok, server_id()} | {error, not_found}.
-get_server_for_transport(TransportId) ->
-    gen_server:call(?MODULE, {get_server_for_transport, TransportId}).
-
-
-%% Routing
-
-
-%% @doc Sends `{mcp_message, TransportId, Message}' to a server.
-%%
-%% Always `ok', also if the server is unknown (a warning is logged, at most one a second) or the
-%% registry does not run. Neither the transport nor a binding is checked.
--spec route_to_server(server_id(), transport_id(), term()) -> ok.
-route_to_server(ServerId, TransportId, Message) ->
-    gen_server:cast(?MODULE, {route_to_server, ServerId, TransportId, Message}).
-
-
-%% @doc Sends `{mcp_response, ServerId, Message}' to a transport, or with `broadcast' in its place to
-%% every transport bound to the server.
-%%
-%% Always `ok', as {@link route_to_server/3}. The server is not checked. A transport with the id
-%% `broadcast' cannot be reached in this way.
--spec route_to_transport(transport_id() | broadcast, server_id(), term()) -> ok.
-route_to_transport(TransportId, ServerId, Message) ->
-    gen_server:cast(?MODULE, {route_to_transport, TransportId, ServerId, Message}).
-
-
-%% @doc Sends `{mcp_response, ServerId, Message}' to every transport bound to a server, or to one
-%% transport in the name of the server that its configuration names.
-%%
-%% Returns `{error, server_not_found}', `{error, transport_not_found}', or `{error, no_bound_server}'
-%% if the configuration of the transport has no `server_id', whatever it is bound to.
--spec route_message({server, server_id()} | {transport, transport_id()}, term()) ->
-          ok | {error, server_not_found | transport_not_found | no_bound_server}.
-route_message({server, ServerId}, Message) ->
-    case find_server(ServerId) of
-        {ok, _} -> route_to_transport(broadcast, ServerId, Message);
-        {error, not_found} -> {error, server_not_found}
-    end;
-route_message({transport, TransportId}, Message) ->
-    case find_transport(TransportId) of
-        {ok, {Pid, #{server_id := ServerId}}} when ServerId =/= undefined ->
-            case TransportId of
-                broadcast ->
-                    Pid ! {mcp_response, ServerId, Message},
-                    ok;
-                _ ->
-                    % Through the registry, to stay in order with the other routes of the caller.
-                    route_to_transport(TransportId, ServerId, Message)
-            end;
-        {ok, _} ->
-            {error, no_bound_server};
-        {error, not_found} ->
-            {error, transport_not_found}
+%% @doc From now on no process adopts this store. If the calling process goes on, it has to {@link unmonitor/2} all
+%% entries.
+-spec close(state()) -> ok.
+close(#state{mirror = none}) ->
+    ok;
+close(#state{mirror = Mirror, keeper = Monitor, keeper_name = Name}) ->
+    true = demonitor(Monitor, [flush]),
+    try
+        Keeper = whereis(Name),
+        true = unregister(Name),
+        %% A table of a million rows takes long to delete, and this process has requests to serve.
+        true = ets:give_away(Mirror, Keeper, closed),
+        Keeper ! {stop, self()},
+        ok
+    catch
+        %% The keeper was killed.
+        error:badarg -> delete_mirror(Mirror)
     end.
 
 
-%% Operation
-
-
-%% @doc Returns the process of the registry, or `undefined' if it does not run.
--spec get_pid() -> pid() | undefined.
-get_pid() ->
-    whereis(?MODULE).
-
-
-%% @doc Returns the length of the registry's mailbox, 0 if it does not run.
--spec get_queue_depth() -> non_neg_integer().
-get_queue_depth() ->
-    case get_pid() of
-        undefined ->
-            0;
-        Pid ->
-            case process_info(Pid, message_queue_len) of
-                {message_queue_len, Length} -> Length;
-                undefined -> 0
-            end
+%% @doc Removes the monitors of some entries.
+-spec unmonitor(iterator(), Count :: non_neg_integer()) -> iterator().
+unmonitor([], _Count) ->
+    [];
+unmonitor(Iterator, 0) ->
+    Iterator;
+unmonitor([{Kind, Entries} | Others], Count) ->
+    case maps:next(Entries) of
+        none ->
+            unmonitor(Others, Count);
+        {_Id, #entry{monitor = Monitor}, Next} ->
+            true = demonitor(Monitor, [flush]),
+            unmonitor([{Kind, Next} | Others], Count - 1)
     end.
 
 
-%% @doc Returns the bindings, in the form that {@link restore_state/1} takes.
--spec get_all_state() -> {ok, saved_state()}.
-get_all_state() ->
-    gen_server:call(?MODULE, get_all_state).
-
-
-%% @doc Replaces all bindings by saved ones.
-%%
-%% Those of transports that are not registered are left out; their servers may be missing, as in
-%% automatic bindings. Returns `{error, invalid_state}' for anything but a saved state, and changes
-%% nothing then.
--spec restore_state(saved_state() | term()) -> ok | {error, invalid_state}.
-restore_state(Saved) ->
-    gen_server:call(?MODULE, {restore_state, Saved}).
-
-
-%% @doc Sends `{erlmcp_shutdown, Id, normal}' to every server and transport and gives them one second.
-%%
-%% The registry and its registrations stay.
--spec graceful_shutdown() -> ok.
-graceful_shutdown() ->
-    Entries = list_servers() ++ list_transports(),
-    lists:foreach(fun({Id, {Pid, _Config}}) -> Pid ! {erlmcp_shutdown, Id, normal} end, Entries),
-    timer:sleep(?SHUTDOWN_MS).
-
-
-%% Names
-
-
-%% @doc Checks the name of a tool: see {@link erlmcp_registry_name:validate_tool_name/1}.
--spec validate_tool_name(term()) -> ok | {error, erlmcp_registry_name:name_error()}.
-validate_tool_name(Name) ->
-    erlmcp_registry_name:validate_tool_name(Name).
-
-
-%% @doc Checks the name of a transport: see {@link erlmcp_registry_name:validate_transport_name/1}.
--spec validate_transport_name(term()) -> ok | {error, erlmcp_registry_name:name_error()}.
-validate_transport_name(Name) ->
-    erlmcp_registry_name:validate_transport_name(Name).
-
-
-%% @doc Normalises a name: see {@link erlmcp_registry_name:normalize_name/1}.
--spec normalize_name(binary() | string() | atom()) -> atom() | binary().
-normalize_name(Name) ->
-    erlmcp_registry_name:normalize_name(Name).
-
-
-%% gen_server
-
-
-%% @private
--spec init([]) -> {ok, #state{}}.
-init([]) ->
-    process_flag(trap_exit, true),
-    % In a flood the mailbox would otherwise go through the garbage collections of this process: 1.7
-    % against 2.3 us a route, two senders and 15,000 transports on two cores.
-    process_flag(message_queue_data, off_heap),
-    case process_info(self(), registered_name) of
-        {registered_name, ?MODULE} -> {ok, open(?KEEPER)};
-        _ -> {ok, open(none)}
+%% @doc From now on no process adopts what the keeper holds.
+-spec discard(Keeper :: atom()) -> ok.
+discard(Keeper) ->
+    case whereis(Keeper) of
+        undefined -> ok;
+        _Pid -> close(open_mirror(Keeper))
     end.
 
 
-%% @private
--spec handle_call(term(), gen_server:from(), #state{}) -> {reply, term(), #state{}}.
-handle_call(Request, _From, State0) ->
-    {Reply, State} = execute(Request, State0),
-    {reply, Reply, State}.
+%%% Requests
 
 
-%% @private
--spec handle_cast(term(), #state{}) -> {noreply, #state{}}.
-handle_cast({route_to_server, ServerId, TransportId, Message}, State) ->
-    case State#state.servers of
-        #{ServerId := #entry{pid = Pid}} ->
-            Pid ! {mcp_message, TransportId, Message},
-            {noreply, State};
-        _ ->
-            {noreply, warn("no server ~tP to route to", ServerId, State)}
-    end;
-handle_cast({route_to_transport, broadcast, ServerId, Message}, State) ->
-    case State#state.members of
-        #{ServerId := Members} ->
-            Response = {mcp_response, ServerId, Message},
-            maps:foreach(fun(_TransportId, Pid) -> Pid ! Response end, Members),
-            {noreply, State};
-        _ ->
-            {noreply, warn("no transport bound to ~tP to broadcast to", ServerId, State)}
-    end;
-handle_cast({route_to_transport, TransportId, ServerId, Message}, State) ->
-    case State#state.transports of
-        #{TransportId := #entry{pid = Pid}} ->
-            Pid ! {mcp_response, ServerId, Message},
-            {noreply, State};
-        _ ->
-            {noreply, warn("no transport ~tP to route to", TransportId, State)}
-    end;
-handle_cast(_Request, State) ->
-    {noreply, State}.
-
-
-%% @private
--spec handle_info(term(), #state{}) -> {noreply, #state{}}.
-handle_info({{down, Kind, Id}, Monitor, process, _Pid, _Reason}, State) ->
-    % The id may have a new process by now, and a demonitor does not take back a message that is
-    % here already: the reference tells.
-    case entries(Kind, State) of
-        #{Id := #entry{monitor = Monitor}} -> {noreply, remove(Kind, Id, State)};
-        _ -> {noreply, State}
-    end;
-handle_info({'DOWN', Keeper, process, _Pid, _Reason}, #state{keeper = Keeper} = State) ->
-    #state{mirror = Mirror, keeper_name = Name} = State,
-    {noreply, State#state{keeper = start_keeper(Name, Mirror)}};
-handle_info(_Info, State) ->
-    % Exit signals too: those of the parent do not come here.
-    {noreply, State}.
-
-
-%% @private
--spec terminate(term(), #state{}) -> ok.
-terminate(Reason, #state{mirror = Mirror}) when Mirror =/= none ->
-    case Reason of
-        normal -> delete_mirror(Mirror);
-        shutdown -> delete_mirror(Mirror);
-        {shutdown, _} -> delete_mirror(Mirror);
-        _ -> ok
-    end;
-terminate(_Reason, _State) ->
-    ok.
-
-
-%% @private
--spec code_change(term(), #state{}, term()) -> {ok, #state{}}.
-code_change(_OldVsn, State, _Extra) ->
-    {ok, State}.
-
-
-%% @private
-%% Configurations may hold secrets, and status reports end in logs.
--spec format_status(gen_server:format_status()) -> gen_server:format_status().
-format_status(Status) ->
-    maps:map(
-      fun(state, #state{servers = Servers, transports = Transports, bindings = Bindings}) ->
-              #{
-                servers => map_size(Servers),
-                transports => map_size(Transports),
-                bindings => Bindings
-               };
-         (message, Message) ->
-              redact(Message);
-         (log, _Events) ->
-              [];
-         (_Key, Value) ->
-              Value
-      end,
-      Status).
-
-
--spec redact(term()) -> term().
-redact({'$gen_call', From, Request}) -> {'$gen_call', From, redact(Request)};
-redact({register_server, Id, Pid, _Config}) -> {register_server, Id, Pid, redacted};
-redact({register_transport, Id, Pid, _Config}) -> {register_transport, Id, Pid, redacted};
-redact({update_server, Id, _Config}) -> {update_server, Id, redacted};
-redact(Message) -> Message.
-
-
-%% Requests, for this process and for others that keep such a registry in their state
-
-
-%% @private
+%% @doc Carries out a request.
 -spec execute(term(), state()) -> {Reply :: term(), state()}.
 execute({find_server, Id}, State0) ->
     State = reap(server, Id, State0),
@@ -599,85 +199,123 @@ execute(_Request, State) ->
     {{error, unknown_request}, State}.
 
 
-%% @private
+%%% Messages
+
+
+%% @doc Routes a message that was sent to the process.
 -spec route(Cast :: term(), state()) -> state().
-route(Cast, State0) ->
-    {noreply, State} = handle_cast(Cast, State0),
-    State.
-
-
-%% @private
--spec info(Info :: term(), state()) -> state().
-info(Info, State0) ->
-    {noreply, State} = handle_info(Info, State0),
-    State.
-
-
-%% @private
-%% An empty registry of the calling process, or with the name of a keeper the registrations of the
-%% process that had one with that keeper and was killed.
--spec open(Keeper :: atom()) -> state().
-open(none) -> #state{};
-open(Keeper) -> adopt(open_mirror(Keeper)).
-
-
-%% @private
-%% An empty registry of the calling process, whatever the keeper has.
--spec new(Keeper :: atom()) -> state().
-new(none) ->
-    #state{};
-new(Keeper) ->
-    ok = close(open_mirror(Keeper)),
-    new_mirror(Keeper).
-
-
-%% @private
-%% The process goes on without this registry, and nobody adopts it.
--spec close(state()) -> ok.
-close(#state{mirror = Mirror, keeper = Monitor} = State) ->
-    Entries = maps:values(State#state.servers) ++ maps:values(State#state.transports),
-    lists:foreach(fun(#entry{monitor = Reference}) -> demonitor(Reference, [flush]) end, Entries),
-    case Mirror of
-        none ->
-            ok;
+route({route_to_server, ServerId, TransportId, Message}, State) ->
+    case State#state.servers of
+        #{ServerId := #entry{pid = Pid}} ->
+            sent(erlmcp_delivery:send(Pid, {mcp_message, TransportId, Message}), server, ServerId, State);
         _ ->
-            ok = delete_mirror(Mirror),
-            true = demonitor(Monitor, [flush]),
-            end_keeper(State#state.keeper_name)
-    end.
+            warn(server, ServerId, State)
+    end;
+route({route_to_transport, broadcast, ServerId, Message}, State) ->
+    case State#state.members of
+        #{ServerId := Members} ->
+            Response = {mcp_response, ServerId, Message},
+            Send = fun(TransportId, Pid, S) -> sent(erlmcp_delivery:send(Pid, Response), transport, TransportId, S) end,
+            maps:fold(Send, State, Members);
+        _ ->
+            warn(transport_of, ServerId, State)
+    end;
+route({route_to_transport, TransportId, ServerId, Message}, State) ->
+    case State#state.transports of
+        #{TransportId := #entry{pid = Pid}} ->
+            sent(erlmcp_delivery:send(Pid, {mcp_response, ServerId, Message}), transport, TransportId, State);
+        _ ->
+            warn(transport, TransportId, State)
+    end;
+route(_Unknown, State) ->
+    State.
 
 
-%% @private
--spec ids(kind(), state()) -> [term()].
-ids(Kind, State) ->
-    maps:keys(entries(Kind, State)).
+%% @doc Handles a message that may be the 'DOWN' of a registered process.
+-spec info(Info :: term(), state()) -> state().
+info({{down, Kind, Id}, Monitor, process, _Pid, _Reason}, State) ->
+    %% The id may have a new process by now, and a demonitor does not remove a 'DOWN' that has arrived
+    %% already: the reference tells them apart.
+    case entries(Kind, State) of
+        #{Id := #entry{monitor = Monitor}} -> remove(Kind, Id, State);
+        _ -> State
+    end;
+info({'DOWN', Keeper, process, _Pid, _Reason}, #state{keeper = Keeper} = State) ->
+    #state{mirror = Mirror, keeper_name = Name} = State,
+    State#state{keeper = start_keeper(Name, Mirror)};
+info({transport_data, TransportId, Data}, State) ->
+    case execute({get_server_for_transport, TransportId}, State) of
+        {{ok, ServerId}, Found} -> route({route_to_server, ServerId, TransportId, Data}, Found);
+        {{error, not_found}, Found} -> warn(server_of, TransportId, Found)
+    end;
+info(_Info, State) ->
+    State.
 
 
-%% @private
 -spec counts(state()) -> #{servers := non_neg_integer(), transports := non_neg_integer()}.
 counts(#state{servers = Servers, transports = Transports}) ->
     #{servers => map_size(Servers), transports => map_size(Transports)}.
 
 
-%% @private
-%% The ids of the transports bound to a server.
--spec members(server_id(), state()) -> [transport_id()].
-members(ServerId, #state{members = Members}) ->
-    maps:keys(maps:get(ServerId, Members, #{})).
+-spec bindings(state()) -> bindings().
+bindings(#state{bindings = Bindings}) ->
+    Bindings.
 
 
-%% @private
-%% The entry of an id, if its process lives.
--spec row(kind(), term(), state()) -> {erlmcp_registry_native:row() | none, state()}.
-row(Kind, Id, State0) ->
-    State = case Kind of
-                server -> reap(server, Id, State0);
-                transport -> reap_bound(Id, State0)
-            end,
-    case entries(Kind, State) of
-        #{Id := #entry{pid = Pid, config = Config}} -> {{Pid, Config, binding(Kind, Id, State)}, State};
-        _ -> {none, State}
+%%% Copying
+
+
+%% @doc Inserts a registration of another store under an id that is free here. Its process may have exited.
+-spec insert(kind(), erlmcp_registry_native:row(), state()) -> state().
+insert(Kind, {Id, Pid, Config, Binding}, State) ->
+    Row = {{Kind, Id}, Pid, Config, Binding},
+    true = mirror_insert(State, Row),
+    add(Row, State).
+
+
+%% @doc For {@link next/2}.
+-spec first(state()) -> iterator().
+first(#state{servers = Servers, transports = Transports}) ->
+    [{server, maps:iterator(Servers)}, {transport, maps:iterator(Transports)}].
+
+
+%% @doc The next entry that was there at {@link first/1} and still exists, with its present values.
+-spec next(iterator(), state()) -> {kind(), erlmcp_registry_native:row(), iterator()} | none.
+next([], _State) ->
+    none;
+next([{Kind, Iterator} | Others], State) ->
+    case maps:next(Iterator) of
+        none ->
+            next(Others, State);
+        {Id, _Then, Next} ->
+            case row(Kind, Id, State) of
+                none -> next([{Kind, Next} | Others], State);
+                Row -> {Kind, Row, [{Kind, Next} | Others]}
+            end
     end.
+
+
+%% @doc An entry, whose process may have exited.
+-spec row(kind(), term(), state()) -> erlmcp_registry_native:row() | none.
+row(Kind, Id, State) ->
+    case entries(Kind, State) of
+        #{Id := #entry{pid = Pid, config = Config}} -> {Id, Pid, Config, binding(Kind, Id, State)};
+        _ -> none
+    end.
+
+
+%% @doc The transports that are bound to a server, registered or not.
+-spec bound_to(server_id(), state()) -> [transport_id()].
+bound_to(ServerId, #state{members = Members}) ->
+    case Members of
+        #{ServerId := Bound} -> maps:keys(Bound);
+        _ -> []
+    end.
+
+
+-spec has_server(server_id(), state()) -> boolean().
+has_server(Id, #state{servers = Servers}) ->
+    is_map_key(Id, Servers).
 
 
 -spec binding(kind(), term(), state()) -> binding().
@@ -685,44 +323,7 @@ binding(transport, Id, #state{bindings = Bindings}) when is_map_key(Id, Bindings
 binding(_Kind, _Id, _State) -> unbound.
 
 
-%% @private
-%% Makes the entry of an id be this one, or none.
--spec put(kind(), term(), erlmcp_registry_native:row() | none, state()) -> state().
-put(Kind, Id, none, State) ->
-    remove(Kind, Id, State);
-put(Kind, Id, {Pid, Config, Binding}, State0) ->
-    case entries(Kind, State0) of
-        #{Id := #entry{pid = Pid, config = Config}} ->
-            set_binding(Kind, Id, Binding, State0);
-        #{Id := #entry{pid = Pid} = Entry} = Entries ->
-            mirror_update(State0, {Kind, Id}, {?CONFIG, Config}),
-            State = set_entries(Kind, Entries#{Id := Entry#entry{config = Config}}, State0),
-            set_binding(Kind, Id, Binding, State);
-        _ ->
-            State = remove(Kind, Id, State0),
-            Row = {{Kind, Id}, Pid, Config, Binding},
-            mirror_insert(State, Row),
-            add(Row, State)
-    end.
-
-
--spec set_binding(kind(), term(), binding(), state()) -> state().
-set_binding(server, _Id, unbound, State) ->
-    State;
-set_binding(transport, Id, unbound, State) ->
-    unbind(Id, State);
-set_binding(transport, Id, Binding, State) ->
-    case binding(transport, Id, State) of
-        Binding ->
-            State;
-        _ ->
-            {bound, ServerId} = Binding,
-            mirror_update(State, {transport, Id}, {?BINDING, Binding}),
-            bind(Id, ServerId, State)
-    end.
-
-
-%% Entries
+%%% Entries
 
 
 -spec register(kind(), term(), pid(), term(), #state{}) ->
@@ -741,19 +342,23 @@ register(Kind, Id, Pid, Config, State0) ->
     end.
 
 
-%% The new entry of a row of the mirror.
+%% The new entry for a row of the mirror.
 -spec add(row(), #state{}) -> #state{}.
 add({{Kind, Id}, Pid, Config, Binding}, State0) ->
-    Monitor = monitor(process, Pid, [{tag, {down, Kind, Id}}]),
-    Entry = #entry{pid = Pid, config = Config, monitor = Monitor},
-    State = set_entries(Kind, (entries(Kind, State0))#{Id => Entry}, State0),
+    State = set_entries(Kind, (entries(Kind, State0))#{Id => new_entry(Kind, Id, Pid, Config)}, State0),
     case Binding of
         {bound, ServerId} -> bind(Id, ServerId, State);
         unbound -> State
     end.
 
 
--spec remove(kind(), term(), #state{}) -> #state{}.
+-spec new_entry(kind(), term(), pid(), Config :: term()) -> #entry{}.
+new_entry(Kind, Id, Pid, Config) ->
+    #entry{pid = Pid, config = Config, monitor = monitor(process, Pid, [{tag, {down, Kind, Id}}])}.
+
+
+%% @doc Removes an entry, if there is one of that id.
+-spec remove(kind(), term(), state()) -> state().
 remove(Kind, Id, State0) ->
     case maps:take(Id, entries(Kind, State0)) of
         {#entry{monitor = Monitor}, Entries} ->
@@ -762,17 +367,17 @@ remove(Kind, Id, State0) ->
                         server -> unbind_all(Id, State0);
                         transport -> forget_binding(Id, State0)
                     end,
-            % After the bindings: if the registry is killed in here, the mirror has none to a server
-            % that it lost.
+            %% After the bindings: if the registry is killed before this, the mirror has no binding to a server
+            %% that it has lost.
             mirror_delete(State, {Kind, Id}),
             set_entries(Kind, Entries, State);
         error ->
-            % Nor are the bindings of an unknown server touched: they were made ahead of it.
+            %% The bindings of an unknown server stay too: they were made ahead of it.
             State0
     end.
 
 
-%% Does now for an entry whose process has ended what its 'DOWN', still on the way, would do.
+%% Removes an entry whose process has exited, before its 'DOWN' arrives.
 -spec reap(kind(), term(), #state{}) -> #state{}.
 reap(Kind, Id, State) ->
     case entries(Kind, State) of
@@ -786,7 +391,7 @@ reap(Kind, Id, State) ->
     end.
 
 
-%% A binding made ahead of a server must not fall to the 'DOWN' of an earlier one of that id.
+%% A binding made ahead of a server must not be removed by the 'DOWN' of an earlier server of that id.
 -spec reap_target(row(), #state{}) -> #state{}.
 reap_target({_Key, _Pid, _Config, {bound, ServerId}}, State) -> reap(server, ServerId, State);
 reap_target({_Key, _Pid, _Config, unbound}, State) -> State.
@@ -809,7 +414,7 @@ find(Id, Entries) ->
     end.
 
 
--spec list(#{term() => #entry{}}) -> [entry(term())].
+-spec list(#{term() => #entry{}}) -> [{Id :: term(), {pid(), Config :: term()}}].
 list(Entries) ->
     [ {Id, {Pid, Config}}
       || {Id, #entry{pid = Pid, config = Config}} <- maps:to_list(Entries), is_alive(Pid) ].
@@ -838,7 +443,7 @@ is_alive(Pid) ->
     node(Pid) =/= node() orelse is_process_alive(Pid).
 
 
-%% Bindings
+%%% Bindings
 
 
 -spec configured_binding(kind(), term()) -> binding().
@@ -917,24 +522,33 @@ restore(Bindings, State0) ->
       Bindings).
 
 
-%% Warnings
+%%% Warnings
 
 
--spec warn(string(), term(), #state{}) -> #state{}.
-warn(Format, Id, #state{warned = Warned, suppressed = Suppressed} = State) ->
+-spec warn(server | transport | transport_of | server_of, term(), #state{}) -> #state{}.
+warn(Target, Id, State) ->
+    warn(unknown_target, Target, Id, #{}, State).
+
+
+-spec sent(ok | {error, erlmcp_delivery:unsent()}, kind(), term(), #state{}) -> #state{}.
+sent(ok, _Target, _Id, State) -> State;
+sent({error, Reason}, Target, Id, State) -> warn(undelivered, Target, Id, #{reason => Reason}, State).
+
+
+-spec warn(unknown_target | undelivered, server | transport | transport_of | server_of, term(), map(), #state{}) ->
+          #state{}.
+warn(Event, Target, Id, Details, #state{warned = Warned, suppressed = Suppressed} = State) ->
     Now = erlang:monotonic_time(millisecond),
     case Warned =:= never orelse Now - Warned >= ?WARN_INTERVAL_MS of
         true ->
-            ?LOG_WARNING("erlmcp registry: " ++ Format ++ " (~b such warnings suppressed)",
-                         [Id, 20, Suppressed],
-                         #{domain => [erlmcp_native]}),
+            ok = erlmcp_native_log:log(warning, Event, Details#{target => Target, id => Id, suppressed => Suppressed}),
             State#state{warned = Now, suppressed = 0};
         false ->
             State#state{suppressed = Suppressed + 1}
     end.
 
 
-%% The mirror of the named instance, and its keeper
+%%% The mirror and its keeper
 %%
 %% One row an entry. The registry owns the table, so that a write never depends on another process;
 %% the keeper is its heir, and holds it from the death of one registry to the start of the next.
@@ -965,17 +579,39 @@ delete_mirror(Mirror) ->
     ok.
 
 
-%% The registrations of the table, as they would be if this process had seen all that happened since
-%% its predecessor died.
+%% The registrations of the table, as they would be if this process had handled every exit since
+%% its predecessor was killed.
 -spec adopt(#state{}) -> #state{}.
-adopt(State0) ->
-    Rows = ets:tab2list(State0#state.mirror),
-    State1 = lists:foldl(fun add/2, State0, Rows),
-    % The dead last: they take the bindings to them along, and leave those made ahead of a server.
-    lists:foldl(fun({{Kind, Id}, _, _, _}, State) -> reap(Kind, Id, State) end, State1, Rows).
+adopt(#state{mirror = Mirror} = State) ->
+    Rows = ets:tab2list(Mirror),
+    %% Whole maps at once, which takes half the time of inserting entry by entry.
+    Bound = [ {Id, Pid, ServerId} || {{transport, Id}, Pid, _, {bound, ServerId}} <- Rows ],
+    Members = maps:groups_from_list(fun({_Id, _Pid, ServerId}) -> ServerId end,
+                                    fun({Id, Pid, _ServerId}) -> {Id, Pid} end,
+                                    Bound),
+    Adopted = State#state{
+                servers = maps:from_list(entries_of(server, Rows)),
+                transports = maps:from_list(entries_of(transport, Rows)),
+                bindings = maps:from_list([ {Id, ServerId} || {Id, _Pid, ServerId} <- Bound ]),
+                members = maps:map(fun(_ServerId, Siblings) -> maps:from_list(Siblings) end, Members)
+               },
+    %% Entries of exited processes last: this removes the bindings to them, and keeps those made ahead of a server.
+    lists:foldl(fun({{Kind, Id}, Pid, _, _}, State1) ->
+                        case is_alive(Pid) of
+                            true -> State1;
+                            false -> remove(Kind, Id, State1)
+                        end
+                end,
+                Adopted,
+                Rows).
 
 
-%% The state of a registry with no entries yet, and the mirror of its predecessor or an empty one.
+-spec entries_of(kind(), [row()]) -> [{Id :: term(), #entry{}}].
+entries_of(Kind, Rows) ->
+    [ {Id, new_entry(Kind, Id, Pid, Config)} || {{RowKind, Id}, Pid, Config, _} <- Rows, RowKind =:= Kind ].
+
+
+%% The state of a registry without entries yet, and the mirror of its predecessor or an empty one.
 -spec open_mirror(atom()) -> #state{}.
 open_mirror(Name) ->
     case whereis(Name) of
@@ -1003,14 +639,14 @@ new_mirror(Name) ->
 start_keeper(Name, Mirror) ->
     Registry = self(),
     {Keeper, Monitor} = spawn_monitor(fun() -> keeper(Registry) end),
-    % By this process: a registry that is started after this one was killed must see the keeper.
+    %% Registered by this process: a registry that is started after this one was killed must find the keeper.
     true = erlang:register(Name, Keeper),
     true = ets:setopts(Mirror, {heir, Keeper, inherited}),
     Monitor.
 
 
-%% The runtime hands the tables of a dead process over before it fires the monitors: without a table
-%% here, the registry deleted it in an orderly end or died before this process was its heir.
+%% The runtime transfers the tables of an exited process before it fires the monitors. If no table has
+%% arrived, the registry deleted it in an orderly exit, or exited before this process was its heir.
 -spec keeper(pid()) -> ok.
 keeper(Registry) ->
     Monitor = monitor(process, Registry),
@@ -1027,20 +663,7 @@ keeper(Registry) ->
     end.
 
 
-%% The name is free afterwards.
--spec end_keeper(atom()) -> ok.
-end_keeper(Name) ->
-    case whereis(Name) of
-        undefined ->
-            ok;
-        Keeper ->
-            Monitor = monitor(process, Keeper),
-            Keeper ! {stop, self()},
-            receive {'DOWN', Monitor, process, Keeper, _} -> ok end
-    end.
-
-
-%% The keeper stays the heir of the table, so that no moment is without one.
+%% The keeper stays the heir of the table, so that the table always has one.
 -spec hand_over(ets:table()) -> ok.
 hand_over(Mirror) ->
     receive
@@ -1048,7 +671,7 @@ hand_over(Mirror) ->
             try ets:give_away(Mirror, Registry, claimed) of
                 true -> keeper(Registry)
             catch
-                % The claimant is dead too.
+                %% The claimant has exited too.
                 error:badarg -> hand_over(Mirror)
             end
     end.

@@ -1,70 +1,50 @@
 %%% @private
-%%% The requests of {@link erlmcp_registry}, carried out in native memory by the calling process.
+%%% Registrations in native memory, for the modules with the public API ({@link erlmcp_registry},
+%%% {@link erlmcp_shard_registry}) and for the registry's process.
 %%%
-%%% The registry is `default' for callers in their own processes, whose changes may be `diverted' (see
-%%% {@link erlmcp_nif}); `exclusive' for the same one in the hands of the process that owns it; or a
-%%% reference.
+%%% Everything runs in the calling process. Nothing here is a server.
+%%%
+%%% The registry is `default' for callers in their own processes; `exclusive' for the same registry used by
+%%% the process that owns it; or a reference. With `default', changes and look-ups of servers,
+%%% transports and bindings return `diverted' while they are diverted ({@link divert/1}); a diverted change
+%%% has changed nothing.
+%%%
+%%% Native code cannot monitor a process of another node. Its entry has a <em>sentinel</em>, a local
+%%% process that monitors the remote one and exits with it. The entry is removed when its sentinel exits, as it
+%%% would be for a local process.
 -module(erlmcp_registry_native).
 
--include_lib("kernel/include/logger.hrl").
+%% Registration
+-export([register/5, register/6, unregister/3, update_server/3]).
+%% Look-up
+-export([find/3, row/3, list/2, list_shard/2, counts/1]).
+%% Bindings
+-export([bind/4, unbind/2, bound_server/2, bindings/1, restore/2]).
+%% Requests and casts of the registry's process
+-export([execute/2, route/2, unknown_target/2, undelivered/3]).
+%% For the owner of the default registry
+-export([open/1, close/1, divert/1, page/5]).
+-export([route_server/2, route_transport/1, route_bound/1]).
+%% The library and the default registry
+-export([load_error/0, make_default/3, distinct_configs/0]).
+%% Sentinels
+-export([init_sentinel/2, wake_sentinel/0]).
 
--export([execute/2, route/2]).
--export([ids/1, row/2, put/3, counts/1]).
--export([unknown_target/2]).
-
--export_type([kind/0, row/0]).
+-export_type([kind/0, entry/0, binding/0, row/0]).
 
 -type kind() :: server | transport.
-%% What a registration consists of: `Binding' is that of a transport.
--type row() :: {pid(), Config :: term(), Binding :: unbound | {bound, Server :: term()}}.
+-type entry() :: {pid(), Config :: term()}.
+-type binding() :: unbound | {bound, Server :: term()}.
+-type row() :: {Id :: term(), pid(), Config :: term(), binding()}.
 
-%%% Requests
-
-
-%% Raises `badarg' for an id that is too long, and for a pid that is none. `diverted' is no answer: the
-%% request must go to the registry's process.
--spec execute(erlmcp_nif:registry(), term()) -> term().
-execute(Registry, {register_server, Id, Pid, Config}) ->
-    register(Registry, server, Id, Pid, Config);
-execute(Registry, {register_transport, Id, Pid, Config}) ->
-    register(Registry, transport, Id, Pid, Config);
-execute(Registry, {unregister_server, Id}) ->
-    erlmcp_native_registry:unregister(Registry, server, Id);
-execute(Registry, {unregister_transport, Id}) ->
-    erlmcp_native_registry:unregister(Registry, transport, Id);
-execute(Registry, {update_server, Id, Config}) ->
-    erlmcp_native_registry:update_server(Registry, Id, Config);
-execute(Registry, {find_server, Id}) ->
-    erlmcp_native_registry:find(Registry, server, Id);
-execute(Registry, {find_transport, Id}) ->
-    erlmcp_native_registry:find(Registry, transport, Id);
-execute(Registry, list_servers) ->
-    erlmcp_native_registry:list(Registry, server);
-execute(Registry, list_transports) ->
-    erlmcp_native_registry:list(Registry, transport);
-execute(Registry, {bind_transport_to_server, TransportId, ServerId}) ->
-    erlmcp_nif:bind(Registry, TransportId, ServerId, true);
-execute(Registry, {unbind_transport, TransportId}) ->
-    erlmcp_nif:unbind(Registry, TransportId);
-execute(Registry, {get_server_for_transport, TransportId}) ->
-    case erlmcp_nif:bound_server(Registry, TransportId) of
-        {ok, undefined} -> {error, not_found};
-        Found -> Found
-    end;
-execute(Registry, get_all_state) ->
-    {ok, {registry_state, maps:from_list(erlmcp_nif:bindings(Registry))}};
-execute(Registry, {restore_state, {registry_state, Bindings}}) when is_map(Bindings) ->
-    restore(Registry, Bindings);
-execute(_Registry, {restore_state, _Invalid}) ->
-    {error, invalid_state};
-execute(_Registry, _Request) ->
-    {error, unknown_request}.
+%%% Registration
 
 
+%% @doc Registers a server or a transport. Raises `badarg' if `Pid' is not a pid or `Id' is too long.
 -spec register(erlmcp_nif:registry(), kind(), term(), pid(), term()) ->
           ok | {error, already_registered | registry_full | registry_closed} | diverted.
 register(Registry, Kind, Id, Pid, Config) ->
-    case erlmcp_native_registry:register(Registry, Kind, Id, Pid, Config, owner(Registry)) of
+    case register(Registry, Kind, Id, Pid, Config, owner(Registry)) of
         {error, {already_registered, Pid}} ->
             case application:get_env(erlmcp_native, same_pid, already_registered) of
                 ok -> ok;
@@ -77,26 +57,153 @@ register(Registry, Kind, Id, Pid, Config) ->
     end.
 
 
-%% Requests on a registry of our own are carried out by our own process.
+%% A registry given by reference is used by its own process alone.
 -spec owner(erlmcp_nif:registry()) -> pid() | none.
 owner(Own) when is_reference(Own) -> self();
 owner(_Default) -> none.
 
 
-%% One binding after the other: a transport that is registered meanwhile keeps its own.
+%% @doc Registers in any namespace. Raises `badarg' if `Pid' is not a pid or `Id' is too long.
+%%
+%% `Owner' is the process that the registry ends with, if there is one. A sentinel then exits with it
+%% too, since no process unregisters the entries of a registry that was freed.
+-spec register(erlmcp_nif:registry(), erlmcp_nif:namespace(), term(), pid(), term(), Owner :: pid() | none) ->
+          ok | {error, {already_registered, pid()} | registry_full | registry_closed} | diverted.
+register(Registry, Namespace, Id, Pid, Config, _Owner) when node(Pid) =:= node() ->
+    register_monitored(Registry, Namespace, Id, Pid, Pid, Config);
+register(Registry, Namespace, Id, Pid, Config, Owner) when is_pid(Pid) ->
+    Sentinel = start_sentinel(Pid, Owner),
+    try register_monitored(Registry, Namespace, Id, Pid, Sentinel, Config) of
+        ok ->
+            ok;
+        Refused ->
+            end_sentinel(Sentinel),
+            Refused
+    catch
+        Class:Reason:Stacktrace ->
+            end_sentinel(Sentinel),
+            erlang:raise(Class, Reason, Stacktrace)
+    end;
+register(_Registry, _Namespace, _Id, _Pid, _Config, _Owner) ->
+    error(badarg).
+
+
+-spec register_monitored(erlmcp_nif:registry(), erlmcp_nif:namespace(), term(), pid(), pid(), term()) ->
+          ok | {error, {already_registered, pid()} | registry_full | registry_closed} | diverted.
+register_monitored(Registry, Namespace, Id, Pid, Monitored, Config) ->
+    case erlmcp_nif:register(Registry, Namespace, Id, Pid, Monitored, Config) of
+        ok -> ok;
+        diverted -> diverted;
+        Reason -> {error, Reason}
+    end.
+
+
+%% @doc Removes `Id' if it is registered.
+-spec unregister(erlmcp_nif:registry(), erlmcp_nif:namespace(), term()) -> ok | diverted.
+unregister(Registry, Namespace, Id) ->
+    case erlmcp_nif:unregister(Registry, Namespace, Id) of
+        {ok, Sentinel} -> end_sentinel(Sentinel);
+        Done -> Done
+    end.
+
+
+%% @doc Replaces the config of a server; its process and its bindings stay.
+-spec update_server(erlmcp_nif:registry(), term(), term()) -> ok | {error, not_found} | diverted.
+update_server(Registry, Id, Config) ->
+    erlmcp_nif:update_server(Registry, Id, Config).
+
+
+%%% Look-up
+
+
+%% @doc The process and the config of `Id'; never a local process that has exited.
+-spec find(erlmcp_nif:registry(), erlmcp_nif:namespace(), term()) ->
+          {ok, entry()} | {error, not_found} | diverted.
+find(Registry, Namespace, Id) ->
+    erlmcp_nif:find(Registry, Namespace, Id).
+
+
+%% @doc An entry, in the form that a page has.
+-spec row(erlmcp_nif:registry(), kind(), Id :: term()) -> row() | none.
+row(Registry, Kind, Id) ->
+    case find(Registry, Kind, Id) of
+        {ok, {Pid, Config}} when Kind =:= transport ->
+            case erlmcp_nif:bound_server(Registry, Id) of
+                {ok, ServerId} -> {Id, Pid, Config, {bound, ServerId}};
+                {error, not_found} -> {Id, Pid, Config, unbound}
+            end;
+        {ok, {Pid, Config}} ->
+            {Id, Pid, Config, unbound};
+        {error, not_found} ->
+            none
+    end.
+
+
+%% @doc All entries of a namespace.
+-spec list(erlmcp_nif:registry(), erlmcp_nif:namespace()) -> [{term(), entry()}] | diverted.
+list(Registry, Namespace) ->
+    erlmcp_nif:list(Registry, Namespace).
+
+
+%% @doc The connections of a shard.
+-spec list_shard(erlmcp_nif:registry(), non_neg_integer()) -> [{term(), entry()}].
+list_shard(Registry, Shard) ->
+    erlmcp_nif:list_shard(Registry, Shard).
+
+
+-spec counts(erlmcp_nif:registry()) -> #{servers := non_neg_integer(), transports := non_neg_integer()}.
+counts(Registry) ->
+    #{servers => erlmcp_nif:count(Registry, server), transports => erlmcp_nif:count(Registry, transport)}.
+
+
+%%% Bindings
+
+
+%% @doc Binds a transport to a server. With `false', also to one that is not registered.
+-spec bind(erlmcp_nif:registry(), Transport :: term(), Server :: term(), ServerMustExist :: boolean()) ->
+          ok | {error, server_not_found | transport_not_found} | diverted.
+bind(Registry, TransportId, ServerId, ServerMustExist) ->
+    erlmcp_nif:bind(Registry, TransportId, ServerId, ServerMustExist).
+
+
+-spec unbind(erlmcp_nif:registry(), Transport :: term()) -> ok | diverted.
+unbind(Registry, TransportId) ->
+    erlmcp_nif:unbind(Registry, TransportId).
+
+
+%% @doc The server that a transport is bound to. A binding to the id `undefined' is `not_found'.
+-spec bound_server(erlmcp_nif:registry(), Transport :: term()) ->
+          {ok, Server :: term()} | {error, not_found} | diverted.
+bound_server(Registry, TransportId) ->
+    case erlmcp_nif:bound_server(Registry, TransportId) of
+        {ok, undefined} -> {error, not_found};
+        Found -> Found
+    end.
+
+
+%% @doc All bindings, on a dirty scheduler.
+-spec bindings(erlmcp_nif:registry()) -> [{Transport :: term(), Server :: term()}] | diverted.
+bindings(Registry) ->
+    erlmcp_nif:bindings(Registry).
+
+
+%% @doc Replaces all bindings, one after the other: a transport that is registered meanwhile keeps
+%% its own. Raises `badarg' for an id that is too long, and changes nothing then.
 -spec restore(erlmcp_nif:registry(), #{term() => term()}) -> ok | diverted.
 restore(Registry, Bindings) ->
-    %% Before anything is changed: `badarg' for what is too long to be bound.
-    ok = check_ids(Registry, maps:keys(Bindings)),
-    ok = check_ids(Registry, maps:values(Bindings)),
-    Unbound = [ erlmcp_nif:unbind(Registry, TransportId)
-                || {TransportId, _} <- erlmcp_nif:bindings(Registry), not is_map_key(TransportId, Bindings) ],
-    Bound = [ erlmcp_nif:bind(Registry, TransportId, ServerId, false)
-              || {TransportId, ServerId} <- maps:to_list(Bindings) ],
-    %% Then the registry's process does all of it again.
-    case lists:member(diverted, Unbound) orelse lists:member(diverted, Bound) of
-        true -> diverted;
-        false -> ok
+    case bindings(Registry) of
+        diverted ->
+            diverted;
+        Former ->
+            ok = check_ids(Registry, maps:keys(Bindings)),
+            ok = check_ids(Registry, maps:values(Bindings)),
+            Unbound = [ unbind(Registry, Id) || {Id, _} <- Former, not is_map_key(Id, Bindings) ],
+            Bound = [ bind(Registry, Id, ServerId, false) || {Id, ServerId} <- maps:to_list(Bindings) ],
+            %% If diverted, the registry's process does all of it again.
+            case lists:member(diverted, Unbound) orelse lists:member(diverted, Bound) of
+                true -> diverted;
+                false -> ok
+            end
     end.
 
 
@@ -105,10 +212,50 @@ check_ids(Registry, Ids) ->
     lists:foreach(fun(Id) -> erlmcp_nif:shard(Registry, Id) end, Ids).
 
 
+%%% Requests
+
+
+%% @doc Carries out a request of the registry's process. Raises `badarg' for an id that is too long, and
+%% for an argument that is not a pid.
+-spec execute(exclusive | reference(), term()) -> term().
+execute(Registry, {register_server, Id, Pid, Config}) ->
+    register(Registry, server, Id, Pid, Config);
+execute(Registry, {register_transport, Id, Pid, Config}) ->
+    register(Registry, transport, Id, Pid, Config);
+execute(Registry, {unregister_server, Id}) ->
+    unregister(Registry, server, Id);
+execute(Registry, {unregister_transport, Id}) ->
+    unregister(Registry, transport, Id);
+execute(Registry, {update_server, Id, Config}) ->
+    update_server(Registry, Id, Config);
+execute(Registry, {find_server, Id}) ->
+    find(Registry, server, Id);
+execute(Registry, {find_transport, Id}) ->
+    find(Registry, transport, Id);
+execute(Registry, list_servers) ->
+    list(Registry, server);
+execute(Registry, list_transports) ->
+    list(Registry, transport);
+execute(Registry, {bind_transport_to_server, TransportId, ServerId}) ->
+    bind(Registry, TransportId, ServerId, true);
+execute(Registry, {unbind_transport, TransportId}) ->
+    unbind(Registry, TransportId);
+execute(Registry, {get_server_for_transport, TransportId}) ->
+    bound_server(Registry, TransportId);
+execute(Registry, get_all_state) ->
+    {ok, {registry_state, maps:from_list(bindings(Registry))}};
+execute(Registry, {restore_state, {registry_state, Bindings}}) when is_map(Bindings) ->
+    restore(Registry, Bindings);
+execute(_Registry, {restore_state, _Invalid}) ->
+    {error, invalid_state};
+execute(_Registry, _Request) ->
+    {error, unknown_request}.
+
+
 %%% Casts
 
 
-%% What was sent to the registry's process. No layer of backpressure is asked.
+%% @doc Routes a message that was sent to the registry's process. It passes no layer of backpressure.
 -spec route(erlmcp_nif:registry(), term()) -> ok.
 route(Registry, Cast) ->
     try
@@ -123,9 +270,16 @@ route(Registry, Cast) ->
 route_cast(Registry, {route_to_server, ServerId, TransportId, Message}) ->
     send(Registry, server, ServerId, {mcp_message, TransportId, Message});
 route_cast(Registry, {route_to_transport, broadcast, ServerId, Message}) ->
-    case erlmcp_native_registry:bound_transports(Registry, ServerId) of
-        [] -> unknown_target(transport_of, ServerId);
-        Pids -> lists:foreach(fun(Pid) -> Pid ! {mcp_response, ServerId, Message} end, Pids)
+    case bound_transports(Registry, ServerId) of
+        [] ->
+            unknown_target(transport_of, ServerId);
+        Pids ->
+            lists:foreach(fun(Pid) ->
+                                  warn_unless_sent(erlmcp_delivery:send(Pid, {mcp_response, ServerId, Message}),
+                                                   transport_of,
+                                                   ServerId)
+                          end,
+                          Pids)
     end;
 route_cast(Registry, {route_to_transport, TransportId, ServerId, Message}) ->
     send(Registry, transport, TransportId, {mcp_response, ServerId, Message});
@@ -139,88 +293,18 @@ send(Registry, Kind, Id, Message) ->
         undefined ->
             unknown_target(Kind, Id);
         Pid ->
-            Pid ! Message,
-            ok
+            warn_unless_sent(erlmcp_delivery:send(Pid, Message), Kind, Id)
     end.
 
 
-%%% Rows, of the default registry by its owner
+-spec warn_unless_sent(ok | {error, erlmcp_delivery:unsent()}, kind() | transport_of, term()) -> ok.
+warn_unless_sent(ok, _Kind, _Id) -> ok;
+warn_unless_sent({error, Reason}, Kind, Id) -> undelivered(Kind, Id, Reason).
 
 
-%% The ids of all entries, on a dirty scheduler.
--spec ids(kind()) -> [term()].
-ids(Kind) ->
-    erlmcp_native_registry:list_ids(exclusive, Kind).
-
-
--spec counts(erlmcp_nif:registry()) -> #{servers := non_neg_integer(), transports := non_neg_integer()}.
-counts(Registry) ->
-    #{servers => erlmcp_nif:count(Registry, server), transports => erlmcp_nif:count(Registry, transport)}.
-
-
-%% `none' also for an id that is too long to be registered.
--spec row(kind(), Id :: term()) -> row() | none.
-row(Kind, Id) ->
-    try erlmcp_native_registry:find(exclusive, Kind, Id) of
-        {ok, {Pid, Config}} when Kind =:= server -> {Pid, Config, unbound};
-        {ok, {Pid, Config}} -> {Pid, Config, binding(Id)};
-        {error, not_found} -> none
-    catch
-        error:badarg -> none
-    end.
-
-
--spec binding(Transport :: term()) -> unbound | {bound, term()}.
-binding(TransportId) ->
-    case erlmcp_nif:bound_server(exclusive, TransportId) of
-        {ok, ServerId} -> {bound, ServerId};
-        {error, not_found} -> unbound
-    end.
-
-
-%% Makes the entry of an id be this one, or none.
--spec put(kind(), Id :: term(), row() | none) -> ok | {error, term()}.
-put(Kind, Id, Row) ->
-    try
-        put(Kind, Id, row(Kind, Id), Row)
-    catch
-        error:badarg -> {error, badarg}
-    end.
-
-
--spec put(kind(), term(), Former :: row() | none, row() | none) -> ok | {error, term()}.
-put(_Kind, _Id, Row, Row) ->
-    ok;
-put(Kind, Id, _Former, none) ->
-    erlmcp_native_registry:unregister(exclusive, Kind, Id);
-put(server, Id, {Pid, _Other, unbound}, {Pid, Config, unbound}) ->
-    erlmcp_native_registry:update_server(exclusive, Id, Config);
-put(transport, Id, {Pid, Config, _Other}, {Pid, Config, Binding}) ->
-    bind(Id, Binding);
-put(Kind, Id, none, {Pid, Config, Binding}) ->
-    case execute(exclusive, {request(Kind), Id, Pid, Config}) of
-        ok when Kind =:= transport -> bind(Id, Binding);
-        Result -> Result
-    end;
-put(Kind, Id, _Former, Row) ->
-    ok = erlmcp_native_registry:unregister(exclusive, Kind, Id),
-    put(Kind, Id, none, Row).
-
-
--spec request(kind()) -> register_server | register_transport.
-request(server) -> register_server;
-request(transport) -> register_transport.
-
-
--spec bind(Transport :: term(), unbound | {bound, term()}) -> ok | {error, term()}.
-bind(TransportId, unbound) ->
-    erlmcp_nif:unbind(exclusive, TransportId);
-bind(TransportId, {bound, ServerId}) ->
-    case erlmcp_nif:bind(exclusive, TransportId, ServerId, false) of
-        %% It has ended meanwhile.
-        {error, transport_not_found} -> ok;
-        Result -> Result
-    end.
+-spec bound_transports(erlmcp_nif:registry(), Server :: term()) -> [pid()].
+bound_transports(Registry, Server) ->
+    erlmcp_nif:bound_transports(Registry, Server).
 
 
 %%% Warnings
@@ -229,10 +313,22 @@ bind(TransportId, {bound, ServerId}) ->
 -define(WARNING_INTERVAL_MS, 1000).
 
 
-%% Logs a route without a target, at most once a second, with the number of those that were not
-%% logged since. The cell has the time of the last one (1) and that number (2).
--spec unknown_target(kind() | transport_of | id, term()) -> ok.
+%% @doc Logs a route without a target, at most once a second, with the number of routes that were not
+%% logged since. The cell has the time of the last warning (1) and that number (2).
+-spec unknown_target(kind() | transport_of | server_of | id, term()) -> ok.
 unknown_target(Kind, Id) ->
+    warn(unknown_target, #{target => Kind, id => Id}).
+
+
+%% @doc Logs a message that the registry's process could not pass on, since it cannot return an error. Shares the
+%% interval of {@link unknown_target/2}.
+-spec undelivered(kind() | transport_of, term(), erlmcp_delivery:reason()) -> ok.
+undelivered(Kind, Id, Reason) ->
+    warn(undelivered, #{target => Kind, id => Id, reason => Reason}).
+
+
+-spec warn(unknown_target | undelivered, map()) -> ok.
+warn(Event, Details) ->
     Cell = warning_cell(),
     Now = erlang:monotonic_time(millisecond),
     Last = atomics:get(Cell, 1),
@@ -240,21 +336,13 @@ unknown_target(Kind, Id) ->
          atomics:compare_exchange(Cell, 1, Last, Now) =:= ok of
         true ->
             Suppressed = atomics:exchange(Cell, 2, 0),
-            ?LOG_WARNING(
-              "erlmcp_registry: no ~ts ~tP to route to (~b such warnings suppressed)",
-              [target_name(Kind), Id, 20, Suppressed],
-              #{domain => [erlmcp_native]});
+            erlmcp_native_log:log(warning, Event, Details#{suppressed => Suppressed});
         false ->
             atomics:add(Cell, 2, 1)
     end.
 
 
--spec target_name(kind() | transport_of | id) -> string().
-target_name(transport_of) -> "transport bound to server";
-target_name(Kind) -> atom_to_list(Kind).
-
-
-%% Two processes may both make the first cell. Then one warning more is logged.
+%% Two processes may both make the first cell. Then one more warning is logged.
 -spec warning_cell() -> atomics:atomics_ref().
 warning_cell() ->
     case persistent_term:get(?WARNINGS, undefined) of
@@ -266,3 +354,126 @@ warning_cell() ->
         Cell ->
             Cell
     end.
+
+
+%%% For the owner of the default registry
+
+
+%% @doc Accepts registrations of servers and transports again, after {@link close/1}.
+-spec open(erlmcp_nif:registry()) -> ok.
+open(Registry) ->
+    erlmcp_nif:open(Registry).
+
+
+%% @doc Removes all servers and transports, and refuses new ones until {@link open/1}.
+-spec close(erlmcp_nif:registry()) -> ok.
+close(Registry) ->
+    lists:foreach(fun end_sentinel/1, erlmcp_nif:close(Registry)).
+
+
+-define(CHANGES_TAKE_MS, 1).
+
+
+%% @doc Diverts exactly these kinds of calls with `default', and returns when no change is under way
+%% that began before.
+-spec divert([changes | lookups | routes]) -> ok.
+divert(Whom) ->
+    case lists:member(changes, Whom) andalso erlmcp_nif:divert(Whom) of
+        false ->
+            _ = erlmcp_nif:divert(Whom),
+            ok;
+        ok ->
+            ok;
+        busy ->
+            ok = timer:sleep(?CHANGES_TAKE_MS),
+            divert(Whom)
+    end.
+
+
+%% @doc The entries of a namespace at some places of a shard, and the place at which to continue. An entry keeps
+%% its place.
+-spec page(erlmcp_nif:registry(), kind(), Shard :: non_neg_integer(), From :: non_neg_integer(), Count :: pos_integer()) ->
+          {[row()], Next :: non_neg_integer() | none}.
+page(Registry, Kind, Shard, From, Count) ->
+    erlmcp_nif:page(Registry, Kind, Shard, From, Count).
+
+
+%% @doc Routes by the default registry, even if routes are diverted.
+-spec route_server(Server :: term(), Transport :: term()) -> erlmcp_nif:routed().
+route_server(ServerId, TransportId) ->
+    erlmcp_nif:route_server_exclusive(ServerId, TransportId).
+
+
+-spec route_transport(Transport :: term()) -> erlmcp_nif:routed().
+route_transport(TransportId) ->
+    erlmcp_nif:route_transport_exclusive(TransportId).
+
+
+-spec route_bound(Server :: term()) -> {[pid()], none | erlmcp_nif:refusal(), [erlmcp_nif:event()]}.
+route_bound(ServerId) ->
+    erlmcp_nif:route_bound_exclusive(ServerId).
+
+
+%%% The library and the default registry
+
+
+%% @doc Why the native library is not loaded; `none' if it is.
+-spec load_error() -> none | erlmcp_nif:load_error().
+load_error() ->
+    erlmcp_nif:load_error().
+
+
+%% @doc Makes the default registry with these bounds, unless it exists.
+-spec make_default(Shards :: pos_integer(), MaxEntries :: pos_integer(), MaxIdBytes :: pos_integer()) ->
+          created | exists.
+make_default(Shards, MaxEntries, MaxIdBytes) ->
+    erlmcp_nif:make_default(Shards, MaxEntries, MaxIdBytes).
+
+
+%% @doc The number of different config terms that all registries keep.
+-spec distinct_configs() -> non_neg_integer().
+distinct_configs() ->
+    erlmcp_nif:distinct_configs().
+
+
+%%% Sentinels
+
+
+-spec start_sentinel(pid(), pid() | none) -> pid().
+start_sentinel(Pid, Owner) ->
+    Sentinel = spawn(?MODULE, init_sentinel, [Pid, Owner]),
+    %% A process belongs to the application whose master is its group leader, and exits when that application stops.
+    %% The group leader is changed before the entry exists.
+    true = group_leader(whereis(init), Sentinel),
+    Sentinel.
+
+
+%% @private
+-spec init_sentinel(pid(), pid() | none) -> no_return().
+init_sentinel(Pid, Owner) ->
+    _ = monitor(process, Pid),
+    _ = is_pid(Owner) andalso monitor(process, Owner),
+    hibernate_sentinel().
+
+
+%% A hibernating process refers to no version of this module. Purging an old version would kill a process that
+%% refers to it, and the exit would remove the entry.
+-spec hibernate_sentinel() -> no_return().
+hibernate_sentinel() ->
+    erlang:hibernate(?MODULE, wake_sentinel, []).
+
+
+%% @private
+-spec wake_sentinel() -> ok.
+wake_sentinel() ->
+    receive
+        {'DOWN', _, process, _, _} -> ok;
+        {?MODULE, stop} -> ok;
+        _Unknown -> hibernate_sentinel()
+    end.
+
+
+-spec end_sentinel(pid()) -> ok.
+end_sentinel(Sentinel) ->
+    Sentinel ! {?MODULE, stop},
+    ok.

@@ -1,30 +1,33 @@
 %%% @doc The public registry of connections, in native memory.
 %%%
-%%% A connection is an id (any term, compared with `=:='), a process, and a capabilities term that is
-%%% returned unchanged. It stays until the process ends or it is unregistered. Every function runs in
-%%% the calling process; there is no server behind it.
+%%% A connection is an id (any term without a fun other than `fun M:F/A', compared with `=:='), a process,
+%%% and a capabilities term that is returned unchanged. It stays until the process exits or it is unregistered. Every
+%%% function runs in the calling process; there is no server behind it.
 %%%
 %%% A connection belongs to the shard `erlang:phash2(Id, Shards)', fixed when it is registered.
 %%%
-%%% The functions work on the default registry, which is made on first use, or on one from
+%%% The functions work on the default registry, which is made on first use, or on a registry from
 %%% {@link new/1} as an additional first argument. Registrations of the default registry outlive
-%%% every process but their own; those of another one go with the last reference to it.
+%%% every process but their own; a registry from {@link new/1} is freed with the last reference to it.
 %%%
-%%% As an OTP name registry: `{via, erlmcp_shard_registry, Name}'. Names are connections whose
-%%% capabilities are `undefined'.
+%%% As an OTP name registry: `{via, erlmcp_shard_registry, Name}'. Names are connections of the default registry
+%%% whose capabilities are `undefined'. A name of the form `{Registry, Name}' is such a name too: it does not name
+%%% anything in that registry.
 %%%
 %%% == Consistency ==
-%%% Each function on one id is one atomic step. Lists are no snapshots: what is there throughout is
-%%% seen exactly once. Counts are exact when nothing is under way.
+%%% Each function on one id is one atomic step. Lists are not snapshots: an entry that is there throughout the call is
+%%% seen exactly once, and an id that is removed and registered again meanwhile may be listed twice. Counts are exact
+%%% when no change is under way.
 %%%
 %%% == Cost ==
-%%% All functions take constant time but the lists, which cost in proportion to the most connections
-%%% the shard has had at one time; more than a few hundred are listed on a dirty scheduler.
-%%% {@link whereis_connection/1} is the quickest: it copies no term.
+%%% All functions take constant time except the lists, whose cost is in proportion to the largest number of connections
+%%% that the shard has had at one time; more than a few hundred are listed on a dirty scheduler.
+%%% {@link whereis_connection/1} is the fastest: it copies no term.
 %%%
 %%% == Errors ==
-%%% Wrong arguments raise `badarg' and change nothing, as do ids whose encoding takes more than
-%%% `max_id_bytes'.
+%%% Wrong arguments raise `badarg' and change nothing. So do ids whose encoding takes more than
+%%% `max_id_bytes', and funs that were made in a function, also inside an id: the size of what they
+%%% have captured has no known bound.
 -module(erlmcp_shard_registry).
 
 %% Registries
@@ -32,7 +35,7 @@
 %% Registration
 -export([register_connection/3, register_connection/4]).
 -export([unregister_connection/1, unregister_connection/2]).
-%% Lookup
+%% Look-up
 -export([lookup_connection/1, lookup_connection/2]).
 -export([whereis_connection/1, whereis_connection/2]).
 %% Shards
@@ -45,6 +48,8 @@
 -export([unregister_name/1, unregister_name/2]).
 -export([whereis_name/1, whereis_name/2]).
 -export([send/2, send/3]).
+%% Explanations of errors
+-export([format_error/2]).
 
 -export_type([registry/0, options/0, shard_id/0, stats/0, shard_stats/0]).
 
@@ -85,18 +90,26 @@ new() ->
     new(#{}).
 
 
-%% @doc An empty registry of its own. It is freed when the last reference to it is gone.
+%% @doc An empty registry of its own. It is freed when no reference to it is left.
+%%
+%% If the capabilities of an entry refer to the registry of that entry, they count as a reference until the entry is
+%% removed: by unregistering it, or by the exit of its process. A registry that nothing else refers to therefore
+%% lives as long as that process.
 %%
 %% Options and defaults: `shards' (64; a power of two from 1 to 1024), `max_entries' (2,000,000; up to
-%% 2^28) and `max_id_bytes' (65,535; up to 2^24). Raises `{bad_option, Key, Value, Expected}'.
--spec new(options()) -> registry().
-new(Options) when is_map(Options) ->
-    case erlmcp_native_config:registry_limits(Options) of
-        {ok, {Shards, MaxEntries, MaxIdBytes}} -> erlmcp_nif:new(Shards, MaxEntries, MaxIdBytes);
-        {error, Reason} -> error(Reason, [Options])
-    end;
+%% 2^28) and `max_id_bytes' (65,535; up to 2^24), as a map, a property list or a keyword list. Raises
+%% `{bad_option, Key, Value, Expected}'.
+-spec new(options() | [proplists:property()]) -> registry().
 new(Options) ->
-    error(badarg, [Options]).
+    case erlmcp_native_config:to_map(Options) of
+        #{} = Map ->
+            case erlmcp_native_config:registry_limits(Map) of
+                {ok, {Shards, MaxEntries, MaxIdBytes}} -> erlmcp_nif:new(Shards, MaxEntries, MaxIdBytes);
+                {error, Reason} -> error(Reason, [Options])
+            end;
+        _ ->
+            error(badarg, [Options], [{error_info, #{module => ?MODULE}}])
+    end.
 
 
 %% @equiv limits(default)
@@ -122,16 +135,33 @@ register_connection(Id, Pid, Capabilities) ->
     register_connection(default, Id, Pid, Capabilities).
 
 
-%% @doc Registers a connection. The first one of an id wins; a process that has ended gives way. A
-%% process that has ended is accepted, and not found afterwards. Equal capabilities are kept once.
+%% @doc Registers a connection. The first registration of an id wins; if its process has exited it is
+%% replaced, even before the monitor has fired. A `Pid' that has exited is accepted, and not found afterwards. Equal
+%% capabilities are kept once.
+%%
+%% A registry that is full first looks for entries of processes that have exited. With more
+%% than 20,000 entries it does so on a dirty scheduler and for at most a tenth of the time.
 -spec register_connection(registry(), term(), pid(), term()) ->
           ok | {error, already_registered | registry_full}.
-register_connection(Registry, Id, Pid, Capabilities) ->
-    case erlmcp_native_registry:register(Registry, connection, Id, Pid, Capabilities, none) of
+register_connection(Registry, Id, Pid, Capabilities) when is_pid(Pid) ->
+    case erlmcp_registry_native:register(Registry, connection, Id, Pid, Capabilities, none) of
         ok -> ok;
         {error, {already_registered, _Pid}} -> {error, already_registered};
         {error, registry_full} -> {error, registry_full}
-    end.
+    end;
+register_connection(Registry, Id, NoPid, Capabilities) ->
+    error(badarg, [Registry, Id, NoPid, Capabilities], [{error_info, #{module => ?MODULE}}]).
+
+
+%% @private
+%% For the shell and for crash reports, as in {@link erlang:error/3}.
+-spec format_error(term(), [tuple()]) -> #{pos_integer() => string()}.
+format_error(_Reason, [{?MODULE, new, [_Options], _Info} | _]) ->
+    #{1 => "not a map, a property list or a keyword list"};
+format_error(_Reason, [{?MODULE, register_connection, [_Registry, _Id, _NoPid, _Capabilities], _Info} | _]) ->
+    #{3 => "not a pid"};
+format_error(_Reason, _Stacktrace) ->
+    #{}.
 
 
 %% @equiv unregister_connection(default, Id)
@@ -143,10 +173,10 @@ unregister_connection(Id) ->
 %% @doc Removes a connection; `ok' also if there is none.
 -spec unregister_connection(registry(), term()) -> ok.
 unregister_connection(Registry, Id) ->
-    erlmcp_native_registry:unregister(Registry, connection, Id).
+    erlmcp_registry_native:unregister(Registry, connection, Id).
 
 
-%%% Lookup
+%%% Look-up
 
 
 %% @equiv lookup_connection(default, Id)
@@ -156,19 +186,20 @@ lookup_connection(Id) ->
 
 
 %% @doc The process and the capabilities of a connection; never a process of this node that has
-%% ended.
+%% exited.
 -spec lookup_connection(registry(), term()) -> {ok, {pid(), term()}} | {error, not_found}.
 lookup_connection(Registry, Id) ->
-    erlmcp_native_registry:find(Registry, connection, Id).
+    erlmcp_registry_native:find(Registry, connection, Id).
 
 
-%% @doc The process of a connection. As with `whereis/1', it may have ended just now.
+%% @doc The process of a connection, without a check whether it is alive: until its monitor has fired,
+%% a process that has exited is still returned. {@link whereis_name/1} makes that check.
 -spec whereis_connection(term()) -> pid() | undefined.
 whereis_connection(Id) ->
     erlmcp_nif:whereis_connection(Id).
 
 
-%% @doc As {@link whereis_connection/1}, in a given registry.
+%% @doc The process of a connection of a given registry; never a process of this node that has exited.
 -spec whereis_connection(registry(), term()) -> pid() | undefined.
 whereis_connection(Registry, Id) ->
     erlmcp_nif:whereis(Registry, connection, Id).
@@ -198,7 +229,7 @@ list_connections(ShardId) ->
 %% @doc The connections of a shard, in no particular order.
 -spec list_connections(registry(), shard_id()) -> [{term(), {pid(), term()}}].
 list_connections(Registry, ShardId) ->
-    erlmcp_native_registry:list_shard(Registry, ShardId).
+    erlmcp_registry_native:list_shard(Registry, ShardId).
 
 
 %%% Counting
@@ -272,12 +303,15 @@ register_name(Name, Pid) ->
     register_name(default, Name, Pid).
 
 
-%% @doc Registers a name; `no' if it is taken or the registry is full.
+%% @doc Registers a name; `no' if a process that is alive has it. Exits with `registry_full' if the
+%% registry is full, so that a `via' start returns `{error, registry_full}': after `no' it would return
+%% `{error, {already_started, undefined}}'.
 -spec register_name(registry(), term(), pid()) -> yes | no.
 register_name(Registry, Name, Pid) ->
     case register_connection(Registry, Name, Pid, undefined) of
         ok -> yes;
-        {error, _} -> no
+        {error, already_registered} -> no;
+        {error, registry_full} -> exit(registry_full)
     end.
 
 
@@ -296,26 +330,26 @@ unregister_name(Registry, Name) ->
 %% @equiv whereis_name(default, Name)
 -spec whereis_name(term()) -> pid() | undefined.
 whereis_name(Name) ->
-    whereis_connection(Name).
+    erlmcp_nif:whereis_name(Name).
 
 
-%% @doc The process that has a name.
+%% @doc The process that has a name; never a process of this node that has exited.
 -spec whereis_name(registry(), term()) -> pid() | undefined.
 whereis_name(Registry, Name) ->
-    whereis_connection(Registry, Name).
+    erlmcp_nif:whereis(Registry, connection, Name).
 
 
 %% @doc Sends a message to the process that has a name and returns the process. Exits with
 %% `{badarg, {Name, Message}}' if there is none.
 -spec send(term(), term()) -> pid().
 send(Name, Message) ->
-    deliver(whereis_connection(Name), Name, Message).
+    deliver(whereis_name(Name), Name, Message).
 
 
 %% @doc As {@link send/2}, in a given registry.
 -spec send(registry(), term(), term()) -> pid().
 send(Registry, Name, Message) ->
-    deliver(whereis_connection(Registry, Name), Name, Message).
+    deliver(whereis_name(Registry, Name), Name, Message).
 
 
 -spec deliver(pid() | undefined, term(), term()) -> pid().

@@ -3,46 +3,108 @@
 //!
 //! # Algorithm
 //!
-//! A credit scheme. Every admitted message counts up one word, `admitted`, and never down. A
-//! *sample* says how many messages wait in the mailboxes of the shard's receivers; it moves the
-//! word `limit` to what `admitted` was when the sample began, less what was found, plus the
-//! threshold. A message is admitted while `admitted < limit`. So the depth `admitted - limit +
-//! threshold` is what was found at the last sample and everything admitted since that began: an
-//! upper bound, as receivers only ever take messages away.
+//! Every admitted message is charged twice: to its shard, by counting `admitted`, and to its
+//! receiver, in a record (`crate::receivers`). A *look* asks for the length of one receiver's mailbox
+//! and corrects both: the record by what was found instead of what it was charged with, and the shard
+//! by as much, in the word `credited`. A message is admitted while the depth `admitted - credited` is
+//! below the threshold.
+//!
+//! Looks are taken in batches by a process of the caller ([`Admission::take`], [`Admission::report`]).
+//! Each one corrects by itself: nothing depends on complete rounds, and looks that are never reported
+//! leave the charges as they are. Only receivers that were sent something since they were last seen
+//! empty have a record, so the cost of looks goes by messages and not by registrations.
 //!
 //! # Guarantee
 //!
-//! At most `threshold` messages wait in the shard, and besides: each message that was between admission
-//! and sending when a sample began, and one for each caller between the two loads and the count of
-//! [`Admission::admit`] at the limit. A caller has one message between admission and sending, but many
-//! where it sends many after one call.
+//! The depth is never below the sum of all charges: the shard is charged before a record is, and
+//! credited after a record was. A charge that was read before a look covers all that the look can have
+//! found in addition. So at most `threshold` messages wait in the shard, and besides: the messages that
+//! were between admission and sending when their receiver was looked at, until its next look, and one
+//! for each caller between the loads of [`Admission::check`] and the count of [`Admission::admit`]
+//! at the limit. A caller has one message between admission and sending, but many where it sends many
+//! after one call. A record is freed when two looks in a row have found nothing; whoever has been between
+//! admission and sending for so long is not counted.
 //!
-//! A shard is never refused for want of a sampler: if the last sample is older than ten intervals,
+//! Under [`Threshold::Auto`] the same holds for each process and [`RECEIVER_LIMIT`].
+//!
+//! A shard is never refused for want of a sampler: if the last look is older than ten intervals,
 //! and so is the message that asked for one, everything is admitted.
+//!
+//! # Time
+//!
+//! A stored time that is ahead of the clock is taken as *now*: the clock has gone back. So nothing
+//! waits for longer than its interval.
 //!
 //! # Trade-offs
 //!
-//! What receivers have taken off their mailboxes counts until the next sample. So a sample is asked
-//! for (by [`Admitted::wants_sample`]) when half of what the last one left has been used up, and with
-//! the first message after a pause. Exactly one caller is told then. It may end before it has passed
-//! that on, so as long as a sample is due and the sampler gives no sign, one more caller is told an
-//! interval.
+//! What receivers have taken off their mailboxes counts until they are looked at. So looks are asked
+//! for (by [`Admitted::wants_sample`]) when the depth has come to three quarters of the threshold, and taken
+//! in turn until it is below five eighths: each receiver is looked at when it is charged with about twice the
+//! mean, which is as much as a look can return. Where all looks leave more than that, they are asked for again when
+//! half of the room has been used up, and not before an eighth as many messages as there were looks.
+//! Also the first message after a pause asks. Exactly one caller is told then. It may exit before it has passed that on, so as long as looks
+//! are due and the sampler gives no sign, one more caller is told an interval.
 
 use std::fmt;
+use std::sync::Arc;
 
-use crate::sync::{AtomicBool, AtomicU64, Ordering};
+use seize::Collector;
 
-/// `admitted` begins here, so that a limit below it does not go under zero.
+use crate::receivers::{Charged, Found, Known, MAX_CHARGE, NOT_SEEN, Receivers};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Mutex, Ordering};
+
+/// The address of receivers that cannot be looked at. They are not charged.
+pub const UNSEEN: u64 = 0;
+
+/// Messages that one process gets from one shard under [`Threshold::Auto`] before it is seen to take
+/// some; and the least threshold.
+pub const RECEIVER_LIMIT: u64 = 10_000;
+
+/// Messages a receiver under [`Threshold::Auto`]: the least threshold over 234 receivers, which is
+/// what 64 shards have of 15,000.
+const PER_RECEIVER: u64 = 43;
+
+/// `admitted` and `credited` begin here, so that a shard may be credited in advance.
 const ORIGIN: u64 = 1 << 40;
 
-/// The limit of a shard that admits everything.
+/// The threshold of a shard that admits everything.
 const OFF: u64 = u64::MAX;
 
-/// Samples older than so many intervals are ignored.
+/// In a threshold: that it follows the number of receivers.
+const AUTO: u64 = 1 << 62;
+
+/// Looks that are older than so many intervals are ignored.
 const STALE_INTERVALS: u64 = 10;
 
 /// A shard that keeps entering overload counts as a failure once in this time.
 const FAILURE_INTERVAL_MS: u64 = 1_000;
+
+/// Looks of one batch: 3 microseconds of asking processes that wait, and some 200 where all are in the run
+/// queues and have to be scheduled to answer (measured on OTP 25).
+///
+/// None twice, which is compared with all others of the batch.
+const MAX_BATCH: usize = if cfg!(loom) { 2 } else { 32 };
+
+/// Records that one batch passes by: some 20 microseconds.
+const MAX_SCANNED: u32 = 32_768;
+
+/// A receiver that is charged with so much is looked at ahead of the others, and again whenever it is
+/// charged with another [`URGENT_STEP`].
+const URGENT: u64 = RECEIVER_LIMIT / 2;
+const URGENT_STEP: u64 = RECEIVER_LIMIT / 8;
+
+/// An asked pass may look at so many receivers, and at one more for each [`MESSAGES_PER_LOOK`] messages.
+const MIN_LOOKS: u64 = 16;
+
+/// A look costs some 200 ns, a message some 500 and its receiver's turn.
+const MESSAGES_PER_LOOK: u64 = 8;
+
+/// An asked pass after so many messages is taken before the load: it takes [`MIN_LOOKS`] and an eighth of
+/// as many looks, which is some percent of what the messages took.
+const EARNED: u64 = 512;
+
+/// Receivers that wait for an urgent look at one time.
+const URGENT_PLACES: usize = if cfg!(loom) { 1 } else { 16 };
 
 /// What all shards of a registry have in common.
 #[derive(Debug)]
@@ -51,7 +113,7 @@ pub struct Sampling {
 }
 
 impl Sampling {
-    /// Samples are taken every `interval_ms` milliseconds.
+    /// Shards are sampled every `interval_ms` milliseconds.
     pub fn new(interval_ms: u64) -> Self {
         Self {
             interval_ms: AtomicU64::new(interval_ms),
@@ -69,6 +131,17 @@ impl Sampling {
     }
 }
 
+/// How many messages a shard takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Threshold {
+    /// Any number.
+    Off,
+    /// As many as its receivers call for: 43 each, and at least 10,000.
+    Auto,
+    /// Exactly so many, up to 2^40.
+    Exactly(u64),
+}
+
 /// An admitted message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Admitted {
@@ -76,300 +149,829 @@ pub struct Admitted {
     pub wants_sample: bool,
 }
 
-/// What a sample has led to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Sampled {
-    /// The shard was overloaded until now.
-    pub has_recovered: bool,
-    /// So much was admitted during the sample that the next one is due at once; nobody else will
-    /// ask for it.
-    pub is_used_up: bool,
-}
-
 /// A refused message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Overloaded {
-    /// This refusal is the first one of an overload.
+    /// This refusal is the first one of an overload of the shard.
     pub has_entered: bool,
     /// It counts as a failure of the node.
     pub is_failure: bool,
+    /// The caller is the one to ask for a sample now.
+    pub wants_sample: bool,
 }
 
-/// One shard's. Aligned so that no two share a cache line (or a pair of lines, as x86 fetches them).
+/// Which receivers a pass looks at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pass {
+    /// As a caller has asked: those with an urgent need, and if looks are due those that were sent
+    /// something since their last look, one for each eight messages that were admitted since the last such
+    /// pass.
+    Asked,
+    /// All that have a record. One that is ended before goes on with the next one.
+    All,
+}
+
+/// How a pass is to be taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Begun {
+    /// At once, before the load: its looks cost a small part of what the messages before it did.
+    Urgently,
+    /// Beside the load: the shard is so full that looks come fast.
+    Normally,
+    /// Not at all: another sampler is there.
+    Busy,
+}
+
+/// What a sampler does next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Taken {
+    /// Look at the receivers that were given, and report by this number.
+    Batch(u64),
+    /// The pass is over. If `is_due`, so much was admitted meanwhile that the next one is due
+    /// at once; nobody else will ask for it.
+    Done {
+        /// See above.
+        is_due: bool,
+        /// The shard was overloaded until now.
+        has_recovered: bool,
+    },
+    /// Another sampler is there.
+    Busy,
+}
+
+/// What a report has led to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reported {
+    /// Or else it was stale, and ignored.
+    pub is_current: bool,
+    /// The shard was overloaded until now.
+    pub has_recovered: bool,
+}
+
+/// The receiver of a message on its way through the layers.
+#[derive(Debug)]
+pub struct Receiver<'a> {
+    threshold: u64,
+    /// `None` for one that is not charged.
+    known: Option<Known<'a>>,
+}
+
+/// A cache line of its own, or a pair of them as x86 fetches them.
+#[derive(Default)]
 #[repr(align(128))]
-pub struct Admission {
-    admitted: AtomicU64,
-    limit: AtomicU64,
-    /// The count with which a sample is asked for.
-    sample_at: AtomicU64,
+struct Line<T>(T);
+
+/// Read by every message, and written by looks and settings.
+struct Bounds {
+    /// The threshold in force; [`OFF`], or with [`AUTO`].
     threshold: AtomicU64,
-    /// `ms + 1`; 0 is never.
+    credited: AtomicU64,
+    /// The count with which looks are asked for.
+    look_at: AtomicU64,
+}
+
+struct Times {
+    /// When the sampler was there last: `ms + 1`; 0 is never. So with all times.
     sampled_ms: AtomicU64,
     /// What `admitted` was then.
     seen: AtomicU64,
-    /// When the sample that is due was first asked for: `ms + 1`; 0 is never.
+    /// When the looks that are due were first asked for.
     asked_ms: AtomicU64,
-    /// When a caller was told last to ask for a sample, or the sampler was there: `ms + 1`; 0 is never.
+    /// When a caller was told last to ask for them, or the sampler was there.
     told_ms: AtomicU64,
-    is_overloaded: AtomicBool,
-    /// `ms + 1`; 0 is never.
+    /// When a caller that was refused at [`RECEIVER_LIMIT`] was told last to ask for a look.
+    urged_ms: AtomicU64,
     failed_ms: AtomicU64,
+    is_overloaded: AtomicBool,
+    /// Messages that are in no record, until the next batch of looks.
+    strays: AtomicU64,
+    /// What was credited on the word of a process that has no record. The next batch takes it back.
+    lent: AtomicU64,
+    looks: AtomicU64,
+}
+
+/// Where the sampler is.
+#[derive(Clone, Copy, Default)]
+struct Position {
+    /// Where the next batch begins, and how many records the pass still goes through.
+    at: u32,
+    left: u32,
+}
+
+#[derive(Default)]
+struct Sampler {
+    /// The number of the last batch.
+    number: u64,
+    /// Its records. Empty when it was reported.
+    batch: Vec<Found>,
+    position: Position,
+    /// The position when the batch is reported.
+    next: Position,
+    /// The records that there were when the pass began.
+    end: u32,
+    is_all: bool,
+    budget: u32,
+    looks: u32,
+    /// What `admitted` was when the last pass that was asked for began.
+    asked_at: u64,
+}
+
+/// One shard's.
+pub struct Admission {
+    bounds: Line<Bounds>,
+    admitted: Line<AtomicU64>,
+    receivers: Receivers,
+    times: Line<Times>,
+    /// Indexes plus 1.
+    urgent: [AtomicU32; URGENT_PLACES],
+    /// Only ever tried: whoever finds another sampler there leaves the shard to that one.
+    sampler: Mutex<Sampler>,
 }
 
 impl Admission {
-    /// Admits everything until a threshold is set and the first sample was taken.
+    /// Admits everything until a threshold is set and a first sample was taken.
     pub fn new() -> Self {
+        Self::with_collector(&Arc::new(Collector::new()))
+    }
+
+    pub(crate) fn with_collector(collector: &Arc<Collector>) -> Self {
         Self {
-            admitted: AtomicU64::new(ORIGIN),
-            limit: AtomicU64::new(OFF),
-            sample_at: AtomicU64::new(0),
-            threshold: AtomicU64::new(OFF),
-            sampled_ms: AtomicU64::new(0),
-            seen: AtomicU64::new(ORIGIN),
-            asked_ms: AtomicU64::new(0),
-            told_ms: AtomicU64::new(0),
-            is_overloaded: AtomicBool::new(false),
-            failed_ms: AtomicU64::new(0),
+            bounds: Line(Bounds {
+                threshold: AtomicU64::new(OFF),
+                credited: AtomicU64::new(ORIGIN),
+                look_at: AtomicU64::new(0),
+            }),
+            admitted: Line(AtomicU64::new(ORIGIN)),
+            receivers: Receivers::new(collector),
+            times: Line(Times {
+                sampled_ms: AtomicU64::new(0),
+                seen: AtomicU64::new(ORIGIN),
+                asked_ms: AtomicU64::new(0),
+                told_ms: AtomicU64::new(0),
+                urged_ms: AtomicU64::new(0),
+                failed_ms: AtomicU64::new(0),
+                is_overloaded: AtomicBool::new(false),
+                strays: AtomicU64::new(0),
+                lent: AtomicU64::new(0),
+                looks: AtomicU64::new(0),
+            }),
+            urgent: std::array::from_fn(|_| AtomicU32::new(0)),
+            sampler: Mutex::new(Sampler::default()),
         }
     }
 
-    /// Whether a message would be admitted. One load where everything is.
+    // ---- For messages ----
+
+    /// The receiver at `address`. `kept` is a word that the caller keeps beside the id, 0 at first.
+    /// One load where everything is admitted.
+    #[inline]
+    pub fn receiver<'a>(&self, address: u64, kept: &'a AtomicU32) -> Receiver<'a> {
+        let threshold = self.bounds.0.threshold.load(Ordering::Relaxed);
+        let is_charged = threshold != OFF && address != UNSEEN;
+        Receiver {
+            threshold,
+            known: is_charged.then(|| self.receivers.know(address, kept)),
+        }
+    }
+
+    /// Whether a message would be admitted. `receivers` counts those of the shard.
     #[inline]
     pub fn check(
         &self,
+        receiver: &mut Receiver<'_>,
         sampling: &Sampling,
         now_ms: impl FnOnce() -> u64,
+        receivers: impl FnOnce() -> u64,
     ) -> Result<(), Overloaded> {
-        let limit = self.limit.load(Ordering::Relaxed);
-        if limit == OFF || self.admitted.load(Ordering::Relaxed) < limit {
+        let threshold = receiver.threshold;
+        if threshold == OFF {
             return Ok(());
         }
-        self.refuse(sampling, now_ms())
+        if self.queued() >= bound(threshold) {
+            return self.refuse(sampling, now_ms(), receivers);
+        }
+        if threshold & AUTO == 0 {
+            return Ok(());
+        }
+        let Some(known) = &mut receiver.known else {
+            return Ok(());
+        };
+        if known.index.is_none() {
+            self.receivers.know_by_address(known);
+        }
+        if u64::from(known.charge) >= RECEIVER_LIMIT {
+            return self.refuse_one(known.index, sampling, now_ms());
+        }
+        Ok(())
     }
 
-    /// Whether a message would be admitted, without a trace of the question.
-    pub fn is_open(&self, sampling: &Sampling, now_ms: impl FnOnce() -> u64) -> bool {
-        let limit = self.limit.load(Ordering::Relaxed);
-        limit == OFF
-            || self.admitted.load(Ordering::Relaxed) < limit
+    /// Whether a message to some receiver would be admitted, without a trace of the question.
+    pub fn is_open(
+        &self,
+        sampling: &Sampling,
+        now_ms: impl FnOnce() -> u64,
+        receivers: impl FnOnce() -> u64,
+    ) -> bool {
+        let has_room = |threshold| threshold == OFF || self.queued() < bound(threshold);
+        has_room(self.bounds.0.threshold.load(Ordering::Relaxed))
+            || has_room(self.follow(receivers()))
             || self.is_stale(sampling, now_ms())
     }
 
-    fn is_stale(&self, sampling: &Sampling, now_ms: u64) -> bool {
-        // Nobody has sampled yet: being asked to is no sign of a sampler.
-        let sampled = match self.sampled_ms.load(Ordering::Relaxed) {
-            0 => return true,
-            sampled => sampled.max(self.asked_ms.load(Ordering::Relaxed)),
-        };
-        (now_ms + 1).saturating_sub(sampled) > STALE_INTERVALS * sampling.interval_ms()
-    }
-
-    /// Counts a message that [`Self::check`] has let through. The count of messages that go to a
-    /// shard that admits everything is not kept.
+    /// Charges a message that [`Self::check`] has let through. Those to a shard that admits everything
+    /// are not counted.
     #[inline]
-    pub fn admit(&self, sampling: &Sampling, now_ms: impl FnOnce() -> u64) -> Admitted {
-        if self.limit.load(Ordering::Relaxed) == OFF {
+    pub fn admit(
+        &self,
+        receiver: &Receiver<'_>,
+        sampling: &Sampling,
+        now_ms: impl FnOnce() -> u64,
+    ) -> Admitted {
+        if receiver.threshold == OFF {
             return Admitted {
                 wants_sample: false,
             };
         }
-        // AcqRel: in the order of changes of this word, see `sampled`.
-        let count = self.admitted.fetch_add(1, Ordering::AcqRel) + 1;
-        let sample_at = self.sample_at.load(Ordering::Relaxed);
-        let wants_sample = count >= sample_at && self.tell(count == sample_at, sampling, now_ms());
-        Admitted { wants_sample }
+        // AcqRel: in the order of changes of this word, see `finish`.
+        let count = self.admitted.0.fetch_add(1, Ordering::AcqRel) + 1;
+        let is_urgent = match &receiver.known {
+            Some(known) if known.charge < MAX_CHARGE => self.charge(known, receiver.threshold),
+            _ => {
+                self.credit(1);
+                false
+            }
+        };
+        let look_at = self.bounds.0.look_at.load(Ordering::Relaxed);
+        let is_due = count >= look_at && self.tell(count == look_at, sampling, now_ms());
+        Admitted {
+            wants_sample: is_urgent || is_due,
+        }
     }
 
-    /// Whether this caller is the one to ask for the sample that is due: the one with the count at which
-    /// it became so, or the first one after an interval in which nobody was told and nothing sampled.
+    /// Whether the caller is to ask for a look at this receiver.
+    #[inline]
+    fn charge(&self, known: &Known<'_>, threshold: u64) -> bool {
+        // What was misplaced is paid for already, where it is now.
+        match self.receivers.charge(known, || self.debit(1)) {
+            Charged::Record { index, charge } => {
+                let above = u64::from(charge).wrapping_sub(URGENT);
+                threshold & AUTO != 0
+                    && u64::from(charge) >= URGENT
+                    && above.is_multiple_of(URGENT_STEP)
+                    && self.urge(index)
+            }
+            Charged::Stray => {
+                self.times.0.strays.fetch_add(1, Ordering::Relaxed);
+                false
+            }
+        }
+    }
+
+    /// True, also if others wait already: the sampler comes for all of them.
+    #[cold]
+    fn urge(&self, index: u32) -> bool {
+        for place in &self.urgent {
+            let waiting = place.load(Ordering::Relaxed);
+            let is_free = waiting == 0
+                && place
+                    .compare_exchange(0, index + 1, Ordering::Release, Ordering::Relaxed)
+                    .is_ok();
+            if is_free || waiting == index + 1 {
+                break;
+            }
+        }
+        true
+    }
+
+    /// Whether this caller is the one to ask for the looks that are due: the one with the count at which
+    /// they became so, or the first one after an interval in which nobody was told and nothing sampled.
     ///
     /// `asked_ms` stays what the first one made it: asking again is no sign of a sampler.
     #[cold]
     fn tell(&self, is_first: bool, sampling: &Sampling, now_ms: u64) -> bool {
+        let times = &self.times.0;
         if is_first {
-            self.asked_ms.store(now_ms + 1, Ordering::Relaxed);
-            self.told_ms.store(now_ms + 1, Ordering::Relaxed);
+            // A message that was admitted for want of a sampler is no sign of one.
+            if self.queued() <= bound(self.bounds.0.threshold.load(Ordering::Relaxed)) {
+                times.asked_ms.store(now_ms + 1, Ordering::Relaxed);
+            }
+            times.told_ms.store(now_ms + 1, Ordering::Relaxed);
             return true;
         }
-        let told = self.told_ms.load(Ordering::Relaxed);
-        (now_ms + 1).saturating_sub(told) > sampling.interval_ms()
-            && self
-                .told_ms
-                .compare_exchange(told, now_ms + 1, Ordering::Relaxed, Ordering::Relaxed)
-                .is_ok()
+        let interval_ms = sampling.interval_ms();
+        claim(&times.told_ms, now_ms, |age_ms| age_ms > interval_ms)
     }
 
     #[cold]
-    fn refuse(&self, sampling: &Sampling, now_ms: u64) -> Result<(), Overloaded> {
-        if self.is_stale(sampling, now_ms) {
+    fn refuse(
+        &self,
+        sampling: &Sampling,
+        now_ms: u64,
+        receivers: impl FnOnce() -> u64,
+    ) -> Result<(), Overloaded> {
+        let threshold = self.follow(receivers());
+        if threshold == OFF || self.queued() < bound(threshold) || self.is_stale(sampling, now_ms) {
             return Ok(());
         }
-        let has_entered = !self.is_overloaded.load(Ordering::Relaxed)
-            && !self.is_overloaded.swap(true, Ordering::Relaxed);
+        let is_overloaded = &self.times.0.is_overloaded;
+        let has_entered =
+            !is_overloaded.load(Ordering::Relaxed) && !is_overloaded.swap(true, Ordering::Relaxed);
+        let is_failure = has_entered
+            && claim(&self.times.0.failed_ms, now_ms, |age_ms| {
+                age_ms >= FAILURE_INTERVAL_MS
+            });
         Err(Overloaded {
             has_entered,
-            is_failure: has_entered && self.may_fail(now_ms),
+            is_failure,
+            wants_sample: false,
         })
     }
 
-    fn may_fail(&self, now_ms: u64) -> bool {
-        let last = self.failed_ms.load(Ordering::Relaxed);
-        let is_due = last == 0 || (now_ms + 1).saturating_sub(last) >= FAILURE_INTERVAL_MS;
-        is_due
-            && self
-                .failed_ms
-                .compare_exchange(last, now_ms + 1, Ordering::Relaxed, Ordering::Relaxed)
-                .is_ok()
+    /// The shard has room, but this receiver takes nothing.
+    #[cold]
+    fn refuse_one(
+        &self,
+        index: Option<u32>,
+        sampling: &Sampling,
+        now_ms: u64,
+    ) -> Result<(), Overloaded> {
+        if self.is_stale(sampling, now_ms) {
+            return Ok(());
+        }
+        let interval_ms = sampling.interval_ms();
+        let is_due = claim(&self.times.0.urged_ms, now_ms, |age_ms| {
+            age_ms > interval_ms
+        });
+        Err(Overloaded {
+            has_entered: false,
+            is_failure: false,
+            wants_sample: is_due && index.is_some_and(|index| self.urge(index)),
+        })
+    }
+
+    fn is_stale(&self, sampling: &Sampling, now_ms: u64) -> bool {
+        // Nobody has sampled yet: being asked to is no sign of a sampler.
+        let Some(sampled) = age_ms(&self.times.0.sampled_ms, now_ms) else {
+            return true;
+        };
+        let asked = age_ms(&self.times.0.asked_ms, now_ms).unwrap_or(u64::MAX);
+        sampled.min(asked) > STALE_INTERVALS * sampling.interval_ms()
     }
 
     // ---- For the sampler ----
 
-    /// Begins a sample: the count that [`Self::sampled`] takes. Messages that are admitted from
-    /// here on count whether the sample finds them or not.
-    pub fn begin_sample(&self) -> u64 {
-        self.admitted.load(Ordering::Acquire)
+    /// Begins a pass, instead of one that was not finished.
+    pub fn begin_pass(&self, pass: Pass, now_ms: u64) -> Begun {
+        let Ok(mut sampler) = self.sampler.try_lock() else {
+            return Begun::Busy;
+        };
+        self.skip_sample(now_ms);
+        let admitted = self.admitted.0.load(Ordering::Acquire);
+        let is_due = admitted >= self.bounds.0.look_at.load(Ordering::Relaxed);
+        sampler.end = self.receivers.high_water();
+        sampler.position.left = match pass {
+            Pass::Asked if !is_due => 0,
+            Pass::Asked | Pass::All => sampler.end,
+        };
+        sampler.looks = 0;
+        sampler.number += 1;
+        sampler.batch.clear();
+        match pass {
+            Pass::All => {
+                (sampler.is_all, sampler.budget) = (true, u32::MAX);
+                Begun::Urgently
+            }
+            Pass::Asked => {
+                let since = admitted - sampler.asked_at;
+                let budget = MIN_LOOKS + since / MESSAGES_PER_LOOK;
+                let budget = u32::try_from(budget).unwrap_or(u32::MAX);
+                (sampler.is_all, sampler.budget) = (false, budget);
+                sampler.asked_at = admitted;
+                if since >= EARNED {
+                    Begun::Urgently
+                } else {
+                    Begun::Normally
+                }
+            }
+        }
     }
 
-    /// Ends a sample that began with `began` and found `queued` messages.
+    /// The next receivers of the pass: those that wait for an urgent look, and then as many as come next.
+    /// Each is given to `look_at`, the last one first, since that is how lists are made. Until they are
+    /// reported the next call gives the same ones once more.
     ///
-    /// `is_last`: no more samples will be taken until one is asked for; the next message does.
-    pub fn sampled(&self, began: u64, queued: u64, is_last: bool, now_ms: u64) -> Sampled {
-        self.saw(began, now_ms);
-        self.credit(began, queued, is_last)
+    /// With `is_last` the pass ends here.
+    pub fn take(&self, is_last: bool, mut look_at: impl FnMut(u64)) -> Taken {
+        let Ok(mut sampler) = self.sampler.try_lock() else {
+            return Taken::Busy;
+        };
+        self.settle();
+        let sampler = &mut *sampler;
+        sampler.number += 1;
+        sampler.batch.clear();
+        for place in &self.urgent {
+            if let Some(index) = place.swap(0, Ordering::Acquire).checked_sub(1) {
+                let record = self.receivers.get(index);
+                sampler
+                    .batch
+                    .extend(record.filter(|_| !holds(&sampler.batch, index)));
+            }
+        }
+        if is_last || !sampler.is_all && self.has_reserve() {
+            sampler.position.left = 0;
+        }
+        self.scan(sampler);
+        if sampler.batch.is_empty() && sampler.position.left == 0 {
+            return Taken::Done {
+                has_recovered: self.recover(),
+                is_due: self.finish(sampler.looks),
+            };
+        }
+        for record in sampler.batch.iter().rev() {
+            look_at(record.address);
+        }
+        Taken::Batch(sampler.number)
+    }
+
+    /// Adds to the batch what comes next in the pass.
+    fn scan(&self, sampler: &mut Sampler) {
+        let Sampler {
+            batch,
+            position,
+            end,
+            is_all,
+            budget,
+            ..
+        } = sampler;
+        let most = MAX_BATCH.min(*budget as usize);
+        let Position { mut at, mut left } = *position;
+        if most == 0 {
+            left = 0;
+        }
+        let mut scanned = 0;
+        let mut found = 0;
+        while left > 0 && scanned < MAX_SCANNED && found < most {
+            if at >= *end {
+                at = 0;
+            }
+            let to = at + left.min(*end - at).min(MAX_SCANNED - scanned);
+            let record = self.receivers.scan(
+                at,
+                to,
+                |charge, seen| {
+                    // What is wanted of all: charged with something, or not yet seen empty twice.
+                    *is_all || charge > 0 && (charge > seen || seen == NOT_SEEN)
+                },
+                |charge| self.credit(u64::from(charge)),
+            );
+            let passed = record.map_or(to, |record| record.index + 1) - at;
+            (at, left, scanned) = (at + passed, left - passed, scanned + passed);
+            if let Some(record) = record.filter(|record| !holds(batch, record.index)) {
+                batch.push(record);
+                found += 1;
+            }
+        }
+        sampler.next = Position { at, left };
+        if batch.is_empty() {
+            *position = sampler.next;
+        }
+    }
+
+    /// What looks at the receivers of a batch have found, in its order: messages in the mailbox, 0 for
+    /// a process that has exited, `None` for one that has not answered, which keeps its charge. Receivers
+    /// that are missing at the end are not counted as looked at either. A report that is not of the
+    /// last batch is ignored.
+    pub fn report(
+        &self,
+        number: u64,
+        lengths: impl IntoIterator<Item = Option<u64>>,
+        now_ms: u64,
+    ) -> Reported {
+        let ignored = Reported {
+            is_current: false,
+            has_recovered: false,
+        };
+        let Ok(mut sampler) = self.sampler.try_lock() else {
+            return ignored;
+        };
+        if sampler.number != number || sampler.batch.is_empty() {
+            return ignored;
+        }
+        self.skip_sample(now_ms);
+        let mut credited = 0;
+        for (record, length) in sampler.batch.iter().zip(lengths) {
+            let Some(length) = length else {
+                continue;
+            };
+            let queued = u32::try_from(length).unwrap_or(u32::MAX);
+            self.receivers.look(
+                record,
+                queued,
+                |returned| credited += u64::from(returned),
+                |charged| self.debit(u64::from(charged)),
+            );
+        }
+        self.credit(credited);
+        let looks = sampler.batch.len() as u32;
+        self.times
+            .0
+            .looks
+            .fetch_add(u64::from(looks), Ordering::Relaxed);
+        sampler.batch.clear();
+        sampler.looks = sampler.looks.saturating_add(looks);
+        sampler.budget = sampler.budget.saturating_sub(looks);
+        sampler.position = sampler.next;
+        sampler.number += 1;
+        Reported {
+            is_current: true,
+            has_recovered: self.recover(),
+        }
+    }
+
+    /// Sets when looks are asked for next. Returns whether they are due already.
+    fn finish(&self, looks: u32) -> bool {
+        let threshold = self.bounds.0.threshold.load(Ordering::Relaxed);
+        if threshold == OFF {
+            return false;
+        }
+        let admitted = self.admitted.0.load(Ordering::Acquire);
+        let room = bound(threshold).saturating_sub(self.queued());
+        let pause = if self.has_reserve() {
+            ask_level(bound(threshold)).saturating_sub(self.queued())
+        } else {
+            // Rounded up: or else the last place would be used up before anybody took it.
+            room.div_ceil(2).max(u64::from(looks / 8))
+        };
+        let pause = pause.max(1);
+        let is_due = self.ask_at(admitted + pause);
+        room > 0 && is_due
+    }
+
+    /// Whether looks can wait until the depth is at [`ask_level`].
+    fn has_reserve(&self) -> bool {
+        let threshold = self.bounds.0.threshold.load(Ordering::Relaxed);
+        threshold == OFF || self.queued() < bound(threshold) / 8 * 5
+    }
+
+    /// Has the message with this count ask for looks. Returns whether it is there already.
+    fn ask_at(&self, count: u64) -> bool {
+        self.bounds.0.look_at.store(count, Ordering::Relaxed);
+        // A change of the word that callers count in: one who counts later sees `look_at`, and one who
+        // counted before is seen here. So somebody knows when it is reached.
+        self.admitted.0.fetch_add(0, Ordering::AcqRel) >= count
+    }
+
+    /// No more samples until a message is admitted, which asks for one. `false` if there is something to
+    /// look at.
+    pub fn pause(&self) -> bool {
+        let admitted = self.admitted.0.load(Ordering::Acquire);
+        self.receivers.live() == 0 && self.queued() == 0 && !self.ask_at(admitted + 1)
     }
 
     /// Instead of a sample: what was admitted since the last one is counted on as it is, and the
     /// sampler is there.
     pub fn skip_sample(&self, now_ms: u64) {
-        self.saw(self.begin_sample(), now_ms);
+        let times = &self.times.0;
+        let admitted = self.admitted.0.load(Ordering::Acquire);
+        times.seen.store(admitted, Ordering::Relaxed);
+        times.sampled_ms.store(now_ms + 1, Ordering::Relaxed);
+        times.told_ms.store(now_ms + 1, Ordering::Relaxed);
     }
 
-    fn saw(&self, admitted: u64, now_ms: u64) {
-        self.seen.store(admitted, Ordering::Relaxed);
-        self.sampled_ms.store(now_ms + 1, Ordering::Relaxed);
-        self.told_ms.store(now_ms + 1, Ordering::Relaxed);
-    }
-
-    fn credit(&self, began: u64, queued: u64, is_last: bool) -> Sampled {
-        let mut has_recovered = false;
-        loop {
-            let threshold = self.threshold.load(Ordering::Relaxed);
-            let mut sampled = self.credit_up_to(threshold, began, queued, is_last);
-            has_recovered |= sampled.has_recovered;
-            // The threshold is changed before the limit: of two threads, the one who exchanges the
-            // limit last sees both thresholds here.
-            if self.threshold.load(Ordering::Relaxed) == threshold {
-                sampled.has_recovered = has_recovered;
-                return sampled;
-            }
+    /// What was noted beside the records.
+    fn settle(&self) {
+        let times = &self.times.0;
+        if times.lent.load(Ordering::Relaxed) > 0 {
+            self.debit(times.lent.swap(0, Ordering::AcqRel));
+        }
+        if times.strays.load(Ordering::Relaxed) > 0 {
+            self.credit(times.strays.swap(0, Ordering::AcqRel));
         }
     }
 
-    fn credit_up_to(&self, threshold: u64, began: u64, queued: u64, is_last: bool) -> Sampled {
-        if threshold == OFF {
-            self.limit.swap(OFF, Ordering::AcqRel);
-            return Sampled {
-                has_recovered: self.is_overloaded.swap(false, Ordering::Relaxed),
-                is_used_up: false,
-            };
-        }
-        let limit = began.saturating_sub(queued).saturating_add(threshold);
-        let left = limit.saturating_sub(began);
-        // Rounded up: or else the last place would be used up before anybody took it.
-        let sample_at = began + if is_last { 1 } else { left.div_ceil(2) };
-        self.sample_at.store(sample_at, Ordering::Relaxed);
-        self.limit.swap(limit, Ordering::AcqRel);
-        // A change of the word that callers count in: one who counts later sees `sample_at`, and
-        // one who counted before is seen here. So somebody knows when it is reached.
-        let admitted = self.admitted.fetch_add(0, Ordering::AcqRel);
-        Sampled {
-            // Half the threshold: or else a shard that is just full would come and go all the time.
-            has_recovered: left > threshold / 2
-                && self.is_overloaded.load(Ordering::Relaxed)
-                && self.is_overloaded.swap(false, Ordering::Relaxed),
-            is_used_up: left > 0 && admitted >= sample_at,
-        }
+    fn recover(&self) -> bool {
+        let threshold = self.bounds.0.threshold.load(Ordering::Relaxed);
+        let is_overloaded = &self.times.0.is_overloaded;
+        // Half the threshold: or else a shard that is just full would come and go all the time.
+        (threshold == OFF || self.queued() < bound(threshold).div_ceil(2))
+            && is_overloaded.load(Ordering::Relaxed)
+            && is_overloaded.swap(false, Ordering::Relaxed)
     }
 
     // ---- For everybody ----
 
-    /// Messages that wait in the shard at most.
-    pub fn depth(&self) -> u64 {
-        let threshold = self.threshold.load(Ordering::Relaxed);
-        let limit = self.limit.load(Ordering::Relaxed);
-        if limit == OFF {
-            return 0;
-        }
-        self.admitted
-            .load(Ordering::Relaxed)
-            .saturating_add(threshold)
-            .saturating_sub(limit)
+    /// The shard gets room for so many more.
+    fn credit(&self, messages: u64) {
+        self.bounds.0.credited.fetch_add(messages, Ordering::AcqRel);
     }
 
-    /// Counts messages that were queued (or with a negative `delta` taken) without a sample.
-    pub fn adjust(&self, delta: i64) {
-        let mut limit = self.limit.load(Ordering::Relaxed);
-        while limit != OFF {
-            let floor = self.admitted.load(Ordering::Relaxed);
-            let threshold = self.threshold.load(Ordering::Relaxed);
-            // A depth below zero would admit more than the threshold later on.
-            let adjusted = limit
-                .saturating_add_signed(delta.saturating_neg())
-                .min(floor.saturating_add(threshold));
-            match self.limit.compare_exchange_weak(
-                limit,
-                adjusted,
-                Ordering::Relaxed,
-                Ordering::Relaxed,
-            ) {
-                Ok(_) => return,
-                Err(changed) => limit = changed,
+    /// The shard is charged with so many, besides what is admitted.
+    fn debit(&self, messages: u64) {
+        self.bounds.0.credited.fetch_sub(messages, Ordering::AcqRel);
+    }
+
+    #[inline]
+    fn queued(&self) -> u64 {
+        let admitted = self.admitted.0.load(Ordering::Relaxed);
+        let credited = self.bounds.0.credited.load(Ordering::Relaxed);
+        // Below zero for a moment, when the first load is older than the second one.
+        admitted
+            .checked_sub(credited)
+            .filter(|queued| *queued <= i64::MAX as u64)
+            .unwrap_or(0)
+    }
+
+    /// Messages that wait in the shard at most; 0 while everything is admitted.
+    pub fn depth(&self) -> u64 {
+        match self.threshold() {
+            Some(_) => self.queued(),
+            None => 0,
+        }
+    }
+
+    /// The process at `address` says that so many messages were queued there, or with a negative `delta`
+    /// that it has taken them.
+    ///
+    /// What it takes is returned from its own charge, exactly. What is beyond that is lent to the shard until
+    /// the next batch of looks, since the same messages may be found gone elsewhere. The depth never
+    /// goes below zero, and what was not there is not owed.
+    pub fn adjust(&self, address: u64, delta: i64) {
+        let messages = u32::try_from(delta.unsigned_abs()).unwrap_or(u32::MAX);
+        if self.threshold().is_none() || address == UNSEEN {
+            return;
+        }
+        if delta >= 0 {
+            let messages = messages.min(MAX_CHARGE);
+            self.debit(u64::from(messages));
+            let charged = self.receivers.charge_many(address, messages);
+            self.credit(u64::from(messages - charged));
+            return;
+        }
+        let returned = self.take_back(address, messages);
+        let lent = delta.unsigned_abs() - u64::from(returned);
+        let lent = lent.min(self.queued());
+        if lent > 0 {
+            self.times.0.lent.fetch_add(lent, Ordering::AcqRel);
+            self.credit(lent);
+        }
+    }
+
+    /// What was read as the charge of a record under way is less from then on: what the receiver says here
+    /// is not found missing a second time.
+    fn take_back(&self, address: u64, messages: u32) -> u32 {
+        let Ok(mut sampler) = self.sampler.try_lock() else {
+            return 0;
+        };
+        let Some((index, returned)) = self.receivers.take_back(address, messages) else {
+            return 0;
+        };
+        // What was lent is paid back first: it may be for the same messages.
+        let lent = &self.times.0.lent;
+        let paid = lent.load(Ordering::Acquire).min(u64::from(returned));
+        lent.fetch_sub(paid, Ordering::AcqRel);
+        self.credit(u64::from(returned) - paid);
+        for record in &mut sampler.batch {
+            if record.index == index {
+                record.charge = record.charge.saturating_sub(returned);
             }
         }
+        returned
     }
 
     /// The messages that the shard takes; `None` for any number.
     pub fn threshold(&self) -> Option<u64> {
-        let threshold = self.threshold.load(Ordering::Relaxed);
-        (threshold != OFF).then_some(threshold)
+        let threshold = self.bounds.0.threshold.load(Ordering::Relaxed);
+        (threshold != OFF).then_some(bound(threshold))
     }
 
-    /// Changes the threshold. The next message asks for a sample.
-    pub fn set_threshold(&self, threshold: Option<u64>) {
-        let (mut began, mut queued) = (self.begin_sample(), self.depth());
-        self.threshold
-            .store(threshold.unwrap_or(OFF), Ordering::Relaxed);
-        // Those who were admitted meanwhile may not have asked.
-        while self.credit(began, queued, true).is_used_up {
-            (began, queued) = (self.begin_sample(), self.depth());
+    /// Whether the threshold follows the number of receivers.
+    pub fn is_auto(&self) -> bool {
+        is_auto(self.bounds.0.threshold.load(Ordering::Relaxed))
+    }
+
+    /// Changes the threshold: one store. The next message asks for a sample. `receivers` are those of the
+    /// shard.
+    pub fn set_threshold(&self, threshold: Threshold, receivers: u64) {
+        let word = match threshold {
+            Threshold::Off => OFF,
+            Threshold::Auto => automatic(receivers),
+            Threshold::Exactly(threshold) => threshold,
+        };
+        // A swap and no store: `follow` never comes between what it has read and this.
+        self.bounds.0.threshold.swap(word, Ordering::AcqRel);
+        self.recover();
+        let admitted = self.admitted.0.load(Ordering::Acquire);
+        self.ask_at(admitted + 1);
+        // One that is admitted at this moment may have looked before. The next one asks in any case.
+        self.times.0.told_ms.store(0, Ordering::Relaxed);
+    }
+
+    /// Has an automatic threshold follow the number of receivers. Returns the word in force.
+    pub(crate) fn follow(&self, receivers: u64) -> u64 {
+        let word = self.bounds.0.threshold.load(Ordering::Relaxed);
+        let followed = automatic(receivers);
+        if !is_auto(word) || word == followed {
+            return word;
+        }
+        // Lost to another change, which counts.
+        match self.bounds.0.threshold.compare_exchange(
+            word,
+            followed,
+            Ordering::AcqRel,
+            Ordering::Relaxed,
+        ) {
+            Ok(_) => followed,
+            Err(other) => other,
         }
     }
 
     /// Messages admitted so far.
     pub fn admitted(&self) -> u64 {
-        self.admitted.load(Ordering::Relaxed) - ORIGIN
+        self.admitted.0.load(Ordering::Relaxed) - ORIGIN
+    }
+
+    /// Number of processes that were sent something and not seen empty since.
+    pub fn active_receivers(&self) -> u32 {
+        self.receivers.live()
+    }
+
+    /// Looks that were reported so far.
+    pub fn looks(&self) -> u64 {
+        self.times.0.looks.load(Ordering::Relaxed)
     }
 
     /// Whether messages were refused and the shard has not recovered since.
     pub fn is_overloaded(&self) -> bool {
-        self.is_overloaded.load(Ordering::Relaxed)
+        self.times.0.is_overloaded.load(Ordering::Relaxed)
     }
 
     /// Whether messages have been admitted since the last sample and that is too old to count:
     /// nobody samples, and everything is admitted. Not so where nothing has come since.
     pub fn is_unwatched(&self, sampling: &Sampling, now_ms: u64) -> bool {
-        self.limit.load(Ordering::Relaxed) != OFF
-            && self.admitted.load(Ordering::Relaxed) > self.seen.load(Ordering::Relaxed)
+        self.threshold().is_some()
+            && self.admitted.0.load(Ordering::Relaxed) > self.times.0.seen.load(Ordering::Relaxed)
             && self.is_stale(sampling, now_ms)
     }
 
-    /// Milliseconds since the last sample; `None` if there was none.
+    /// Milliseconds since the sampler was there last; `None` if it never was.
     pub fn sample_age_ms(&self, now_ms: u64) -> Option<u64> {
-        match self.sampled_ms.load(Ordering::Relaxed) {
-            0 => None,
-            sampled => Some((now_ms + 1).saturating_sub(sampled)),
-        }
+        age_ms(&self.times.0.sampled_ms, now_ms)
     }
+}
+
+/// A record twice in one batch would be credited twice for what one look has found.
+fn holds(batch: &[Found], index: u32) -> bool {
+    batch.iter().any(|record| record.index == index)
+}
+
+/// The depth at which looks are asked for. The later, the more messages each look is for; what is left
+/// must last until the sampler comes.
+fn ask_level(bound: u64) -> u64 {
+    bound - bound / 4
+}
+
+/// The number of messages in a threshold that is not [`OFF`].
+#[inline]
+fn bound(threshold: u64) -> u64 {
+    threshold & !AUTO
+}
+
+#[inline]
+fn is_auto(threshold: u64) -> bool {
+    threshold != OFF && threshold & AUTO != 0
+}
+
+fn automatic(receivers: u64) -> u64 {
+    AUTO | receivers
+        .saturating_mul(PER_RECEIVER)
+        .clamp(RECEIVER_LIMIT, 1 << 40)
+}
+
+/// Milliseconds since a stored time; `None` for never. One that is ahead of the clock is now.
+fn age_ms(at: &AtomicU64, now_ms: u64) -> Option<u64> {
+    let now = now_ms + 1;
+    match at.load(Ordering::Relaxed) {
+        0 => None,
+        ahead if ahead > now => {
+            // Lost to another store, which is no older.
+            let _ = at.compare_exchange(ahead, now, Ordering::Relaxed, Ordering::Relaxed);
+            Some(0)
+        }
+        stored => Some(now - stored),
+    }
+}
+
+/// Stores the time, for exactly one caller of those for whom the stored one `is_due` by its age.
+fn claim(at: &AtomicU64, now_ms: u64, is_due: impl FnOnce(u64) -> bool) -> bool {
+    let age = age_ms(at, now_ms);
+    let stored = match age {
+        None => 0,
+        Some(age) => now_ms + 1 - age,
+    };
+    age.is_none_or(is_due)
+        && at
+            .compare_exchange(stored, now_ms + 1, Ordering::Relaxed, Ordering::Relaxed)
+            .is_ok()
 }
 
 impl Default for Admission {
@@ -384,6 +986,7 @@ impl fmt::Debug for Admission {
             .field("admitted", &self.admitted())
             .field("depth", &self.depth())
             .field("threshold", &self.threshold())
+            .field("receivers", &self.receivers)
             .finish_non_exhaustive()
     }
 }

@@ -39,6 +39,12 @@
 //! A probe that is never answered holds its place until `timeout_ms` after the circuit became half
 //! open; then all places are free again. Failures at the same moment may take their places in the
 //! ring in another order than they read the clock.
+//!
+//! # A clock that goes back
+//!
+//! A time that is still to come was written before the clock went back. Whoever finds one replaces it by
+//! now. So an open circuit waits `timeout_ms` from then on at most, and a failure is as old as the window
+//! after that time at the latest.
 
 use std::fmt;
 
@@ -187,7 +193,26 @@ impl Settings {
         }
         let index = self.next.fetch_add(1, Ordering::Relaxed) % length;
         let former = self.failures[index as usize].swap(now_ms + 1, Ordering::AcqRel);
+        if former > now_ms + 1 {
+            self.move_to(now_ms);
+        }
         former != 0 && (now_ms + 1).saturating_sub(former) < self.config.window_ms
+    }
+
+    /// The clock has gone back: failures that are still to come happen now.
+    fn move_to(&self, now_ms: u64) {
+        for failure in &self.failures {
+            let failed = failure.load(Ordering::Relaxed);
+            if failed > now_ms + 1 {
+                // Lost to a failure just now, which is as good.
+                let _ = failure.compare_exchange(
+                    failed,
+                    now_ms + 1,
+                    Ordering::AcqRel,
+                    Ordering::Relaxed,
+                );
+            }
+        }
     }
 
     fn forget(&self) {
@@ -197,6 +222,7 @@ impl Settings {
     }
 
     fn failures(&self, now_ms: u64) -> usize {
+        self.move_to(now_ms);
         let is_recent = |failure: &&AtomicU64| {
             let failed = failure.load(Ordering::Relaxed);
             failed != 0 && (now_ms + 1).saturating_sub(failed) < self.config.window_ms
@@ -246,6 +272,19 @@ impl CircuitBreaker {
         Word(self.word.load(Ordering::Acquire))
     }
 
+    /// The word, whose time is not later than now: see the module's documentation.
+    fn word_until(&self, now_ms: u64) -> Word {
+        let mut held = self.word();
+        while held.since_ms() > now_ms {
+            let next = Word::new(held.state(), held.probes(), held.successes(), now_ms);
+            match self.exchange(held, next) {
+                Ok(()) => return next,
+                Err(changed) => held = changed,
+            }
+        }
+        held
+    }
+
     /// What a word means at a moment.
     fn at(&self, held: Word, now_ms: u64) -> Word {
         let is_over =
@@ -259,7 +298,8 @@ impl CircuitBreaker {
 
     /// What the circuit does.
     pub fn state(&self, clock: &impl Clock) -> State {
-        self.at(self.word(), clock.now_ms()).state()
+        let now_ms = clock.now_ms();
+        self.at(self.word_until(now_ms), now_ms).state()
     }
 
     /// Whether a call may go through. One load while the circuit is closed or off.
@@ -273,7 +313,7 @@ impl CircuitBreaker {
 
     #[cold]
     fn probe(&self, clock: &impl Clock) -> Result<Permit, CircuitOpen> {
-        let mut held = self.word();
+        let mut held = self.word_until(clock.now_ms());
         loop {
             let now_ms = clock.now_ms();
             let current = self.at(held, now_ms);
@@ -345,8 +385,8 @@ impl CircuitBreaker {
     /// Something has failed. Returns whether that has opened the circuit; not so where nobody has been let
     /// through since it opened before, although its time begins anew.
     pub fn record_failure(&self, clock: &impl Clock) -> bool {
-        let mut held = self.word();
         let now_ms = clock.now_ms();
+        let mut held = self.word_until(now_ms);
         loop {
             let open = Word::new(State::Open, 0, 0, now_ms);
             match self.at(held, now_ms).state() {
@@ -427,7 +467,7 @@ impl CircuitBreaker {
     /// State and counters.
     pub fn stats(&self, clock: &impl Clock) -> Stats {
         let now_ms = clock.now_ms();
-        let held = self.word();
+        let held = self.word_until(now_ms);
         let current = self.at(held, now_ms);
         let began_ms = if current == held {
             held.since_ms()

@@ -1,7 +1,7 @@
 //! Monotonic time, as a parameter of every algorithm that needs it.
 //!
-//! Times are nanoseconds since the clock was made, in 64 bits. The structures of this crate are
-//! defined for 100 years of them, and for readings that go backwards: these count as what they say.
+//! Times are nanoseconds since an origin of the clock's own, in 64 bits. The structures of this crate are
+//! defined for 100 years of them, and for readings that go backwards.
 
 use std::cell::Cell;
 
@@ -9,10 +9,10 @@ use crate::sync::{AtomicU64, Ordering};
 
 /// Where the time comes from.
 pub trait Clock {
-    /// Nanoseconds since the clock was made.
+    /// Nanoseconds since the clock's origin.
     fn now_ns(&self) -> u64;
 
-    /// Milliseconds since the clock was made.
+    /// Milliseconds since the clock's origin.
     fn now_ms(&self) -> u64 {
         self.now_ns() / 1_000_000
     }
@@ -63,8 +63,9 @@ impl<C: Clock> Clock for Reading<'_, C> {
 /// A reading costs about a tenth of one of the system's clock where that is virtual.
 ///
 /// Where the counter begins anew under a running process (a virtual machine that is restored from a
-/// snapshot, or some hardware after it slept) the clock goes back, and what waits for a time waits until it
-/// has caught up.
+/// snapshot, or some hardware after it slept) the clock goes back, and goes on from there. So that it does not
+/// stand still at its origin meanwhile, the origin is the counter's own, or twelve years ago at 3 GHz if that
+/// is later.
 pub struct TscClock {
     clock: quanta::Clock,
     origin: u64,
@@ -78,7 +79,7 @@ impl TscClock {
     pub fn new() -> Self {
         let clock = quanta::Clock::new();
         Self {
-            origin: clock.raw(),
+            origin: clock.raw().saturating_sub(1 << 60),
             ns_per_tick: clock.delta_as_nanos(0, 1 << 48),
             clock,
         }

@@ -1,24 +1,26 @@
-//! A diversion: sends writers another way, and knows when the last one that came the old way has
-//! gone.
+//! A diversion: turns away those who change, look up or route by a structure, and knows when the last
+//! change that began before has been made.
 //!
-//! Writers go straight to a structure until somebody needs it for himself (to copy it, or to make
-//! each change in two places). He sets the diversion and waits for silence: from then on no writer
-//! is in a passage, and none enters one, until the diversion is lifted.
+//! Callers use a structure directly until one owner needs it alone, to copy it or because another
+//! structure holds the entries. The owner diverts *changes*, and waits until none is under way; and
+//! it diverts *look-ups* and *routes* while the structure does not hold what they ask for.
 //!
 //! # Guarantee
 //!
-//! A writer enters (counts itself in) and then looks at the sign; the other one puts the sign up
-//! and then looks at the counts. At least one of them sees the other: Dekker's store-and-load
-//! pattern, as in the module `gate`. So with the sign up and all counts at zero, whoever has
-//! entered has left, and its writes are visible to the one who found the counts at zero.
+//! * Changes are counted. A change enters (counts itself) and then loads the sign; the owner stores
+//!   the sign and then loads the counts. At least one of them sees the other: Dekker's
+//!   store-and-load pattern, as in the module `gate`. So with changes diverted and all counts at
+//!   zero, every change that entered has left, and its writes are visible to the owner.
+//! * Look-ups are not counted. They load the word before and after ([`Diversion::sign`] and
+//!   [`Diversion::is_still`]). Each store of the owner makes another word, so two equal words mean that
+//!   the owner did not divert look-ups in between, and what was read was the truth at that time.
 //!
 //! # Trade-offs
 //!
-//! Two atomic additions a write, in one of many counters so that writers of different ids seldom
-//! meet. Reads are not counted: they may see the structure as it was when the sign went up, and
-//! their callers check afterwards whether the way has changed.
+//! A change costs two atomic additions, in one of many counters so that changes of different ids
+//! seldom meet. A look-up costs two loads. A sequence number of 61 bits does not wrap around.
 
-use crate::sync::{AtomicBool, AtomicU64, Ordering, fence};
+use crate::sync::{AtomicU64, Ordering, fence};
 
 #[cfg(not(loom))]
 const STRIPES: usize = 64;
@@ -30,58 +32,110 @@ const STRIPES: usize = 2;
 #[repr(align(128))]
 struct Stripe(AtomicU64);
 
+/// Who is turned away.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Diverted {
+    /// Those who change something.
+    pub changes: bool,
+    /// Those who look something up.
+    pub lookups: bool,
+    /// Those who route a message.
+    pub routes: bool,
+}
+
+const CHANGES: u64 = 1;
+const LOOKUPS: u64 = 2;
+const ROUTES: u64 = 4;
+const SEQUENCE: u64 = 8;
+
+/// The word of a diversion at one moment: a sequence number (61 bits), and who is diverted (3 bits).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sign(u64);
+
+impl Sign {
+    /// Whether changes are diverted.
+    #[inline]
+    pub fn diverts_changes(self) -> bool {
+        self.0 & CHANGES != 0
+    }
+
+    /// Whether look-ups are diverted.
+    #[inline]
+    pub fn diverts_lookups(self) -> bool {
+        self.0 & LOOKUPS != 0
+    }
+
+    /// Whether routes are diverted.
+    #[inline]
+    pub fn diverts_routes(self) -> bool {
+        self.0 & ROUTES != 0
+    }
+}
+
 /// See the module's documentation.
 #[derive(Debug)]
 pub struct Diversion {
-    is_set: AtomicBool,
+    word: AtomicU64,
     inside: Box<[Stripe]>,
 }
 
-/// A writer on its way; the way stays open until it is dropped.
+/// A change under way, until it is dropped.
 #[derive(Debug)]
 #[must_use]
 pub struct Passage<'a>(&'a Stripe);
 
 impl Diversion {
-    /// The way is open.
+    /// Nobody is diverted.
     #[allow(clippy::new_without_default)]
     pub fn new() -> Self {
         Self {
-            is_set: AtomicBool::new(false),
+            word: AtomicU64::new(0),
             inside: (0..STRIPES).map(|_| Stripe::default()).collect(),
         }
     }
 
-    /// Begins a write, unless writers are diverted. `hash` is that of what is written to.
+    /// Begins a change, unless changes are diverted. `hash` is that of what is changed.
     pub fn enter(&self, hash: u64) -> Option<Passage<'_>> {
         let stripe = &self.inside[hash as usize % STRIPES];
         stripe.0.fetch_add(1, Ordering::Relaxed);
         let passage = Passage(stripe);
-        // SeqCst: orders the count before the look at the sign, against the fence in `set`.
+        // SeqCst: orders the count before the load of the sign, against the fence in `divert`.
         fence(Ordering::SeqCst);
-        if self.is_set() { None } else { Some(passage) }
+        if self.word.load(Ordering::Acquire) & CHANGES == 0 {
+            Some(passage)
+        } else {
+            None
+        }
     }
 
-    /// Diverts writers from now on. Returns whether all who came before have gone; if not, call it
-    /// again a little later.
-    pub fn set(&self) -> bool {
-        self.is_set.store(true, Ordering::Relaxed);
-        // SeqCst: orders the sign before the look at the counts, against the fence in `enter`.
+    /// Turns away these and no others from now on. By one owner at a time. Returns whether no change
+    /// is under way; if changes are diverted and one is, call it again a little later.
+    pub fn divert(&self, whom: Diverted) -> bool {
+        let sequence = (self.word.load(Ordering::Relaxed) & !(SEQUENCE - 1)).wrapping_add(SEQUENCE);
+        let bit = |is_set: bool, bit: u64| if is_set { bit } else { 0 };
+        let bits =
+            bit(whom.changes, CHANGES) | bit(whom.lookups, LOOKUPS) | bit(whom.routes, ROUTES);
+        self.word.store(sequence | bits, Ordering::Release);
+        // SeqCst: orders the sign before the loads of the counts, against the fence in `enter`.
         fence(Ordering::SeqCst);
         self.inside
             .iter()
             .all(|stripe| stripe.0.load(Ordering::Acquire) == 0)
     }
 
-    /// Lets writers pass again.
-    pub fn lift(&self) {
-        self.is_set.store(false, Ordering::Release);
+    /// What is in force now. One load.
+    #[inline]
+    pub fn sign(&self) -> Sign {
+        Sign(self.word.load(Ordering::Acquire))
     }
 
-    /// Whether writers are diverted. One load.
+    /// Whether `sign` has been in force since it was loaded.
     #[inline]
-    pub fn is_set(&self) -> bool {
-        self.is_set.load(Ordering::Acquire)
+    pub fn is_still(&self, sign: Sign) -> bool {
+        // Acquire: orders what was looked up before this load. Whoever removes an entry has stored
+        // another word before, so a look-up that misses it finds that word here.
+        fence(Ordering::Acquire);
+        self.word.load(Ordering::Relaxed) == sign.0
     }
 }
 
@@ -95,17 +149,59 @@ impl Drop for Passage<'_> {
 mod tests {
     use super::*;
 
+    const CHANGES_ALONE: Diverted = Diverted {
+        changes: true,
+        lookups: false,
+        routes: false,
+    };
+
     #[test]
-    fn a_writer_inside_keeps_it_from_silence() {
+    fn a_change_under_way_is_waited_for() {
         let diversion = Diversion::new();
-        let passage = diversion.enter(7).expect("the way is open");
-        assert!(!diversion.set());
+        let passage = diversion.enter(7).expect("nobody is diverted");
+        assert!(!diversion.divert(CHANGES_ALONE));
         assert!(diversion.enter(8).is_none());
         drop(passage);
-        assert!(diversion.set());
+        assert!(diversion.divert(CHANGES_ALONE));
         assert!(diversion.enter(7).is_none());
-        assert!(diversion.set(), "whoever is turned away has left");
-        diversion.lift();
+        assert!(
+            diversion.divert(CHANGES_ALONE),
+            "what is turned away has left"
+        );
+        assert!(diversion.divert(Diverted::default()));
         assert!(diversion.enter(7).is_some());
+    }
+
+    #[test]
+    fn each_kind_is_diverted_by_itself() {
+        let diversion = Diversion::new();
+        diversion.divert(CHANGES_ALONE);
+        assert!(!diversion.sign().diverts_lookups());
+        assert!(!diversion.sign().diverts_routes());
+        diversion.divert(Diverted {
+            routes: true,
+            ..Diverted::default()
+        });
+        assert!(diversion.enter(1).is_some());
+        assert!(!diversion.sign().diverts_lookups());
+        assert!(diversion.sign().diverts_routes());
+        diversion.divert(Diverted {
+            lookups: true,
+            ..Diverted::default()
+        });
+        assert!(diversion.sign().diverts_lookups());
+    }
+
+    #[test]
+    fn a_look_up_notices_that_the_owner_was_there() {
+        let diversion = Diversion::new();
+        let sign = diversion.sign();
+        assert!(diversion.is_still(sign));
+        diversion.divert(Diverted {
+            lookups: true,
+            ..Diverted::default()
+        });
+        diversion.divert(Diverted::default());
+        assert!(!diversion.is_still(sign));
     }
 }

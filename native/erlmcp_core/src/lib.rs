@@ -17,6 +17,9 @@
 #![deny(unsafe_code)]
 
 pub mod admission;
+pub mod call_breaker;
+#[doc(hidden)]
+pub mod churn;
 pub mod circuit_breaker;
 pub mod clock;
 pub mod counter;
@@ -25,6 +28,7 @@ pub mod diversion;
 pub mod error;
 #[doc(hidden)]
 pub mod gate;
+mod receivers;
 pub mod registry;
 #[doc(hidden)]
 pub mod seqlock;

@@ -24,6 +24,7 @@
 //! removed members left. Memory is kept until the structure is dropped.
 
 use std::fmt;
+use std::ops::Range;
 
 use once_cell::race::OnceBox;
 
@@ -77,9 +78,10 @@ impl Slots {
         index
     }
 
-    /// Frees `index`. Only the one that holds the index may call this, once. Lock-free.
-    pub fn remove(&self, index: u32) {
+    /// Frees `index`, and returns its word. Only the one that holds the index may call this, once. Lock-free.
+    pub fn remove(&self, index: u32) -> u64 {
         let word = self.word_or_init(index);
+        let held = word.load(Ordering::Relaxed);
         let mut head = self.free.load(Ordering::Acquire);
         loop {
             // The word is ours until the exchange below succeeds. Without OCCUPIED it is
@@ -90,7 +92,7 @@ impl Slots {
                 .free
                 .compare_exchange_weak(head, new, Ordering::AcqRel, Ordering::Acquire)
             {
-                Ok(_) => return,
+                Ok(_) => return held,
                 Err(changed) => head = changed,
             }
         }
@@ -109,7 +111,12 @@ impl Slots {
 
     /// The occupied words with their indexes.
     pub fn iter(&self) -> impl Iterator<Item = (u32, u64)> + '_ {
-        (0..self.high_water()).filter_map(|index| Some((index, self.get(index)?)))
+        self.within(0..self.high_water())
+    }
+
+    /// The occupied words at some indexes.
+    pub fn within(&self, indexes: Range<u32>) -> impl Iterator<Item = (u32, u64)> + '_ {
+        indexes.filter_map(|index| Some((index, self.get(index)?)))
     }
 
     fn pop_free(&self) -> Option<u32> {

@@ -2,47 +2,67 @@
 //!
 //! # Algorithm
 //!
-//! The generic cell rate algorithm (ITU-T Recommendation I.371, annex A: *virtual scheduling*). The
-//! word is the position at which the bucket will be full again, on an axis that advances with the
-//! time: a bucket with a word at or before the present position is full, and `n` tokens move the
-//! word forward by `n`. It may be ahead of the present position by the capacity at most.
+//! The generic cell rate algorithm (ITU-T Recommendation I.371, annex A: *virtual scheduling*). GCRA keeps
+//! the *theoretical arrival time* of the next cell, which each cell moves on by the *emission interval*, and
+//! admits a cell that comes no earlier than the *tolerance* before it. Here the emission interval is a
+//! token's worth of time and the tolerance `capacity - 1` of them.
 //!
-//! Positions are counted in *units*. A token is a power of two of them, chosen so that a nanosecond
-//! is at least one and less than two units: any rate from one an hour to one a nanosecond keeps a
-//! precision of 63 bits, and 100 years fit into the word.
+//! Times are *positions* on an axis that advances by the rate, so that a token has the same length under
+//! every rate. The word of a bucket is the theoretical arrival time less the tolerance: the position at
+//! which the bucket is, or would have been, empty. It holds what the present position is ahead of the word, up
+//! to the capacity. So neither a change of the rate nor a lower capacity changes a word.
+//!
+//! Positions are counted in *units*, modulo 2^63. A token is a power of two of them, chosen so that a
+//! nanosecond is one to eight units.
 //!
 //! # Guarantee
 //!
 //! In every window of length `t` at most `capacity + rate * t` tokens are taken, whatever the number
-//! of threads. A taking belongs to the moment at which its clock was read. *Proof*: a word never
-//! moves back, and each taking moves it by what it takes. The first taking in a window leaves the
-//! word at least `n` ahead of the position `P1` at its beginning, and one unit more: either it was
-//! ahead of `P1` before (positions are integers) or the bucket was full and its taking adds the
-//! unit. The last one leaves it `capacity` ahead of the position `P2` at the end at most. So what is
-//! taken between is at most `capacity + P2 - P1 - 1`, and rounding the positions down has made
-//! `P2 - P1` less than one unit too large. (If the bucket was full at the last one again, the same
-//! holds for what came before, and the last one takes `capacity` at most.) A clock that goes
-//! backwards moves the position back and no word: takings are refused until it has caught up.
+//! of threads. A taking belongs to the moment at which its clock was read. *Proof*: let `P1` and `P2` be the
+//! positions at the beginning and at the end of the window, rounded down. Each taking moves the word on by what
+//! it takes. The first one leaves it at least `n + 1` units ahead of `P1 - capacity`: either the bucket was not
+//! full, and the word was ahead of that (positions are integers), or it was full, and its taking adds the
+//! unit. The last one leaves it at `P2` at most, unless the bucket was full again. So at most
+//! `capacity + P2 - P1 - 1` are taken, and rounding the positions down has made `P2 - P1` less than one unit too
+//! large. (If the bucket was full at the last one, that bound without `capacity` holds for what came before, and
+//! the last one takes `capacity` at most.)
 //!
 //! The added unit and the rounding make a bucket hold at most two units less than an ideal one: two
-//! nanoseconds' worth of tokens, or one token where the rate is close to one a nanosecond.
+//! nanoseconds' worth of tokens, or one token where the rate is close to one a nanosecond. Each change of limits
+//! may cost two more.
 //!
 //! # When limits change
 //!
-//! Limits are exchanged as a whole (`snapshot.rs`), and words stay as they are. New [`Terms`]
-//! begin at a position that no word has reached under the former ones, so a word tells which terms
-//! it was written under, and whoever next takes from the bucket converts it: the tokens that it held
-//! when the terms changed stay, as far as the new capacity goes. A taking that overlaps a change is
-//! judged by one or the other. The last [`MAX_PAST`] terms are remembered; a bucket that was not
-//! touched under any of them is taken for one that was empty when the oldest of them began.
+//! Limits are exchanged as a whole (`snapshot.rs`), and words stay as they are: the tokens that a bucket
+//! held stay, as far as the capacities since then went. A taking that overlaps a change is judged by one or the
+//! other.
+//!
+//! A *generation* of terms ends where words need a translation: when the capacity is raised (an old bucket does
+//! not hold what a new one does) or a token becomes another number of units. The next generation begins at a
+//! position that no word has reached, so a word tells which one it was written in, and the next taking
+//! translates it. What a translation needs of a generation is two numbers, because refilling for some time is
+//! `min(held + refill, bound)`, and a sequence of such steps is one such step. A generation is forgotten when
+//! every bucket of it has been refilled since, which loses nothing. Of those that end within the time in
+//! which a bucket fills, [`MAX_PAST`] are remembered; a bucket that was not used since before these counts as
+//! empty at the end of the last one that is forgotten.
+//!
+//! # Clocks that go back
+//!
+//! A word ahead of the position was written at a later time. One that is further ahead than clocks of
+//! different processors disagree (a millisecond), by a clock that is read after the word, was written before the
+//! clock went back. The bucket then counts as emptied now: it waits no longer than its limits make an empty
+//! bucket wait, and gives nothing twice. Terms that begin later than now begin now, at the same position.
 //!
 //! # Trade-offs
 //!
-//! Threads that take from one bucket at the same moment repeat each other's exchange (lock-free, not
+//! Threads that take from one bucket at the same moment repeat each other's compare-and-swap (lock-free, not
 //! wait-free). Thousands of buckets can share their limits at eight bytes each; what a taking needs of
 //! them stands beside the snapshot in a [`crate::seqlock`], since an epoch guard would double its cost.
+//! A bucket that nobody uses for 25 years counts as empty then. One that is not used between a jump of the clock
+//! back and a raise of its capacity may count as full.
 
 use std::fmt;
+use std::sync::Arc;
 
 use crate::clock::Clock;
 use crate::seqlock::SeqLock;
@@ -65,9 +85,6 @@ pub enum LimitsError {
     RatePerSecond(f64),
     /// The bucket would take longer than 2^53 ns, some 104 days, from empty to full.
     TooSlowToFill,
-    /// The limits have been changed so often that no position is left to begin at. With a bucket
-    /// that fills within a minute that takes more than fifty million changes.
-    TooManyChanges,
 }
 
 const MAX_CAPACITY: u64 = (1 << 32) - 1;
@@ -112,6 +129,50 @@ impl Default for Limits {
     }
 }
 
+/// Limits that name some of the two numbers.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Change {
+    /// `None`: stays.
+    pub capacity: Option<u64>,
+    /// `None`: stays.
+    pub rate_per_second: Option<f64>,
+}
+
+impl Change {
+    /// With the rest of `base`.
+    pub fn over(self, base: Limits) -> Result<Limits, LimitsError> {
+        Limits::new(
+            self.capacity.unwrap_or(base.capacity),
+            self.rate_per_second.unwrap_or(base.rate_per_second),
+        )
+    }
+}
+
+impl From<Limits> for Change {
+    fn from(limits: Limits) -> Self {
+        Self {
+            capacity: Some(limits.capacity),
+            rate_per_second: Some(limits.rate_per_second),
+        }
+    }
+}
+
+/// What a bucket holds at the moment.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct BucketState {
+    /// Whole tokens; `None` without limits.
+    pub tokens: Option<u64>,
+    /// The limits; `None` for none.
+    pub limits: Option<Limits>,
+}
+
+impl BucketState {
+    const UNLIMITED: Self = Self {
+        tokens: None,
+        limits: None,
+    };
+}
+
 /// Why nothing was taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refused {
@@ -126,52 +187,113 @@ pub enum Refused {
 
 // ---- Decision ----
 
+/// The bits of words and positions. What has the highest bit is no level: see [`FROZEN`] and `registry/buckets.rs`.
+const MASK: u64 = u64::MAX >> 1;
+
+/// Set in the word of a bucket whose tokens are about to move elsewhere. No taking changes or judges such a word. A
+/// fetch-or sets the bit, so takings cannot delay it, and the level stays readable, so any thread can finish the
+/// move and none waits.
+const FROZEN: u64 = 1 << 63;
+
+/// Differences of positions are from `-AHEAD` to `MASK - AHEAD`.
+const AHEAD: i64 = 1 << 61;
+
+/// Units a nanosecond, times this power of two, are less than 2^63.
+const SPEED_BITS: u32 = 60;
+
+/// 17 seconds: between the change of terms and the last taking that read the clock before it was published.
+const SLACK_NS_BITS: u32 = 34;
+
+/// A millisecond, by which clocks of different processors may disagree.
+const TOLERANCE_NS_BITS: u32 = 20;
+
+/// Tokens that are held or refilled, in 2^-44 of one: no token has more units.
+type Held = i128;
+
+const HELD_BITS: u32 = 44;
+
+/// So much fills every bucket.
+const FULL: Held = 1 << 100;
+
+/// How far `position` is ahead of `word`.
+#[inline]
+fn behind(position: u64, word: u64) -> i64 {
+    let shifted = position.wrapping_sub(word).wrapping_add(AHEAD as u64) & MASK;
+    shifted as i64 - AHEAD
+}
+
+/// Units a second, and the power of two of them that a token is, of a rate that may choose.
+fn units(rate_per_second: f64) -> (f64, u32) {
+    // A float times a power of two is exact.
+    let (mut units_per_second, mut token_bits) = (rate_per_second, 0);
+    while units_per_second * 2.0 < 2e9 {
+        units_per_second *= 2.0;
+        token_bits += 1;
+    }
+    (units_per_second, token_bits)
+}
+
 /// How limits translate into positions: see the module's documentation.
 #[derive(Debug, Clone, Copy)]
 struct Scale {
     capacity: u64,
     /// A token is `1 << token_bits` units.
     token_bits: u32,
-    /// Units a nanosecond, times 2^63, rounded down.
+    /// Units a nanosecond, times `1 << SPEED_BITS`, rounded down.
     speed: u64,
     /// The position at `since_ns`.
     base: u64,
     since_ns: u64,
+    /// How far `base` is ahead of the first word of the generation.
+    reach: u64,
 }
 
 impl Scale {
-    fn new(limits: Limits, base: u64, since_ns: u64) -> Self {
-        // A float times a power of two is exact.
-        let mut token_bits = 0;
-        let mut units_per_second = limits.rate_per_second;
-        while units_per_second * 2.0 < 2e9 {
-            units_per_second *= 2.0;
-            token_bits += 1;
-        }
-        // From 10^9 to less than 2 * 10^9 with 53 significant bits: an integer after 23 shifts.
+    /// `units_per_second`: from 10^9 to less than 8 * 10^9.
+    fn new(limits: Limits, (units_per_second, token_bits): (f64, u32), since_ns: u64) -> Self {
+        // 53 significant bits of which 29 or more are before the point: an integer after 23 shifts.
         let shifted = (units_per_second * f64::from(1u32 << 23)) as u128;
         Self {
             capacity: limits.capacity,
             token_bits,
-            speed: ((shifted << (63 - 23)) / 1_000_000_000) as u64,
-            base,
+            speed: ((shifted << (SPEED_BITS - 23)) / 1_000_000_000) as u64,
+            base: 0,
             since_ns,
+            reach: 0,
         }
     }
 
-    fn words(&self) -> [u64; 4] {
+    /// The first scale of a generation, whose first word is `first`: that of a full bucket, by a clock that is
+    /// behind as far as clocks may be.
+    fn begun_at(self, first: u64) -> Self {
+        let reach = self.capacity_units() + self.units_in(TOLERANCE_NS_BITS);
+        Self {
+            base: first.wrapping_add(reach) & MASK,
+            reach,
+            ..self
+        }
+    }
+
+    fn words(&self) -> [u64; 5] {
         let capacity_and_bits = self.capacity << 8 | u64::from(self.token_bits);
-        [capacity_and_bits, self.speed, self.base, self.since_ns]
+        [
+            capacity_and_bits,
+            self.speed,
+            self.base,
+            self.since_ns,
+            self.reach,
+        ]
     }
 
     #[inline]
-    fn from_words([capacity_and_bits, speed, base, since_ns]: [u64; 4]) -> Self {
+    fn from_words([capacity_and_bits, speed, base, since_ns, reach]: [u64; 5]) -> Self {
         Self {
             capacity: capacity_and_bits >> 8,
             token_bits: capacity_and_bits as u8 as u32,
             speed,
             base,
             since_ns,
+            reach,
         }
     }
 
@@ -185,144 +307,222 @@ impl Scale {
         self.units(self.capacity)
     }
 
+    /// Nanoseconds since `since_ns`; fewer than none if this moment was read before, or the clock has gone back.
     #[inline]
-    fn position(&self, now_ns: u64) -> u64 {
-        let elapsed_ns = u128::from(now_ns.saturating_sub(self.since_ns));
-        self.base
-            .saturating_add(((elapsed_ns * u128::from(self.speed)) >> 63) as u64)
+    fn elapsed_ns(&self, now_ns: u64) -> i64 {
+        now_ns.wrapping_sub(self.since_ns) as i64
     }
 
-    /// Units held at a position by a bucket with this word.
-    fn held_units(&self, word: u64, position: u64) -> u64 {
-        self.capacity_units()
-            .saturating_sub(word.saturating_sub(position))
+    /// Whether the terms begin later than now, by more than clocks disagree.
+    #[inline]
+    fn is_ahead(&self, now_ns: u64) -> bool {
+        self.elapsed_ns(now_ns) < -(1 << TOLERANCE_NS_BITS)
     }
 
-    /// The word of a bucket that held so many of `other`'s units when this scale began. Rounds down.
-    fn word_holding(&self, units: u64, other: &Self) -> u64 {
-        let here = (u128::from(units) << self.token_bits) >> other.token_bits;
-        let lacking = u128::from(self.capacity_units()).saturating_sub(here);
-        self.base + lacking as u64
+    /// Units since `since_ns`.
+    #[inline]
+    fn advanced(&self, now_ns: u64) -> i128 {
+        (i128::from(self.elapsed_ns(now_ns)) * i128::from(self.speed)) >> SPEED_BITS
     }
 
-    /// The word after `tokens` were taken, and how many are left. `word` was written under this
-    /// scale, or converted.
+    #[inline]
+    fn position(&self, advanced: i128) -> u64 {
+        self.base.wrapping_add(advanced as u64) & MASK
+    }
+
+    fn first(&self) -> u64 {
+        self.base.wrapping_sub(self.reach) & MASK
+    }
+
+    /// Units in a time of `1 << ns_bits` nanoseconds.
+    #[inline]
+    fn units_in(&self, ns_bits: u32) -> u64 {
+        self.speed >> (SPEED_BITS - ns_bits)
+    }
+
+    fn held(&self, units: i128) -> Held {
+        units << (HELD_BITS - self.token_bits)
+    }
+
+    /// The word after `tokens` were taken, and how many are left.
     #[inline]
     fn take(&self, word: u64, now_ns: u64, tokens: u64) -> Result<(u64, u64), Shortage> {
+        if word > MASK {
+            return Err(Shortage::Untranslated);
+        }
         if tokens > self.capacity {
             return Err(Shortage::Forever);
         }
-        let position = self.position(now_ns);
-        if word <= position {
+        let advanced = self.advanced(now_ns);
+        let position = self.position(advanced);
+        let held = behind(position, word);
+        let is_former = i128::from(held) > i128::from(self.reach) + advanced;
+        if is_former || self.is_ahead(now_ns) {
+            return Err(Shortage::Untranslated);
+        }
+        let capacity = self.capacity_units() as i64;
+        let wanted = self.units(tokens) as i64;
+        if held >= capacity {
             if tokens == 0 {
                 return Ok((word, self.capacity));
             }
-            let next = position.saturating_add(self.units(tokens));
             // The unit that makes up for rounding: see the module's documentation.
-            return Ok((next.saturating_add(1), self.capacity - tokens));
+            let left = (capacity - wanted - 1) as u64;
+            let next = position.wrapping_sub(left) & MASK;
+            return Ok((next, self.capacity - tokens));
         }
-        let next = word.saturating_add(self.units(tokens));
-        let ahead = next - position;
-        match (self.capacity_units() + 1).checked_sub(ahead) {
+        match held - wanted {
             // The unit again: what is left is told as it will be a nanosecond later.
-            Some(left) if left > 0 || tokens == 0 => Ok((next, left >> self.token_bits)),
-            _ if word - position > self.capacity_units() + 1 => {
-                Err(Shortage::Displaced(next - self.capacity_units()))
+            left if left >= 0 || (tokens == 0 && left == -1) => {
+                let next = word.wrapping_add(wanted as u64) & MASK;
+                Ok((next, ((left + 1) as u64) >> self.token_bits))
             }
-            _ => Err(Shortage::Until(next - self.capacity_units())),
+            _ if held < -(self.units_in(TOLERANCE_NS_BITS) as i64) => {
+                Err(Shortage::Displaced(position))
+            }
+            _ if tokens == 0 => Ok((word, 0)),
+            left => Err(Shortage::Missing(left.unsigned_abs())),
         }
     }
 
-    /// What a shortage means to the one who wanted `tokens`.
-    fn told(&self, shortage: Shortage, now_ns: u64, tokens: u64) -> Result<u64, Refused> {
-        match shortage {
-            Shortage::Forever => Err(Refused::ExceedsCapacity),
-            Shortage::Displaced(_) if tokens == 0 => Ok(0),
-            Shortage::Until(position) | Shortage::Displaced(position) => {
-                Err(Refused::RateLimited {
-                    wait_ns: self.reached_ns(position).saturating_sub(now_ns),
-                })
-            }
+    /// What a shortage means to a caller who wanted `tokens`.
+    fn told(&self, shortage: Shortage, now_ns: u64, tokens: u64) -> Refused {
+        let missing = match shortage {
+            Shortage::Forever => return Refused::ExceedsCapacity,
+            Shortage::Missing(units) => units,
+            Shortage::Displaced(_) | Shortage::Untranslated => self.units(tokens),
+        };
+        let elapsed_ns = i128::from(self.elapsed_ns(now_ns));
+        let reached = (self.advanced(now_ns) + i128::from(missing)) << SPEED_BITS;
+        let speed = i128::from(self.speed);
+        // Rounded up.
+        let reached_ns = -(-reached).div_euclid(speed);
+        Refused::RateLimited {
+            wait_ns: (reached_ns - elapsed_ns).max(1) as u64,
         }
-    }
-
-    /// When the position is reached.
-    fn reached_ns(&self, position: u64) -> u64 {
-        let units = u128::from(position.saturating_sub(self.base));
-        let elapsed_ns = (units << 63).div_ceil(u128::from(self.speed));
-        self.since_ns
-            .saturating_add(elapsed_ns.try_into().unwrap_or(u64::MAX))
     }
 }
 
 /// Why nothing can be taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Shortage {
-    /// There is enough at this position.
-    Until(u64),
-    /// As [`Self::Until`]. The word is further ahead than any taking at this moment has left it: it
-    /// was written under later terms, or the clock has gone back.
+    /// So many units are missing.
+    Missing(u64),
+    /// The word is further ahead of this position than a taking at this moment has left it.
     Displaced(u64),
+    /// The word is from another generation, or no word, or the terms begin later than now.
+    Untranslated,
     /// There is never enough.
     Forever,
 }
 
-/// Terms that are remembered after they were changed.
-pub const MAX_PAST: usize = 8;
+/// Generations that are remembered although buckets of them may not have been refilled since.
+pub const MAX_PAST: usize = 4096;
 
-/// Between the last position under some terms and the first under the next ones: a taking that
-/// read the clock up to so much later than the change was published is still told apart.
-const SLACK: u64 = 1 << 34;
+/// As [`MAX_PAST`] for a bucket with limits of its own, whose word is translated with each change.
+const MAX_OWN_PAST: usize = 8;
 
-/// Positions under the last terms that there can be still have 100 years before them.
-const MAX_BASE: u64 = 1 << 63;
+/// A generation that has ended.
+#[derive(Debug, Clone, Copy)]
+struct Past {
+    /// Its first word.
+    first: u64,
+    token_bits: u32,
+    /// Its last position.
+    end: u64,
+    /// The capacity at its end.
+    capacity: Held,
+    /// A bucket that held `h` at its end held `min(h + refill, bound)` when the present generation began.
+    refill: Held,
+    bound: Held,
+}
 
 /// The limits in force from a moment on, and those before them.
 #[derive(Debug, Clone)]
 pub struct Terms {
     limits: Limits,
     scale: Scale,
-    /// The newest first, at most [`MAX_PAST`].
-    past: Vec<Scale>,
+    /// `reach` at the beginning of the generation.
+    began: u64,
+    /// The newest first.
+    past: Arc<[Past]>,
+    /// What a bucket from before these held when the present generation began.
+    older: Held,
 }
 
 impl Terms {
     /// The first ones of a bucket. Every word 0 is a full bucket.
     pub fn new(limits: Limits, now_ns: u64) -> Self {
+        let scale = Scale::new(limits, units(limits.rate_per_second), now_ns).begun_at(0);
         Self {
             limits,
-            scale: Scale::new(limits, 0, now_ns),
-            past: Vec::new(),
+            scale,
+            began: scale.reach,
+            past: Arc::new([]),
+            older: FULL,
         }
     }
 
-    /// The next ones.
-    pub fn changed(&self, limits: Limits, now_ns: u64) -> Result<Self, LimitsError> {
+    /// The next ones, which remember so many generations. One pass over them.
+    pub fn changed(&self, limits: Limits, now_ns: u64, max_past: usize) -> Self {
         let former = &self.scale;
-        let reached = former
-            .position(now_ns)
-            .saturating_add(former.capacity_units());
-        let base = reached.saturating_add(SLACK);
-        if base > MAX_BASE {
-            return Err(LimitsError::TooManyChanges);
+        // What is later than now counts as now: see the module's documentation.
+        let advanced = former.advanced(now_ns).max(0);
+        let position = former.position(advanced);
+        let reach = i128::from(former.reach) + advanced;
+        let units_per_second = limits.rate_per_second * (1u64 << former.token_bits) as f64;
+        let is_same_generation =
+            limits.capacity <= former.capacity && (1e9..8e9).contains(&units_per_second);
+        if is_same_generation {
+            let scale = Scale::new(limits, (units_per_second, former.token_bits), now_ns);
+            return Self {
+                limits,
+                scale: Scale {
+                    base: position,
+                    // Further than any difference of positions, and still far from an overflow.
+                    reach: reach.min(i128::from(MASK)) as u64,
+                    ..scale
+                },
+                past: Arc::clone(&self.past),
+                ..*self
+            };
         }
-        let mut past = Vec::with_capacity(MAX_PAST);
-        past.push(*former);
-        // What was in force long enough to fill any bucket makes all before it irrelevant.
-        let mut until_ns = now_ns;
-        for (scale, before) in std::iter::once(former).chain(&self.past).zip(&self.past) {
-            let filled = scale.position(until_ns) - scale.base >= scale.capacity_units();
-            if filled || past.len() == MAX_PAST {
+        let first = position.wrapping_add(former.units_in(SLACK_NS_BITS)) & MASK;
+        let scale = Scale::new(limits, units(limits.rate_per_second), now_ns).begun_at(first);
+        let refill = former.held(reach - i128::from(self.began));
+        let capacity = Held::from(former.capacity) << HELD_BITS;
+        let ended = Past {
+            first: former.first(),
+            token_bits: former.token_bits,
+            end: position,
+            capacity,
+            refill: 0,
+            bound: capacity,
+        };
+        let refilled = self.past.iter().map(|past| Past {
+            refill: past.refill + refill,
+            bound: (past.bound + refill).min(capacity),
+            ..*past
+        });
+        let mut older = (self.older + refill).min(capacity);
+        let mut past = Vec::with_capacity(max_past.min(self.past.len() + 1));
+        for generation in std::iter::once(ended).chain(refilled) {
+            let is_refilled = generation.refill >= generation.bound;
+            let is_far = first.wrapping_sub(generation.first) & MASK > MASK - AHEAD as u64;
+            if is_refilled || is_far || past.len() == max_past {
+                // Of what is still older, each bucket holds as much, or more.
+                older = generation.refill.min(generation.bound);
                 break;
             }
-            until_ns = scale.since_ns;
-            past.push(*before);
+            past.push(generation);
         }
-        Ok(Self {
+        Self {
             limits,
-            scale: Scale::new(limits, base, now_ns),
-            past,
-        })
+            scale,
+            began: scale.reach,
+            past: past.into(),
+            older,
+        }
     }
 
     /// The limits.
@@ -330,42 +530,83 @@ impl Terms {
         self.limits
     }
 
-    /// A word, as if it had been written under these terms.
-    #[inline]
-    fn current(&self, word: u64) -> u64 {
-        if word >= self.scale.base {
-            word
-        } else {
-            self.converted(word)
+    /// What becomes of a word, and of the caller. Nothing is written if the word stays.
+    fn decide(&self, held: u64, now_ns: u64, tokens: u64) -> (u64, Result<u64, Refused>) {
+        let scale = &self.scale;
+        let taken = match scale.take(held, now_ns, tokens) {
+            Err(Shortage::Untranslated) if held <= MASK => {
+                scale.take(self.translated(held), now_ns, tokens)
+            }
+            taken => taken,
+        };
+        match taken {
+            Ok((_, left)) if tokens == 0 => (held, Ok(left)),
+            Ok((next, left)) => (next, Ok(left)),
+            Err(Shortage::Displaced(_)) if tokens == 0 => (held, Ok(0)),
+            Err(Shortage::Displaced(position)) => {
+                // The unit that makes up for rounding.
+                let missing = Shortage::Missing(scale.units(tokens) + 1);
+                let empty = position.wrapping_add(1) & MASK;
+                (empty, Err(scale.told(missing, now_ns, tokens)))
+            }
+            Err(shortage) => (held, Err(scale.told(shortage, now_ns, tokens))),
         }
     }
 
-    #[cold]
-    fn converted(&self, word: u64) -> u64 {
-        let written_under = self.past.iter().position(|scale| word >= scale.base);
-        let (oldest, mut word) = match written_under {
-            Some(index) => (index, word),
-            None => {
-                let oldest = self.past.len() - 1;
-                let empty = self.past[oldest].base + self.past[oldest].capacity_units();
-                (oldest, empty)
-            }
-        };
-        for index in (0..=oldest).rev() {
-            let former = &self.past[index];
-            let next = if index == 0 {
-                &self.scale
-            } else {
-                &self.past[index - 1]
-            };
-            let held = former.held_units(word, former.position(next.since_ns));
-            word = next.word_holding(held, former);
+    /// Whether the word was written in a former generation.
+    fn is_former(&self, word: u64, now_ns: u64) -> bool {
+        let scale = &self.scale;
+        let advanced = scale.advanced(now_ns);
+        let held = behind(scale.position(advanced), word);
+        i128::from(held) > i128::from(scale.reach) + advanced
+    }
+
+    /// A word, as if it had been written in this generation.
+    fn present(&self, word: u64, now_ns: u64) -> u64 {
+        if self.is_former(word, now_ns) {
+            self.translated(word)
+        } else {
+            word
         }
-        word
+    }
+
+    /// A word of a former generation, as if it had been written in this one.
+    #[cold]
+    fn translated(&self, word: u64) -> u64 {
+        let first = self.scale.first();
+        let distance = |from: u64| first.wrapping_sub(from) & MASK;
+        // The newest of those that begin before the word.
+        let index = self
+            .past
+            .partition_point(|past| distance(past.first) < distance(word));
+        let held = self.past.get(index).map_or(self.older, |past| {
+            let units = i128::from(behind(past.end, word));
+            let held = (units << (HELD_BITS - past.token_bits)).min(past.capacity);
+            (held + past.refill).min(past.bound)
+        });
+        self.holding(held)
+    }
+
+    /// The word of a bucket that held so much when the generation began. Rounds down. Words that are ahead would
+    /// reach into the next generation.
+    fn holding(&self, held: Held) -> u64 {
+        let units = held >> (HELD_BITS - self.scale.token_bits);
+        let units = units.clamp(0, i128::from(self.began));
+        let began = self.scale.first().wrapping_add(self.began);
+        began.wrapping_sub(units as u64) & MASK
+    }
+
+    /// What a bucket holds.
+    fn held(&self, word: u64, now_ns: u64) -> Held {
+        let scale = &self.scale;
+        let position = scale.position(scale.advanced(now_ns).max(0));
+        let units =
+            behind(position, self.present(word, now_ns)).clamp(0, scale.capacity_units() as i64);
+        scale.held(i128::from(units))
     }
 }
 
-// ---- Storage and exchange ----
+// ---- Storage and compare-and-swap ----
 
 /// The word of one bucket. Its limits stand elsewhere, since many buckets share them.
 #[derive(Debug)]
@@ -378,31 +619,32 @@ impl Level {
         Self(AtomicU64::new(0))
     }
 
+    /// Loads the word, for whoever will take from the bucket soon.
+    #[inline]
+    pub(crate) fn touch(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
     /// Takes tokens, or none. Returns how many are left.
     pub fn take(&self, terms: &Terms, now_ns: u64, tokens: u64) -> Result<u64, Refused> {
-        let taken = self.try_take(terms, now_ns, tokens);
-        taken.or_else(|shortage| terms.scale.told(shortage, now_ns, tokens))
+        self.update(|word| terms.decide(word, now_ns, tokens))
     }
 
-    fn try_take(&self, terms: &Terms, now_ns: u64, tokens: u64) -> Result<u64, Shortage> {
-        self.exchange(|word| terms.scale.take(terms.current(word), now_ns, tokens))
-    }
-
-    /// Exchanges the word for what `next` makes of it, and returns the other thing that it gives.
+    /// Replaces the word by what `next` makes of it, and returns what else it gives.
     #[inline]
-    fn exchange<E>(&self, next: impl Fn(u64) -> Result<(u64, u64), E>) -> Result<u64, E> {
+    fn update<R>(&self, mut next: impl FnMut(u64) -> (u64, R)) -> R {
         let mut held = self.0.load(Ordering::Acquire);
         loop {
-            let (next, left) = next(held)?;
+            let (next, result) = next(held);
             if next == held {
-                return Ok(left);
+                return result;
             }
             match self
                 .0
-                // Release: who reads the word sees the terms that it was written under.
+                // Release: a thread that reads the word sees the terms that it was written under.
                 .compare_exchange_weak(held, next, Ordering::Release, Ordering::Acquire)
             {
-                Ok(_) => return Ok(left),
+                Ok(_) => return result,
                 Err(changed) => held = changed,
             }
         }
@@ -418,29 +660,96 @@ impl Level {
 pub struct Limiter {
     /// No limits. The terms are kept, since words refer to them.
     is_off: AtomicBool,
-    scale: SeqLock<4>,
-    terms: Snapshot<Terms>,
+    scale: SeqLock<5>,
+    terms: Snapshot<Option<Terms>>,
 }
 
 impl Limiter {
     /// With these limits; `None` for no limits.
     pub fn new(limits: Option<Limits>, clock: &impl Clock) -> Self {
-        // So much that a full bucket is full under whatever limits come first.
-        let first = limits.unwrap_or(Limits {
-            capacity: MAX_CAPACITY,
-            rate_per_second: 1e9,
-        });
-        let terms = Terms::new(first, clock.now_ns());
+        Self::with_terms(limits.map(|limits| Terms::new(limits, clock.now_ns())))
+    }
+
+    fn with_terms(terms: Option<Terms>) -> Self {
         Self {
-            is_off: AtomicBool::new(limits.is_none()),
-            scale: SeqLock::new(terms.scale.words()),
+            is_off: AtomicBool::new(terms.is_none()),
+            scale: SeqLock::new(Self::words(&terms)),
             terms: Snapshot::new(terms),
         }
     }
 
+    /// Those of no limits are never used.
+    fn words(terms: &Option<Terms>) -> [u64; 5] {
+        terms.as_ref().map_or([0; 5], |terms| terms.scale.words())
+    }
+
     /// A bucket that is full under the present terms.
     pub(crate) fn full(&self) -> Level {
-        Level(AtomicU64::new(self.terms.read(|terms| terms.scale.base)))
+        let word = self.terms.read(|terms| {
+            terms.as_ref().map_or(0, |terms| {
+                let scale = &terms.scale;
+                scale.base.wrapping_sub(scale.capacity_units()) & MASK
+            })
+        });
+        Level(AtomicU64::new(word))
+    }
+
+    /// A bucket that holds so much.
+    pub(crate) fn holding(&self, held: Held, clock: &impl Clock) -> Level {
+        let now_ns = clock.now_ns();
+        let word = self.terms.read(|terms| {
+            terms.as_ref().map_or(0, |terms| {
+                let scale = &terms.scale;
+                let position = scale.position(scale.advanced(now_ns).max(0));
+                let capacity = i128::from(scale.capacity_units());
+                let units = (held >> (HELD_BITS - scale.token_bits)).min(capacity);
+                position.wrapping_sub(units as u64) & MASK
+            })
+        });
+        Level(AtomicU64::new(word))
+    }
+
+    /// What a bucket with this word holds; without limits, as much as any bucket can.
+    pub(crate) fn held(&self, word: u64, clock: &impl Clock) -> Held {
+        if self.is_off() {
+            return FULL;
+        }
+        let now_ns = clock.now_ns();
+        self.terms.read(|terms| {
+            terms
+                .as_ref()
+                .map_or(FULL, |terms| terms.held(word, now_ns))
+        })
+    }
+
+    /// What a bucket holds, and the limits that say so: of the same terms. `None` if its word has become one that
+    /// `level_of` makes no level of.
+    pub(crate) fn state(
+        &self,
+        level: &Level,
+        clock: &impl Clock,
+        level_of: impl Fn(u64) -> Option<u64>,
+    ) -> Option<BucketState> {
+        if self.is_off() {
+            return Some(BucketState::UNLIMITED);
+        }
+        let mut word = level_of(level.0.load(Ordering::Acquire))?;
+        loop {
+            let (is_former, state) =
+                self.judged(clock, (false, BucketState::UNLIMITED), |terms, now_ns| {
+                    let state = BucketState {
+                        tokens: Some(terms.decide(word, now_ns, 0).1.unwrap_or(0)),
+                        limits: Some(terms.limits),
+                    };
+                    (terms.is_former(word, now_ns), state)
+                });
+            // As in `take_slowly`.
+            let present = level_of(level.0.load(Ordering::Acquire))?;
+            if !is_former || present == word {
+                return Some(state);
+            }
+            word = present;
+        }
     }
 
     /// Whether there are no limits. One load.
@@ -458,32 +767,44 @@ impl Limiter {
         clock: &impl Clock,
         tokens: u64,
     ) -> Result<Option<u64>, Refused> {
+        // Only levels of entries are ever marked.
+        self.take_unless_marked(level, clock, tokens)
+            .unwrap_or(Ok(None))
+    }
+
+    /// As [`Self::take`]; `None` if the word was no level when it was judged.
+    #[inline]
+    pub(crate) fn take_unless_marked(
+        &self,
+        level: &Level,
+        clock: &impl Clock,
+        tokens: u64,
+    ) -> Option<Result<Option<u64>, Refused>> {
         if self.is_off() {
-            return Ok(None);
+            return (level.touch() <= MASK).then_some(Ok(None));
         }
         let now_ns = clock.now_ns();
         match self.take_quickly(level, now_ns, tokens) {
-            Some(Ok(left)) => Ok(Some(left)),
-            Some(Err((scale, shortage))) => scale.told(shortage, now_ns, tokens).map(Some),
-            None => self.take_slowly(level, now_ns, tokens).map(Some),
+            Some(Ok(left)) => Some(Ok(Some(left))),
+            Some(Err((scale, shortage))) => Some(Err(scale.told(shortage, now_ns, tokens))),
+            None => self.take_slowly(level, clock, tokens),
         }
     }
 
-    /// Takes one token, or none: whether there was one. As [`Self::take`], but a refusal costs as
-    /// little as a token.
+    /// Takes one token, or none: whether there was one; `None` if the word was no level when it was judged. As
+    /// [`Self::take`], but a refusal costs as little as a token.
     #[inline]
-    pub fn admits(&self, level: &Level, clock: &impl Clock) -> bool {
+    pub(crate) fn admits(&self, level: &Level, clock: &impl Clock) -> Option<bool> {
         if self.is_off() {
-            return true;
+            return (level.touch() <= MASK).then_some(true);
         }
-        let now_ns = clock.now_ns();
-        match self.take_quickly(level, now_ns, 1) {
-            Some(taken) => taken.is_ok(),
-            None => self.take_slowly(level, now_ns, 1).is_ok(),
+        match self.take_quickly(level, clock.now_ns(), 1) {
+            Some(taken) => Some(taken.is_ok()),
+            None => self.take_slowly(level, clock, 1).map(|taken| taken.is_ok()),
         }
     }
 
-    /// `None` if the bucket's word is from other terms, or the terms are being changed. The clock is
+    /// `None` if the bucket's word needs more than the scale, or the terms are being changed. The clock is
     /// read before the terms, so that a thread that sleeps between has not been under former terms
     /// for longer than they were in force.
     #[inline(always)]
@@ -494,52 +815,138 @@ impl Limiter {
         tokens: u64,
     ) -> Option<Result<u64, (Scale, Shortage)>> {
         let scale = Scale::from_words(self.scale.read()?);
-        let taken = level.exchange(|word| {
-            if word < scale.base {
-                return Err(None);
-            }
-            scale.take(word, now_ns, tokens).map_err(Some)
+        let taken = level.update(|word| match scale.take(word, now_ns, tokens) {
+            Ok((next, left)) => (next, Ok(left)),
+            Err(shortage) => (word, Err(shortage)),
         });
         match taken {
             Ok(left) => Some(Ok(left)),
-            Err(None | Some(Shortage::Displaced(_))) => None,
-            Err(Some(shortage)) => Some(Err((scale, shortage))),
+            Err(Shortage::Displaced(_) | Shortage::Untranslated) => None,
+            Err(shortage) => Some(Err((scale, shortage))),
         }
     }
 
+    /// The clock and the terms are read after each word, so they are not older than the word: a word that is
+    /// ahead of them was written before the clock went back.
+    ///
+    /// They may be much newer. If so many generations have begun meanwhile that the word's is forgotten, it is
+    /// judged as an unused one is. Then somebody has translated it, so a compare-and-swap confirms every verdict
+    /// on a word of a former generation, also where the word stays.
     #[cold]
-    fn take_slowly(&self, level: &Level, now_ns: u64, tokens: u64) -> Result<u64, Refused> {
-        loop {
-            let (taken, scale) = self
-                .terms
-                .read(|terms| (level.try_take(terms, now_ns, tokens), terms.scale));
-            match taken {
-                // The word was written under later terms, which we see as we have seen the word.
-                Err(Shortage::Displaced(_))
-                    if self.terms.read(|terms| terms.scale.base) != scale.base => {}
-                taken => return taken.or_else(|shortage| scale.told(shortage, now_ns, tokens)),
+    fn take_slowly(
+        &self,
+        level: &Level,
+        clock: &impl Clock,
+        tokens: u64,
+    ) -> Option<Result<Option<u64>, Refused>> {
+        let mut word = level.0.load(Ordering::Acquire);
+        while word <= MASK {
+            let unlimited = (false, word, Ok(None));
+            let (is_former, next, taken) = self.judged(clock, unlimited, |terms, now_ns| {
+                let (next, taken) = terms.decide(word, now_ns, tokens);
+                (terms.is_former(word, now_ns), next, taken.map(Some))
+            });
+            if next == word && !is_former {
+                return Some(taken);
             }
+            match level
+                .0
+                .compare_exchange(word, next, Ordering::AcqRel, Ordering::Acquire)
+            {
+                Ok(_) => return Some(taken),
+                Err(changed) => word = changed,
+            }
+        }
+        None
+    }
+
+    /// Gives `judge` the terms and the time, which is read before them (see [`Self::take_quickly`]); `unlimited`
+    /// if there are none.
+    ///
+    /// A thread that sleeps between the two may find terms that begin later than the time it has read. It reads
+    /// both again: a repetition takes a change of limits and a millisecond of sleep.
+    fn judged<R: Copy>(
+        &self,
+        clock: &impl Clock,
+        unlimited: R,
+        judge: impl Fn(&Terms, u64) -> R,
+    ) -> R {
+        loop {
+            self.begin_now(clock);
+            clock.renew();
+            let now_ns = clock.now_ns();
+            let judged = self.terms.read(|terms| match terms {
+                Some(terms) if terms.scale.is_ahead(now_ns) => None,
+                Some(terms) => Some(judge(terms, now_ns)),
+                None => Some(unlimited),
+            });
+            if let Some(judged) = judged {
+                return judged;
+            }
+        }
+    }
+
+    /// Where the clock has gone back behind the beginning of the terms, they begin anew, at the same position.
+    fn begin_now(&self, clock: &impl Clock) {
+        let began_anew = self.terms.update(|terms| {
+            clock.renew();
+            let now_ns = clock.now_ns();
+            match terms {
+                Some(terms) if terms.scale.is_ahead(now_ns) => {
+                    Ok(Some(terms.changed(terms.limits, now_ns, terms.past.len())))
+                }
+                _ => Err(()),
+            }
+        });
+        if began_anew.is_ok() {
+            self.scale.refresh(|| self.terms.read(Self::words));
         }
     }
 
     /// The limits; `None` if there are none.
     pub fn limits(&self) -> Option<Limits> {
-        (!self.is_off()).then(|| self.terms.read(Terms::limits))
+        if self.is_off() {
+            return None;
+        }
+        self.last_limits()
+    }
+
+    /// The limits, or the last ones if there are none now.
+    pub fn last_limits(&self) -> Option<Limits> {
+        self.terms.read(|terms| terms.as_ref().map(Terms::limits))
     }
 
     /// Changes the limits; `None` for no limits.
-    pub fn set_limits(
-        &self,
-        limits: Option<Limits>,
-        clock: &impl Clock,
-    ) -> Result<(), LimitsError> {
-        if let Some(limits) = limits {
-            self.terms
-                .update(|terms| terms.changed(limits, clock.now_ns()))?;
-            self.scale
-                .refresh(|| self.terms.read(|terms| terms.scale.words()));
+    pub fn set_limits(&self, limits: Option<Limits>, clock: &impl Clock) {
+        match limits {
+            // Complete limits are possible ones over any others.
+            Some(limits) => {
+                let _ = self.change_limits(limits.into(), limits, clock, MAX_PAST);
+            }
+            None => self.is_off.store(true, Ordering::Release),
         }
-        self.is_off.store(limits.is_none(), Ordering::Release);
+    }
+
+    /// Changes the limits that `change` names and keeps the others: those in force, or the last ones, or else
+    /// those of `otherwise`. Repeats itself for other changes alone, never for takings.
+    fn change_limits(
+        &self,
+        change: Change,
+        otherwise: Limits,
+        clock: &impl Clock,
+        max_past: usize,
+    ) -> Result<(), LimitsError> {
+        self.terms.update(|terms| {
+            let base = terms.as_ref().map_or(otherwise, Terms::limits);
+            let limits = change.over(base)?;
+            let now_ns = clock.now_ns();
+            Ok(Some(match terms {
+                Some(terms) => terms.changed(limits, now_ns, max_past),
+                None => Terms::new(limits, now_ns),
+            }))
+        })?;
+        self.scale.refresh(|| self.terms.read(Self::words));
+        self.is_off.store(false, Ordering::Release);
         Ok(())
     }
 }
@@ -566,6 +973,52 @@ impl TokenBucket {
         }
     }
 
+    /// A bucket that holds so much.
+    pub(crate) fn holding(held: Held, limits: Limits, clock: &impl Clock) -> Self {
+        let limiter = Limiter::new(Some(limits), clock);
+        let level = limiter.holding(held, clock);
+        Self {
+            limiter,
+            level: Apart(level),
+        }
+    }
+
+    /// Replaces what it holds, before anybody else uses it.
+    pub(crate) fn hold(&self, held: Held, clock: &impl Clock) {
+        let word = self.limiter.holding(held, clock).0.load(Ordering::Relaxed);
+        self.level.0.0.store(word, Ordering::Release);
+    }
+
+    /// Ends all takings, and returns what they have left.
+    pub(crate) fn freeze(&self, clock: &impl Clock) -> Held {
+        let word = self.level.0.0.fetch_or(FROZEN, Ordering::AcqRel);
+        self.limiter.held(word & MASK, clock)
+    }
+
+    /// Whether its tokens are about to move elsewhere.
+    pub(crate) fn is_frozen(&self) -> bool {
+        self.level.0.touch() & FROZEN != 0
+    }
+
+    /// As [`Self::take`]; `None` if it is frozen.
+    #[inline]
+    pub(crate) fn take_unless_frozen(
+        &self,
+        clock: &impl Clock,
+        tokens: u64,
+    ) -> Option<Result<Option<u64>, Refused>> {
+        self.limiter
+            .take_unless_marked(&self.level.0, clock, tokens)
+    }
+
+    /// What it holds, and its limits.
+    pub fn state(&self, clock: &impl Clock) -> BucketState {
+        // What is frozen stays readable.
+        let level_of = |word| Some(word & MASK);
+        let state = self.limiter.state(&self.level.0, clock, level_of);
+        state.unwrap_or(BucketState::UNLIMITED)
+    }
+
     /// Takes tokens, or none. Returns how many are left; `None` where there are no limits.
     #[inline]
     pub fn take(&self, clock: &impl Clock, tokens: u64) -> Result<Option<u64>, Refused> {
@@ -577,13 +1030,48 @@ impl TokenBucket {
         self.limiter.limits()
     }
 
-    /// Changes the limits. The tokens that the bucket holds stay, up to the new capacity.
-    pub fn set_limits(
+    /// Changes the limits; `None` for no limits. The tokens that the bucket holds stay, up to the new capacity.
+    pub fn set_limits(&self, limits: Option<Limits>, clock: &impl Clock) {
+        match limits {
+            // Complete limits are possible ones over any others.
+            Some(limits) => {
+                let _ = self.change_limits(limits.into(), limits, clock);
+            }
+            None => self.limiter.set_limits(None, clock),
+        }
+    }
+
+    /// Changes the limits that `change` names and keeps the others: those in force, or the last ones, or else
+    /// those of `otherwise`. The tokens that the bucket holds stay, up to the new capacity.
+    pub fn change_limits(
         &self,
-        limits: Option<Limits>,
+        change: Change,
+        otherwise: Limits,
         clock: &impl Clock,
     ) -> Result<(), LimitsError> {
-        self.limiter.set_limits(limits, clock)
+        self.limiter
+            .change_limits(change, otherwise, clock, MAX_OWN_PAST)?;
+        // A taking writes a word of the present generation, and ends this. One under former terms, which began
+        // before the change, makes it go round once more.
+        self.level.0.update(|word| {
+            if word > MASK {
+                // Frozen: what it holds moves elsewhere, and this change comes before that.
+                return (word, ());
+            }
+            let now_ns = clock.now_ns();
+            self.limiter.terms.read(|terms| {
+                let present = terms
+                    .as_ref()
+                    .map_or(word, |terms| terms.present(word, now_ns));
+                (present, ())
+            })
+        });
+        Ok(())
+    }
+
+    /// The limits, or the last ones if there are none now.
+    pub fn last_limits(&self) -> Option<Limits> {
+        self.limiter.last_limits()
     }
 }
 
@@ -595,7 +1083,6 @@ impl fmt::Display for LimitsError {
                 write!(f, "rate_per_second: {rate} is not within 1/3600 to 10^9")
             }
             Self::TooSlowToFill => f.write_str("capacity: takes longer than 2^53 ns to fill"),
-            Self::TooManyChanges => f.write_str("the limits were changed too often"),
         }
     }
 }

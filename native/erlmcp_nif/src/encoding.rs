@@ -4,24 +4,30 @@
 //! written in postfix order, elements before what holds them, so that neither direction needs
 //! recursion, whatever the nesting. The encoding is our own and not the external term format:
 //!
-//! * It stops at a bound instead of first writing what may be gigabytes, except for bit strings, funs
-//!   and large integers (see below).
+//! * It stops at a bound instead of first writing what may be gigabytes, except for bit strings and large
+//!   integers (see below).
 //! * A local pid or reference in the external format carries the node's name, so that it would no
 //!   longer be the same once the node has become distributed.
 //! * Before OTP 27, `0.0 =:= -0.0`, but the external format tells them apart.
 //! * Atoms are read back without a look at the VM's table of atoms.
 //!
-//! What has no better form (large integers, bit strings, ports, what belongs to another node) is
-//! held in the external format inside the encoding; of a fun, without its creator, which is not
-//! part of its identity.
+//! What has no better form (large integers, bit strings, ports, `fun M:F/A`, what belongs to another
+//! node) is held in the external format inside the encoding.
+//!
+//! # What is refused
+//!
+//! Every fun but `fun M:F/A`. A fun is equal to another one if what the two have captured is, and the
+//! native interface shows that in no other way than as a copy. Terms that share parts lose that in a
+//! copy: `X1 = {X0, X0}, X2 = {X1, X1}, ...` takes a few words in a fun and 2^40 terms in the copy. In
+//! tuples, lists and maps the encoder counts such terms one by one, and stops at its bound.
 //!
 //! # What is not bounded
 //!
 //! References, ports and pids are short. But a bit string that is no binary, a binary that does not begin
-//! at a byte, an integer of more than a word, and a fun with all that it has captured are shown by the
-//! native interface in no other way than as a copy, and it has no size of them. So the first of them
-//! that passes the bound takes time and memory in proportion to its own size before it is refused: the
-//! memory until the call returns. (No integer has more than some megabytes.)
+//! at a byte, and an integer of more than a word are shown by the native interface in no other way than
+//! as a copy, and it has no size of them. So the first of them that passes the bound takes time and memory
+//! in proportion to its own size before it is refused: the memory until the call returns. (No integer has
+//! more than some megabytes.)
 
 use std::cell::OnceCell;
 
@@ -182,12 +188,7 @@ impl<'a> Encoding<'a> {
                 let pairs = MapIterator::new(term).ok_or(Error::BadArg)?;
                 self.steps.extend(pairs.map(|(key, _)| Step::Visit(key)));
             }
-            TermType::Fun => {
-                self.take(TERMS_PER_EXTERNAL)?;
-                let encoded = term.to_binary();
-                let anonymous = without_creator(&encoded);
-                self.counted(TAG_EXTERNAL, anonymous.as_deref().unwrap_or(&encoded))?;
-            }
+            TermType::Fun if !is_external_fun(term) => return Err(Error::BadArg),
             _ => self.external(term)?,
         }
         Ok(())
@@ -320,56 +321,12 @@ fn zeros_are_equal(env: Env<'_>) -> bool {
     EQUAL.get_or_init(|| 0.0.encode(env) == (-0.0).encode(env))
 }
 
-// ---- Funs ----
-//
-// In the external format: 131, 112, size (4 bytes, itself and all that follows), arity (1), unique
-// (16), index (4), number of free variables (4), module (an atom), index and unique (integers), the
-// creator's pid, the free variables.
-
-const NEW_FUN_EXT: u8 = 112;
-
-/// A pid that stands for any creator.
-const NOBODY: &[u8] = b"\x58\x77\x0dnonode@nohost\0\0\0\0\0\0\0\0\0\0\0\0";
-
-/// The external format of a fun made by nobody in particular; `None` if it is not that of a local
-/// fun.
-fn without_creator(encoded: &[u8]) -> Option<Vec<u8>> {
-    let body = encoded.strip_prefix(&[131, NEW_FUN_EXT])?.get(4..)?;
-    let rest = after_atom(body.get(1 + 16 + 4 + 4..)?)?;
-    let creator = after_integer(after_integer(rest)?)?;
-    let free = after_atom(creator.strip_prefix(&[NEW_PID_EXT])?)?.get(12..)?;
-    let before = &body[..body.len() - creator.len()];
-    let size = (4 + before.len() + NOBODY.len() + free.len()) as u32;
-    let mut anonymous = vec![131, NEW_FUN_EXT];
-    anonymous.extend_from_slice(&size.to_be_bytes());
-    anonymous.extend_from_slice(before);
-    anonymous.extend_from_slice(NOBODY);
-    anonymous.extend_from_slice(free);
-    Some(anonymous)
-}
-
-fn after_atom(bytes: &[u8]) -> Option<&[u8]> {
-    match bytes {
-        // SMALL_ATOM_UTF8_EXT, SMALL_ATOM_EXT
-        [119 | 115, length, rest @ ..] => rest.get(usize::from(*length)..),
-        // ATOM_UTF8_EXT, ATOM_EXT
-        [118 | 100, high, low, rest @ ..] => {
-            rest.get(usize::from(u16::from_be_bytes([*high, *low]))..)
-        }
-        _ => None,
-    }
-}
-
-fn after_integer(bytes: &[u8]) -> Option<&[u8]> {
-    match bytes {
-        // SMALL_INTEGER_EXT
-        [97, _, rest @ ..] => Some(rest),
-        // INTEGER_EXT
-        [98, _, _, _, _, rest @ ..] => Some(rest),
-        // SMALL_BIG_EXT
-        [110, length, _sign, rest @ ..] => rest.get(usize::from(*length)..),
-        _ => None,
-    }
+/// Whether a fun is a `fun M:F/A`, which has captured nothing.
+///
+/// The native interface tells funs apart in this way only: it shows a fun that was made in a function as
+/// `#Fun<...>`, without what it has captured.
+fn is_external_fun(fun: Term<'_>) -> bool {
+    format!("{fun:?}").starts_with("fun ")
 }
 
 // ---- References of this node ----

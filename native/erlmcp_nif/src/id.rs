@@ -51,7 +51,7 @@ fn binary(term: Term<'_>) -> Option<&[u8]> {
     let mut binary = MaybeUninit::<ErlNifBinary>::uninit();
     // SAFETY: the term belongs to its environment, and its bytes live as long as that does. The
     // fields are written where the call says that the term is a binary, and then `data` points at
-    // `size` bytes.
+    // `size` bytes. It may be null for an empty binary, which a slice must not be.
     unsafe {
         if enif_inspect_binary(
             term.get_env().as_c_arg(),
@@ -63,6 +63,9 @@ fn binary(term: Term<'_>) -> Option<&[u8]> {
         }
         let data = (&raw const (*binary.as_ptr()).data).read_volatile();
         let size = (&raw const (*binary.as_ptr()).size).read_volatile();
+        if data.is_null() {
+            return Some(&[]);
+        }
         Some(std::slice::from_raw_parts(data, size))
     }
 }

@@ -1,4 +1,4 @@
-//! Immediate terms as numbers: atoms and local pids are one word, the same in every environment.
+//! Immediate terms as numbers: atoms, the empty list and local pids are one word, the same in every environment.
 
 use std::mem::transmute;
 
@@ -17,7 +17,7 @@ pub(crate) fn word(term: Term<'_>) -> u64 {
 ///
 /// # Safety
 ///
-/// `word` must be what [`word`] gave for an atom or a local pid.
+/// `word` must be what [`word`] gave for an atom, the empty list or a local pid.
 #[inline]
 pub(crate) unsafe fn term(env: Env<'_>, word: u64) -> Term<'_> {
     // SAFETY: `ErlNifTerm` is a transparent wrapper of `usize`; immediate terms belong to every

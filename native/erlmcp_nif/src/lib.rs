@@ -7,18 +7,22 @@ mod admission;
 mod atoms;
 mod background;
 mod backpressure;
+mod caller;
 mod circuit_breaker;
 mod config;
 mod encoding;
 mod id;
 mod immediate;
 mod kept_hash;
-mod lookup;
+mod named_breaker;
+mod page;
 mod registry;
+mod reschedule;
 mod resource;
 mod routing;
 mod token_bucket;
 mod tuple;
+mod vm_clock;
 mod watch;
 
 use rustler::{Env, Term};
@@ -29,6 +33,7 @@ fn load(env: Env<'_>, _info: Term<'_>) -> bool {
     env.register::<resource::RegistryResource>().is_ok()
         && env.register::<token_bucket::BucketResource>().is_ok()
         && env.register::<watch::WatchResource>().is_ok()
+        && env.register::<caller::CallerResource>().is_ok()
 }
 
 rustler::init!("erlmcp_nif", load = load);

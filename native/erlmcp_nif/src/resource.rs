@@ -1,16 +1,18 @@
 //! Registries as resources.
 
+use std::cell::Cell;
 use std::mem;
 use std::ops::Deref;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
+use erlmcp_core::clock::Clock;
 use erlmcp_core::diversion::Passage;
-use erlmcp_core::registry::{Id, Limits, Namespace};
+use erlmcp_core::registry::{Entry, Id, Limits, Location, Namespace};
 use erlmcp_core::token_bucket;
 use once_cell::race::OnceBox;
 use papaya::HashMap;
-use rustler::{NifResult, Resource, ResourceArc, Term};
+use rustler::{Encoder, Env, NifResult, Resource, ResourceArc, Term};
 
 use crate::atoms;
 use crate::background;
@@ -21,7 +23,17 @@ use crate::watch::Lease;
 pub(crate) struct Registry {
     core: erlmcp_core::registry::Registry<Lease>,
     number: u32,
+    /// The time, by the node's clock, before which the registry is not searched again (see
+    /// [`Registry::may_search`]).
+    next_search_ns: AtomicU64,
 }
+
+/// A registry that never had more entries than this is searched in some milliseconds, and whenever it
+/// is asked for.
+const MAX_ENTRIES_ALWAYS_SEARCHED: u64 = 20_000;
+
+/// A larger one rests after a search for this many times as long as the search took.
+const REST_AFTER_SEARCH: u64 = 9;
 
 /// Numbers of registries take this many bits. 0 is none.
 pub(crate) const NUMBER_BITS: u32 = 22;
@@ -47,6 +59,7 @@ impl Registry {
             let registry = Arc::new(Self {
                 core: erlmcp_core::registry::Registry::new(limits, clock()),
                 number,
+                next_search_ns: AtomicU64::new(0),
             });
             numbers().insert(number, Arc::downgrade(&registry), &guard);
             return registry;
@@ -57,10 +70,72 @@ impl Registry {
         self.number
     }
 
+    /// Whether all entries may be looked through, which costs in proportion to them.
+    pub(crate) fn may_search(&self) -> bool {
+        self.core.high_water() <= MAX_ENTRIES_ALWAYS_SEARCHED
+            || clock().now_ns() >= self.next_search_ns.load(Ordering::Relaxed)
+    }
+
+    /// Runs a search, and allows for the next one.
+    pub(crate) fn searching(&self, search: impl FnOnce()) {
+        let start = clock().now_ns();
+        search();
+        let end = clock().now_ns();
+        let rest = REST_AFTER_SEARCH * end.saturating_sub(start);
+        self.next_search_ns.store(end + rest, Ordering::Relaxed);
+    }
+
+    // ---- Removal: as in the core, with what follows from it ----
+
+    /// See [`erlmcp_core::registry::Registry::remove`].
+    pub(crate) fn remove(&self, namespace: Namespace, id: &Id<'_>) -> Option<Entry<Lease>> {
+        revoked(self.core.remove(namespace, id))
+    }
+
+    /// See [`erlmcp_core::registry::Registry::remove_exact`].
+    pub(crate) fn remove_exact(
+        &self,
+        namespace: Namespace,
+        id: &Id<'_>,
+        is_meant: impl Fn(&Lease) -> bool,
+    ) -> Option<Entry<Lease>> {
+        revoked(self.core.remove_exact(namespace, id, is_meant))
+    }
+
+    /// See [`erlmcp_core::registry::Registry::remove_leased`].
+    pub(crate) fn remove_leased(
+        &self,
+        location: &Location,
+        is_meant: impl Fn(&Lease) -> bool,
+    ) -> Option<Entry<Lease>> {
+        revoked(self.core.remove_leased(location, is_meant))
+    }
+
+    /// See [`erlmcp_core::registry::Registry::close`].
+    pub(crate) fn close(&self, mut removed: impl FnMut(Entry<Lease>)) {
+        self.core.close(|entry| {
+            entry.lease.config.revoke();
+            removed(entry);
+        });
+    }
+
+    /// See [`erlmcp_core::registry::Registry::exchange_server_lease`].
+    pub(crate) fn exchange_server_lease(&self, id: &Id<'_>, former: &Lease, new: Lease) -> bool {
+        // Equal leases may have different configs: that of the one which was there is meant.
+        let replaced = self.core.exchange_server_lease(id, former, new);
+        replaced.map(|lease| lease.config.revoke()).is_some()
+    }
+
     /// The registry of a number, unless it is gone.
     pub(crate) fn of_number(number: u32) -> Option<Arc<Self>> {
         numbers().get(&number, &numbers().guard())?.upgrade()
     }
+}
+
+/// The memory of a removed entry stays until the registry's collector frees it, and must not keep what its
+/// config refers to until then.
+fn revoked(removed: Option<Entry<Lease>>) -> Option<Entry<Lease>> {
+    removed.inspect(|entry| entry.lease.config.revoke())
 }
 
 impl Drop for Registry {
@@ -89,7 +164,7 @@ impl Resource for RegistryResource {}
 /// Keeps the library in memory, also when its module is purged: what was freed in the background may
 /// still be (see [`background`]), and so may what the schedulers' threads have left to be freed when
 /// they end. The VM does not unload a library while there is a resource of it that has a destructor.
-fn keep_library() {
+pub(crate) fn keep_library() {
     static IS_KEPT: AtomicBool = AtomicBool::new(false);
     if !IS_KEPT.swap(true, Ordering::Relaxed) {
         mem::forget(ResourceArc::new(RegistryResource(None)));
@@ -107,15 +182,25 @@ impl Drop for RegistryResource {
 /// Freeing this many entries takes well under a millisecond.
 const MAX_ENTRIES_FREED_IN_PLACE: u64 = 500;
 
+thread_local! {
+    /// Whether this thread frees a registry in place. One that only a config of that registry referred to is
+    /// left to the background: a chain of registries would else be freed in one recursion.
+    static IS_FREEING: Cell<bool> = const { Cell::new(false) };
+}
+
 /// Lets go of a registry; if it is the last one to do so and there is much to free, not on the
 /// scheduler that this runs on.
 pub(crate) fn release(registry: Arc<Registry>) {
     let Some(registry) = Arc::into_inner(registry) else {
         return;
     };
-    if registry.high_water() > MAX_ENTRIES_FREED_IN_PLACE {
+    if registry.high_water() > MAX_ENTRIES_FREED_IN_PLACE || IS_FREEING.get() {
         background::free(registry);
+        return;
     }
+    IS_FREEING.set(true);
+    drop(registry);
+    IS_FREEING.set(false);
 }
 
 static DEFAULT: OnceBox<Arc<Registry>> = OnceBox::new();
@@ -130,9 +215,7 @@ pub(crate) fn default_registry() -> &'static Arc<Registry> {
 /// application runs or not.
 fn guarded(limits: Limits) -> Arc<Registry> {
     let registry = Registry::create(limits);
-    registry
-        .set_limits(Some(token_bucket::Limits::default()), clock())
-        .unwrap_or_else(|_| unreachable!("these are the first limits"));
+    registry.set_limits(Some(token_bucket::Limits::default()), clock());
     registry
 }
 
@@ -142,7 +225,7 @@ pub(crate) fn make_default_registry(limits: Limits) -> bool {
 }
 
 /// The registry that an argument names: the atom `default`, or `exclusive` for the same one in the
-/// hands of whoever has diverted the others (see [`passage`]), or a resource.
+/// hands of its owner, whom no diversion turns away (see [`passage`]), or a resource.
 #[inline]
 pub(crate) fn registry<'a>(term: Term<'a>) -> NifResult<&'a Arc<Registry>> {
     if atoms::default() == term || atoms::exclusive() == term {
@@ -153,8 +236,16 @@ pub(crate) fn registry<'a>(term: Term<'a>) -> NifResult<&'a Arc<Registry>> {
         .ok_or(rustler::Error::BadArg)
 }
 
-/// The changes of servers, transports and bindings of the default registry were diverted.
+/// Changes of servers, transports and bindings of the default registry are diverted.
 pub(crate) struct Diverted;
+
+/// Whether a change that names its registry by `of` is diverted. Before its arguments are looked at,
+/// since another store takes ids that are too long for this one; [`passage`] decides.
+pub(crate) fn diverts_changes(of: Term<'_>, namespace: Namespace) -> bool {
+    namespace != Namespace::Connection
+        && atoms::default() == of
+        && default_registry().diversion().sign().diverts_changes()
+}
 
 /// Lets a change of `id` pass that names its registry by `of`. The change is made while the result
 /// lives.
@@ -172,4 +263,27 @@ pub(crate) fn passage<'a>(
         .enter(id.keyed_hash())
         .map(Some)
         .ok_or(Diverted)
+}
+
+/// The result of a look-up that names its registry by `of`, or `diverted`.
+pub(crate) fn unless_diverted<'a, E>(
+    env: Env<'a>,
+    of: Term<'a>,
+    namespace: Namespace,
+    look_up: impl FnOnce() -> Result<Term<'a>, E>,
+) -> Result<Term<'a>, E> {
+    if namespace == Namespace::Connection || atoms::default() != of {
+        return look_up();
+    }
+    let diversion = default_registry().diversion();
+    let sign = diversion.sign();
+    if sign.diverts_lookups() {
+        return Ok(atoms::diverted().encode(env));
+    }
+    let found = look_up()?;
+    Ok(if diversion.is_still(sign) {
+        found
+    } else {
+        atoms::diverted().encode(env)
+    })
 }

@@ -8,18 +8,18 @@ use std::panic::catch_unwind;
 
 use erlmcp_core::circuit_breaker::State;
 use erlmcp_core::clock::{Clock, Reading};
-use erlmcp_core::registry::{Charged, Events, Namespace, Refusal};
+use erlmcp_core::registry::{Charged, Events, Namespace, ROUTED_TOGETHER, Refusal};
 use rustler::codegen_runtime::{c_int, inventory};
 use rustler::sys::{ErlNifEnv, ErlNifTerm, c_uint, enif_make_badarg, enif_make_list_from_array};
 use rustler::{Encoder, Env, Error, NifResult, Term};
 
 use crate::atoms;
 use crate::backpressure::{circuit, clock};
-use crate::config::Scheduler;
 use crate::id;
 use crate::immediate;
-use crate::lookup::REMOTE;
+use crate::registry::lookup::REMOTE;
 use crate::registry::{MAX_LISTED_ON_NORMAL_SCHEDULER, live_entry, pid_term};
+use crate::reschedule::{Outcome, Scheduler, Stopped, reschedulable};
 use crate::resource::{Registry, default_registry};
 use crate::tuple::first_of_pair;
 
@@ -106,7 +106,7 @@ fn route<'a, const NAMESPACE: usize>(
     })
 }
 
-// ---- One message: by hand, see `crate::lookup` ----
+// ---- One message: by hand, see `crate::registry::lookup` ----
 
 /// One argument, the target's id; or two, the second of which is the transport that pays.
 ///
@@ -132,10 +132,21 @@ unsafe extern "C" fn route_raw<
     let namespace = Namespace::ALL[NAMESPACE];
     let routed = catch_unwind(|| {
         let registry = default_registry();
-        if !IS_EXCLUSIVE && namespace != Namespace::Connection && registry.diversion().is_set() {
-            return Some(atoms::diverted().encode(caller).as_c_arg());
+        if IS_EXCLUSIVE || namespace == Namespace::Connection {
+            return route::<NAMESPACE>(caller, registry, id, payer, clock());
         }
-        route::<NAMESPACE>(caller, registry, id, payer, clock())
+        let diverted = || atoms::diverted().encode(caller).as_c_arg();
+        let sign = registry.diversion().sign();
+        if sign.diverts_routes() {
+            return Some(diverted());
+        }
+        let result = route::<NAMESPACE>(caller, registry, id, payer, clock())?;
+        // A target that is found was registered when the sign was loaded or later. One that is not
+        // may have left this registry for another store since.
+        if result == atoms::undefined().as_c_arg() && !registry.diversion().is_still(sign) {
+            return Some(diverted());
+        }
+        Some(result)
     });
     match routed {
         Ok(Some(result)) => result,
@@ -158,31 +169,29 @@ macro_rules! route {
 route!(c"route_connection", Namespace::Connection, 1, false);
 route!(c"route_server", Namespace::Server, 2, false);
 route!(c"route_transport", Namespace::Transport, 1, false);
-// Whether changes are diverted or not.
+// Whether routes are diverted or not.
 route!(c"route_server_exclusive", Namespace::Server, 2, true);
 route!(c"route_transport_exclusive", Namespace::Transport, 1, true);
 
 // ---- One message to many ----
 
 /// The processes of the transports bound to a server that the message may be sent to; `none`, or why
-/// it was refused for others; and events.
-fn route_bound_on<'a>(
+/// it was refused for others; and events. If it is exclusive, whether routes are diverted or not.
+fn route_bound<'a, const IS_EXCLUSIVE: bool>(
     env: Env<'a>,
-    server: Term<'a>,
+    [server]: [Term<'a>; 1],
     scheduler: Scheduler,
-    is_exclusive: bool,
-) -> NifResult<Term<'a>> {
+) -> Outcome<'a> {
     let registry = default_registry();
+    let sign = registry.diversion().sign();
+    if sign.diverts_routes() && !IS_EXCLUSIVE {
+        return Ok(atoms::diverted().encode(env));
+    }
     id::with(registry, server, |server| {
-        // Counted in as a change is: what is removed for whoever diverts must not be missing here.
-        let passage = registry.diversion().enter(server.keyed_hash());
-        if passage.is_none() && !is_exclusive {
-            return atoms::diverted().encode(env);
-        }
         if scheduler == Scheduler::Normal
             && u64::from(registry.bound_high_water(server)) > MAX_LISTED_ON_NORMAL_SCHEDULER
         {
-            return atoms::dirty().encode(env);
+            return Err(Stopped::TooHeavy);
         }
         // The monitor of a server that has ended may not have fired yet.
         live_entry(env, registry, Namespace::Server, server);
@@ -198,29 +207,20 @@ fn route_bound_on<'a>(
                 all_events = prepend_events(env, &events, all_events);
             }
         });
+        // Nothing has been sent yet, and some of the transports may have left for another store.
+        if !IS_EXCLUSIVE && !registry.diversion().is_still(sign) {
+            return Ok(atoms::diverted().encode(env));
+        }
         let refused = refused.map_or(atoms::none().encode(env), |refusal| {
             refusal_term(env, refusal)
         });
-        (pids, refused, all_events).encode(env)
+        Ok((pids, refused, all_events).encode(env))
     })
-    .ok_or(Error::BadArg)
+    .ok_or(Error::BadArg)?
 }
 
-#[rustler::nif]
-fn route_bound<'a>(env: Env<'a>, server: Term<'a>) -> NifResult<Term<'a>> {
-    route_bound_on(env, server, Scheduler::Normal, false)
-}
-
-#[rustler::nif(schedule = "DirtyCpu")]
-fn route_bound_dirty<'a>(env: Env<'a>, server: Term<'a>) -> NifResult<Term<'a>> {
-    route_bound_on(env, server, Scheduler::Dirty, false)
-}
-
-/// Whether changes are diverted or not.
-#[rustler::nif(schedule = "DirtyCpu")]
-fn route_bound_exclusive<'a>(env: Env<'a>, server: Term<'a>) -> NifResult<Term<'a>> {
-    route_bound_on(env, server, Scheduler::Dirty, true)
-}
+reschedulable!(c"route_bound", 1, route_bound::<false>);
+reschedulable!(c"route_bound_exclusive", 1, route_bound::<true>);
 
 // ---- Many messages ----
 
@@ -230,7 +230,7 @@ const SLICE: usize = 256;
 /// A slice is so many percent of what a process may do before it is scheduled out.
 const SLICE_PERCENT: i32 = 10;
 
-const CONNECTION: usize = Namespace::Connection as usize;
+const _: () = assert!(SLICE.is_multiple_of(ROUTED_TOGETHER));
 
 /// Results for the first messages of a list of `{Id, Message}`, in order, and the rest of the list.
 /// An id that is too long to be registered is one that is not. All belong to one moment.
@@ -240,17 +240,9 @@ fn route_batch<'a>(env: Env<'a>, messages: Term<'a>) -> NifResult<Term<'a>> {
     let now = Reading::of(clock());
     let mut rest = messages;
     let mut results = Vec::with_capacity(SLICE);
-    registry.reading(|| {
-        while results.len() < SLICE && !rest.is_empty_list() {
-            let (message, others) = rest.list_get_cell().map_err(|_| Error::BadArg)?;
-            let id = first_of_pair(message).ok_or(Error::BadArg)?;
-            let result = route::<CONNECTION>(env, registry, id, None, &now)
-                .unwrap_or_else(|| refusal_term(env, registry.refuse_unknown()).as_c_arg());
-            results.push(result);
-            rest = others;
-        }
-        Ok::<_, Error>(())
-    })?;
+    while results.len() < SLICE && !rest.is_empty_list() {
+        rest = route_together(env, registry, rest, &now, &mut results)?;
+    }
     let _ = rustler::schedule::consume_timeslice(env, SLICE_PERCENT);
     // SAFETY: there are so many terms of this environment.
     let results = unsafe {
@@ -259,4 +251,44 @@ fn route_batch<'a>(env: Env<'a>, messages: Term<'a>) -> NifResult<Term<'a>> {
         Term::new(env, list)
     };
     Ok((results, rest).encode(env))
+}
+
+/// Adds the results for the next messages, and returns the rest of the list.
+fn route_together<'a>(
+    env: Env<'a>,
+    registry: &Registry,
+    messages: Term<'a>,
+    now: &impl Clock,
+    results: &mut Vec<ErlNifTerm>,
+) -> NifResult<Term<'a>> {
+    let mut terms = [messages; ROUTED_TOGETHER];
+    let mut rest = messages;
+    let mut len = 0;
+    while len < ROUTED_TOGETHER && !rest.is_empty_list() {
+        let (message, others) = rest.list_get_cell().map_err(|_| Error::BadArg)?;
+        terms[len] = first_of_pair(message).ok_or(Error::BadArg)?;
+        rest = others;
+        len += 1;
+    }
+    let max_bytes = registry.limits().max_id_bytes();
+    let mut encoded = [const { None }; ROUTED_TOGETHER];
+    let mut ids = [None; ROUTED_TOGETHER];
+    for ((id, encoded), term) in ids.iter_mut().zip(&mut encoded).zip(&terms[..len]) {
+        *id = id::kind_and_bytes(*term, max_bytes, encoded)
+            .map(|(kind, bytes)| registry.id(kind, bytes));
+    }
+    registry.route_connections(&ids[..len], circuit(), now, |routed, events| {
+        let result = match routed {
+            Ok(entry) if entry.address == REMOTE => pid_term(env, entry),
+            // SAFETY: the address of an entry that is not for a remote process is a local pid.
+            Ok(entry) => unsafe { immediate::term(env, entry.address) },
+            Err(refusal) => refusal_term(env, refusal),
+        };
+        results.push(if events.is_some() {
+            with_events(env, result, &events).as_c_arg()
+        } else {
+            result.as_c_arg()
+        });
+    });
+    Ok(rest)
 }

@@ -1,9 +1,10 @@
 //! Token buckets: those of the default registry's entries, and buckets as resources.
 //!
-//! Limits are `infinity` or `{Capacity, RatePerSecond}` with a float.
+//! Limits are `infinity` or `{Capacity, RatePerSecond}` with a float. In a change either can be `undefined`: it
+//! stays.
 
-use erlmcp_core::registry::{BucketError, BucketState, EntryLimits};
-use erlmcp_core::token_bucket::{Limits, LimitsError, Refused, TokenBucket};
+use erlmcp_core::registry::{BucketError, EntryLimits};
+use erlmcp_core::token_bucket::{BucketState, Change, Limits, LimitsError, Refused, TokenBucket};
 use rustler::{Atom, Encoder, Env, Error, NifResult, Resource, ResourceArc, Term};
 
 use crate::atoms;
@@ -26,6 +27,36 @@ fn decode_limits(term: Term<'_>) -> NifResult<Option<Limits>> {
         .map_err(|_| Error::BadArg)
 }
 
+/// `None` for no limits.
+fn decode_change(term: Term<'_>) -> NifResult<Option<Change>> {
+    if atoms::infinity() == term {
+        return Ok(None);
+    }
+    let (capacity, rate_per_second): (Term<'_>, Term<'_>) = term.decode()?;
+    let named = |term: Term<'_>| atoms::undefined() != term;
+    let change = Change {
+        capacity: named(capacity).then(|| capacity.decode()).transpose()?,
+        rate_per_second: named(rate_per_second)
+            .then(|| rate_per_second.decode())
+            .transpose()?,
+    };
+    // Each by itself: together they may still be impossible.
+    let alone = [
+        Change {
+            rate_per_second: Some(1e9),
+            ..change
+        },
+        Change {
+            capacity: Some(1),
+            ..change
+        },
+    ];
+    match alone.map(|change| change.over(Limits::default())) {
+        [Ok(_), Ok(_)] => Ok(Some(change)),
+        _ => Err(Error::BadArg),
+    }
+}
+
 fn limits_term(env: Env<'_>, limits: Option<Limits>) -> Term<'_> {
     limits.map_or(atoms::infinity().encode(env), |limits| {
         (limits.capacity(), limits.rate_per_second()).encode(env)
@@ -44,7 +75,7 @@ fn taken_term(env: Env<'_>, taken: Result<Option<u64>, Refused>) -> Term<'_> {
 fn changed_term(env: Env<'_>, changed: Result<(), LimitsError>) -> NifResult<Term<'_>> {
     match changed {
         Ok(()) => Ok(atoms::ok().encode(env)),
-        Err(LimitsError::TooManyChanges) => Ok(atoms::too_many_changes().encode(env)),
+        Err(LimitsError::TooSlowToFill) => Ok(atoms::too_slow_to_fill().encode(env)),
         Err(_) => Err(Error::BadArg),
     }
 }
@@ -82,17 +113,20 @@ fn bucket_take<'a>(env: Env<'a>, of: Term<'a>, tokens: u64) -> NifResult<Term<'a
 
 #[rustler::nif]
 fn bucket_state<'a>(env: Env<'a>, of: Term<'a>) -> NifResult<Term<'a>> {
-    let bucket = bucket(of)?;
-    let state = BucketState {
-        tokens: bucket.take(clock(), 0).ok().flatten(),
-        limits: bucket.limits(),
-    };
-    Ok(state_term(env, &state))
+    Ok(state_term(env, &bucket(of)?.state(clock())))
 }
 
 #[rustler::nif]
 fn bucket_set_limits<'a>(env: Env<'a>, of: Term<'a>, limits: Term<'a>) -> NifResult<Term<'a>> {
-    changed_term(env, bucket(of)?.set_limits(decode_limits(limits)?, clock()))
+    let bucket = bucket(of)?;
+    let changed = match decode_change(limits)? {
+        Some(change) => bucket.change_limits(change, Limits::default(), clock()),
+        None => {
+            bucket.set_limits(None, clock());
+            Ok(())
+        }
+    };
+    changed_term(env, changed)
 }
 
 // ---- Buckets of entries ----
@@ -138,7 +172,7 @@ fn entry_set_limits<'a>(
     let limits = if atoms::shared() == limits {
         EntryLimits::Shared
     } else {
-        EntryLimits::Own(decode_limits(limits)?)
+        EntryLimits::Own(decode_change(limits)?)
     };
     id::with(registry, id, |id| {
         match registry.set_entry_limits(namespace, id, limits, clock()) {
@@ -151,11 +185,9 @@ fn entry_set_limits<'a>(
 }
 
 #[rustler::nif]
-fn set_shared_limits<'a>(env: Env<'a>, limits: Term<'a>) -> NifResult<Term<'a>> {
-    changed_term(
-        env,
-        default_registry().set_limits(decode_limits(limits)?, clock()),
-    )
+fn set_shared_limits(limits: Term<'_>) -> NifResult<Atom> {
+    default_registry().set_limits(decode_limits(limits)?, clock());
+    Ok(atoms::ok())
 }
 
 #[rustler::nif]

@@ -44,7 +44,7 @@ fn raw_elements(term: Term<'_>) -> Option<&[ErlNifTerm]> {
     };
     let arity = usize::try_from(arity).ok()?;
     if arity == 0 {
-        // May come with any pointer.
+        // May come with any pointer, null included.
         return Some(&[]);
     }
     // SAFETY: `elements` points at `arity` terms, which stay as long as the environment.

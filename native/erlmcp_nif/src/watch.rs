@@ -1,42 +1,42 @@
-//! Watches: resources that monitor a process and, when it ends, remove the entry it stands behind.
+//! Watches: resources that monitor a process and, when it exits, remove the entry that they belong to.
 //!
-//! # A monitor is never taken back
+//! # A monitor is never removed
 //!
-//! `process_info(Pid, monitored_by)`, which every observer asks, makes references to the resources
-//! that monitor a process. In OTP 25 it may come upon one that was freed after its monitor was taken
-//! back (by `enif_demonitor_process` or with the resource itself) but before the process had handled
-//! the signal that says so, and the VM then crashes. So a watch holds a reference to itself from its
-//! monitor until the process has ended. When its entry goes earlier the watch is idle and waits in
-//! a pool for the next registration of the same process, of whatever id and in whatever registry.
-//! A process has as many watches as it has had registrations at one time.
+//! `process_info(Pid, monitored_by)`, which every observer calls, makes references to the resources
+//! that monitor a process. In OTP 25 it may find one that was freed after its monitor was removed (by
+//! `enif_demonitor_process` or with the resource itself) but before the process had handled the signal
+//! that says so, and the VM then crashes. So a watch holds a reference to itself from its monitor until
+//! the process has exited. When its entry is removed earlier the watch is idle: it waits in a pool for
+//! the next registration of the same process, under any id and in any registry. A process has as many
+//! watches as it had registrations at one time. An idle watch takes less than the entry that it had.
 //!
 //! # Protocol
 //!
 //! One word: the number of the registry and the location of the entry, or neither (idle), and
-//! whether the process has ended (`DOWN`, for good).
+//! whether the process has exited (`DOWN`, for good).
 //!
-//! * Registering: take a watch from the pool or make one; write the entry's place into the word;
-//!   enter the entry; then look at `DOWN`, and if it is set take the entry out again.
-//! * The process ends: set `DOWN`; then remove the entry at the place in the word.
+//! * Registering: pop a watch from the pool or make one; store the entry's place in the word; insert
+//!   the entry; then load `DOWN`, and if it is set remove the entry again.
+//! * The process exits: set `DOWN`; then remove the entry at the place in the word.
 //!
-//! Each side writes before it looks at what the other one writes (Dekker), so one of the two takes
-//! the entry out. A watch only ever stands behind entries of its own process: whichever entry it is
-//! found behind after `DOWN`, that one must go.
+//! Each side stores before it loads what the other one stores (Dekker), so one of the two removes the
+//! entry. A watch only ever belongs to entries of its own process: whichever entry it is found with
+//! after `DOWN`, that one must be removed.
 //!
-//! * Removing: whoever took the entry out empties the word and puts the watch into the pool; then
-//!   looks at `DOWN`, and if it is set takes one watch from the pool, as `down` does after setting it.
+//! * Removing: the thread that removed the entry clears the word and pushes the watch to the pool; then
+//!   it loads `DOWN`, and if it is set pops one watch from the pool, as `down` does after setting it.
 //!
-//! After each watch that is put into the pool of a process that ends, one is taken from it, either by
-//! the one who put it there or by its `down`. An attempt that fails has found the pool empty, so no
-//! watch stays in it, and each call frees one watch however many there are.
+//! After each push to the pool of a process that has exited follows a pop, either by the thread that has
+//! pushed or by the watch's `down`. A pop that fails has found the pool empty, so no watch stays in it,
+//! and each call frees one watch however many there are.
 
 use std::ffi::c_void;
-use std::mem::ManuallyDrop;
-use std::ptr::NonNull;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::mem::{self, ManuallyDrop};
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering, fence};
 
 use crossbeam_queue::SegQueue;
+
 use erlmcp_core::registry::Location;
 use once_cell::race::OnceBox;
 use papaya::HashMap;
@@ -77,21 +77,69 @@ impl Resource for WatchResource {
         drain_pool(immediate::word(pid.encode(env)));
         // SAFETY: the reference that `Watch::start` left for us. The VM holds another one while
         // this callback runs.
-        unsafe { enif_release_resource(resource_of(NonNull::from(self))) };
+        unsafe { enif_release_resource(resource_of(self)) };
     }
 }
 
 // ---- The pool of idle watches, by process ----
 
-type Pools = HashMap<u64, Arc<SegQueue<Watch>>>;
+/// The idle watches of a process. Most have one at most, which takes one word here; a queue is made for
+/// the second one, since it takes half a kilobyte.
+///
+/// A pop that finds nothing has seen no watch but such as were pushed meanwhile, by threads that pop
+/// afterwards if the process has exited.
+#[derive(Default)]
+struct Pool {
+    first: AtomicPtr<c_void>,
+    others: OnceBox<SegQueue<Watch>>,
+}
 
-fn pools() -> &'static Pools {
-    static POOLS: OnceBox<Pools> = OnceBox::new();
+impl Pool {
+    fn push(&self, watch: Watch) {
+        let resource = watch.0.as_ptr();
+        let is_first = self
+            .first
+            .compare_exchange(
+                ptr::null_mut(),
+                resource,
+                Ordering::AcqRel,
+                Ordering::Relaxed,
+            )
+            .is_ok();
+        if is_first {
+            // The pool holds the reference now.
+            mem::forget(watch);
+        } else {
+            self.others.get_or_init(Box::default).push(watch);
+        }
+    }
+
+    fn pop(&self) -> Option<Watch> {
+        match NonNull::new(self.first.swap(ptr::null_mut(), Ordering::AcqRel)) {
+            Some(resource) => Some(Watch(resource)),
+            None => self.others.get()?.pop(),
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.first.load(Ordering::Acquire).is_null()
+            && self.others.get().is_none_or(SegQueue::is_empty)
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        while self.pop().is_some() {}
+    }
+}
+
+fn pools() -> &'static HashMap<u64, Pool> {
+    static POOLS: OnceBox<HashMap<u64, Pool>> = OnceBox::new();
     POOLS.get_or_init(Box::default)
 }
 
-/// Takes a watch from the pool of a process that has ended, and the pool from the table if it is
-/// empty. Who is putting another one into it just then loses nothing: it goes with the pool.
+/// Takes a watch from the pool of a process that has exited, and the pool from the table if it is
+/// empty. A watch that is pushed to it at that moment is freed with the pool.
 fn drain_pool(pid: u64) {
     let guard = pools().guard();
     if let Some(pool) = pools().get(&pid, &guard) {
@@ -105,8 +153,8 @@ fn drain_pool(pid: u64) {
 // ---- Watches ----
 
 /// A counted reference to a watch: rustler's `ResourceArc` in one word instead of two, since every
-/// entry holds one.
-pub(crate) struct Watch(NonNull<WatchResource>);
+/// entry holds one. The word is the VM's pointer to the resource.
+pub(crate) struct Watch(NonNull<c_void>);
 
 // SAFETY: a counted reference to something that is `Send` and `Sync`.
 unsafe impl Send for Watch {}
@@ -116,43 +164,42 @@ unsafe impl Sync for Watch {}
 /// From the start of the VM's allocation, which is aligned for a pointer, to the data in it.
 const DATA_OFFSET: usize = align_of::<WatchResource>();
 
-fn resource_of(data: NonNull<WatchResource>) -> *const c_void {
-    // SAFETY: `Watch::start` has checked that the allocation starts there.
-    unsafe { data.as_ptr().byte_sub(DATA_OFFSET).cast() }
+/// The VM's pointer to the resource with this data. The reference allows access to the data alone, so the
+/// pointer is made from the one that [`Watch::start`] has exposed.
+fn resource_of(data: &WatchResource) -> *const c_void {
+    ptr::with_exposed_provenance(ptr::from_ref(data).addr() - DATA_OFFSET)
 }
 
 impl Watch {
     /// An idle watch of a process; `None` if the process has ended.
     pub(crate) fn of(env: Env<'_>, pid: &LocalPid) -> Option<Self> {
-        let key = immediate::word(pid.encode(env));
-        if let Some(pool) = pools().get(&key, &pools().guard())
-            && let Some(watch) = pool.pop()
-        {
-            return Some(watch);
-        }
-        Self::start(env, pid)
+        pools()
+            .get(&immediate::word(pid.encode(env)), &pools().guard())
+            .and_then(Pool::pop)
+            .or_else(|| Self::start(env, pid))
     }
 
     fn start(env: Env<'_>, pid: &LocalPid) -> Option<Self> {
         let watch = ManuallyDrop::new(ResourceArc::new(WatchResource {
             word: AtomicU64::new(IDLE),
         }));
-        let data = NonNull::from(&**watch);
+        let resource = watch.as_c_arg();
         assert_eq!(
-            watch.as_c_arg().addr() + DATA_OFFSET,
-            data.as_ptr().addr(),
+            resource.expose_provenance() + DATA_OFFSET,
+            ptr::from_ref(&**watch).addr(),
             "the layout of resources has changed"
         );
-        let watch = Self(data);
+        // SAFETY: the resource's data, which has just been referred to, lies behind this pointer: it is not null.
+        let watch = Self(unsafe { NonNull::new_unchecked(resource.cast_mut()) });
         let for_down = ManuallyDrop::new(watch.clone());
         // SAFETY: the environment is that of the calling process; we hold the resource. The handle
         // of the monitor is not asked for, since it is never taken back.
         let result = unsafe {
             enif_monitor_process(
                 env.as_c_arg(),
-                resource_of(data),
+                watch.0.as_ptr(),
                 pid.as_c_arg(),
-                std::ptr::null_mut(),
+                ptr::null_mut(),
             )
         };
         if result != 0 {
@@ -163,12 +210,13 @@ impl Watch {
     }
 
     fn data(&self) -> &WatchResource {
-        // SAFETY: we count as a reference, so the resource is there.
-        unsafe { self.0.as_ref() }
+        // SAFETY: we count as a reference, so the resource is there, and `start` has checked that its
+        // data is at this offset.
+        unsafe { self.0.byte_add(DATA_OFFSET).cast().as_ref() }
     }
 
     fn is(&self, data: &WatchResource) -> bool {
-        std::ptr::eq(self.0.as_ptr(), data)
+        ptr::eq(self.data(), data)
     }
 
     /// Writes the place of the entry that is about to be entered.
@@ -197,7 +245,7 @@ impl Watch {
             return;
         }
         pools()
-            .get_or_insert_with(pid, Arc::default, &pools().guard())
+            .get_or_insert_with(pid, Pool::default, &pools().guard())
             .push(self.clone());
         if self.has_ended() {
             drain_pool(pid);
@@ -208,7 +256,7 @@ impl Watch {
 impl Clone for Watch {
     fn clone(&self) -> Self {
         // SAFETY: we hold the resource.
-        unsafe { enif_keep_resource(resource_of(self.0)) };
+        unsafe { enif_keep_resource(self.0.as_ptr()) };
         Self(self.0)
     }
 }
@@ -216,7 +264,7 @@ impl Clone for Watch {
 impl Drop for Watch {
     fn drop(&mut self) {
         // SAFETY: we hold the resource, and never again.
-        unsafe { enif_release_resource(resource_of(self.0)) };
+        unsafe { enif_release_resource(self.0.as_ptr()) };
     }
 }
 
@@ -237,8 +285,10 @@ pub(crate) struct Lease {
 }
 
 impl Lease {
-    /// Makes the watch idle after the entry was taken out. `address` is the entry's.
+    /// Makes the watch idle after the entry was taken out, or was not entered, and revokes the config.
+    /// `address` is the entry's.
     pub(crate) fn recycle(&self, address: u64) {
+        self.config.revoke();
         // The watch of a remote process's entry is its sentinel's, which is about to end.
         if self.config.remote().is_none() {
             self.watch.recycle(address);

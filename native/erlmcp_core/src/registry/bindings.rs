@@ -49,8 +49,10 @@ use papaya::{Compute, Operation};
 
 use super::entry::{Key, Server, Transport};
 use super::group::{Attempt, Binding, From, Group, Membership};
+use super::stored::{PLACES_UNDER_ONE_GUARD, Stored};
 use super::{Entry, Id, Location, Namespace, Registry};
 use crate::error::BindError;
+use crate::sync::Ordering;
 
 impl<L> Registry<L>
 where
@@ -81,7 +83,7 @@ where
                 self.leave_group(&group);
                 return Err(BindError::TransportNotFound);
             };
-            if !self.is_registered(held) {
+            if !held.is_registered(self) {
                 self.leave_group(&group);
                 return Err(BindError::TransportNotFound);
             }
@@ -147,7 +149,7 @@ where
             let Some((key, held)) = self.transports.get_key_value(transport, &guard) else {
                 return false;
             };
-            if !self.is_registered(held) {
+            if !held.is_registered(self) {
                 return false;
             }
             let Some(from) = self.holding(&held.binding) else {
@@ -183,7 +185,7 @@ where
         loop {
             let guard = self.transports.guard();
             let held = self.transports.get(transport, &guard)?;
-            if !self.is_registered(held) {
+            if !held.is_registered(self) {
                 return None;
             }
             let membership = self.holding(&held.binding)?;
@@ -208,31 +210,37 @@ where
         self.visit_bound(server, |_, transport| each(&transport.entry));
     }
 
-    /// As [`Self::for_each_bound`], with the shard.
-    pub(super) fn visit_bound(&self, server: &Id<'_>, mut each: impl FnMut(u16, &Transport<L>)) {
-        let servers = self.servers.guard();
-        let Some(server) = self.servers.get(server, &servers) else {
-            return;
+    /// As [`Self::for_each_bound`], with the key.
+    pub(super) fn visit_bound(&self, server: &Id<'_>, mut each: impl FnMut(&Key, &Transport<L>)) {
+        let group = {
+            let guard = self.servers.guard();
+            match self.servers.get(server, &guard) {
+                Some(server) => Arc::clone(server.group()),
+                None => return,
+            }
         };
-        let group = server.group();
-        let transports = self.transports.guard();
-        for (member, shard, slot) in group.members() {
-            let Some(transport) = self
-                .located(Location {
-                    slot,
-                    shard,
-                    namespace: Namespace::Transport,
-                })
-                .and_then(|place| Some(place.find(&self.transports, &transports)?.1))
-            else {
-                continue;
-            };
-            // The place may have been given to another transport since.
-            let is_bound = self
-                .holding(&transport.binding)
-                .is_some_and(|membership| membership.is(group, member));
-            if is_bound && self.is_registered(transport) {
-                each(shard, transport);
+        let end = group.high_water();
+        for first in (0..end).step_by(PLACES_UNDER_ONE_GUARD) {
+            let last = end.min(first.saturating_add(PLACES_UNDER_ONE_GUARD as u32));
+            let guard = self.transports.guard();
+            for (member, shard, slot) in group.members(first..last) {
+                let Some((key, transport)) = self
+                    .located(Location {
+                        slot,
+                        shard,
+                        namespace: Namespace::Transport,
+                    })
+                    .and_then(|place| place.find(&self.transports, &guard))
+                else {
+                    continue;
+                };
+                // The place may have been given to another transport since.
+                let is_bound = self
+                    .holding(&transport.binding)
+                    .is_some_and(|membership| membership.is(&group, member));
+                if is_bound && transport.is_registered(self) {
+                    each(key, transport);
+                }
             }
         }
     }
@@ -256,18 +264,6 @@ where
 
     pub(super) fn decide(&self, attempt: &Attempt) -> bool {
         attempt.decide(|| self.is_current(&attempt.to.group))
-    }
-
-    /// Whether a transport that is in the map counts as registered.
-    #[inline]
-    pub(super) fn is_registered(&self, transport: &Transport<L>) -> bool {
-        match &transport.binding {
-            Binding::Unbound | Binding::To(_) => true,
-            Binding::Pending(attempt) => match attempt.from {
-                From::Unregistered => self.decide(attempt),
-                From::Registered(_) => true,
-            },
-        }
     }
 
     /// The membership that a binding amounts to, after deciding it if need be. Its group may have
@@ -345,12 +341,15 @@ where
                 group: Group::new(Key::without_location(server)),
                 bound: 1,
             };
+            // Counted before it is there, so that it is never counted out before it is counted in.
+            self.dangling.fetch_add(1, Ordering::Relaxed);
             if let Ok(inserted) =
                 self.servers
                     .try_insert(Key::without_location(server), new, &guard)
             {
                 return Arc::clone(inserted.group());
             }
+            self.dangling.fetch_sub(1, Ordering::Relaxed);
             // Lost to another change of this name.
         }
     }
@@ -373,7 +372,7 @@ where
         {
             return;
         }
-        let _ = self.servers.compute(
+        let left = self.servers.compute(
             Key::without_location(self.id_of(&group.server)),
             |current| match current {
                 Some((_, Server::Dangling { group: held, bound })) if Arc::ptr_eq(held, group) => {
@@ -390,5 +389,9 @@ where
             },
             &guard,
         );
+        if matches!(left, Compute::Removed(..)) {
+            self.dangling.fetch_sub(1, Ordering::Relaxed);
+            self.churn.removed(self.id_of(&group.server).hash);
+        }
     }
 }

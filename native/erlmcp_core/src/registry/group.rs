@@ -1,6 +1,7 @@
 //! What bindings are made of: groups, memberships and attempts. The protocol is described in the
 //! module `bindings`.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use once_cell::race::OnceBox;
@@ -36,16 +37,17 @@ impl Group {
         }
     }
 
-    /// The places of those that may be bound: membership slot, shard, and slot in the shard.
-    pub(super) fn members(&self) -> impl Iterator<Item = (u32, u16, u32)> + '_ {
+    /// The places of those that may be bound, among some of the membership slots: membership slot, shard, and
+    /// slot in the shard.
+    pub(super) fn members(&self, slots: Range<u32>) -> impl Iterator<Item = (u32, u16, u32)> + '_ {
         self.members
             .get()
             .into_iter()
-            .flat_map(Slots::iter)
+            .flat_map(move |members| members.within(slots.clone()))
             .map(|(slot, word)| (slot, (word >> 49) as u16, word as u32))
     }
 
-    /// Number of places that [`Self::members`] visits.
+    /// Number of membership slots that there are.
     pub(super) fn high_water(&self) -> u32 {
         self.members.get().map_or(0, Slots::high_water)
     }

@@ -3,8 +3,8 @@
 //! # Structure
 //!
 //! One `papaya` map a namespace, from [`Id`] to an entry: a look-up hashes the id once, keyed at
-//! random, and touches the table and the entry. For each shard a [`crate::slots::Slots`] holds the
-//! hashes of its entries, so that listing a shard costs in proportion to the shard. Bindings are
+//! random, and touches the table and the entry. For each shard and namespace a [`crate::slots::Slots`] holds
+//! the hashes of the entries, so that listing a shard costs in proportion to the shard. Bindings are
 //! described in the module `bindings`.
 //!
 //! A registration carries a *lease* `L`. Leases that are equal are the same registration, so a
@@ -14,16 +14,20 @@
 //! # Consistency
 //!
 //! Look-ups, registrations, removals and bindings are linearizable. Each takes effect at one
-//! exchange (or read) in one map:
+//! compare-and-swap (or load) in one map:
 //!
-//! * registration, re-registration and removal at the exchange of the id's entry, so that two
-//!   registrations of one id never both win;
+//! * registration, re-registration and removal at the compare-and-swap of the id's entry, so that
+//!   two registrations of one id never both succeed;
 //! * a registration with an automatic binding when its attempt is decided;
-//! * removal of a server, with all its bindings, at the exchange that takes it out of the map.
+//! * removal of a server, with all its bindings, at the compare-and-swap that removes it from the map.
 //!
 //! Listings and [`Registry::for_each_bound`] are weakly consistent: what is there throughout is
-//! seen exactly once, what comes or goes meanwhile may be seen or not. Counters are exact when
+//! seen exactly once, what comes or goes meanwhile may be seen or not: an id that is removed and
+//! registered anew may be seen twice, once for each registration. Counters are exact when
 //! nothing is under way; a registration counts from shortly before it is visible.
+//!
+//! All of these walk places and not tables: an entry keeps its place, so a walk can go on where it was after it has
+//! let go of everything, and does so again and again (see the module `stored`).
 //!
 //! `max_entries` is a bound on registrations including those under way. Close to it one may be
 //! refused although another one that is under way is refused too (because its id is taken).
@@ -39,9 +43,10 @@ mod entry;
 mod group;
 mod registration;
 mod routing;
+mod stored;
 
 use std::fmt;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use ahash::RandomState;
@@ -54,16 +59,19 @@ use entry::{Connection, IdHashing, Key, Located, Server, Transport};
 pub use entry::{Entry, Id, Location};
 #[doc(hidden)]
 pub use group::Decision;
-pub use routing::{Charged, Events, Refusal};
+pub use routing::{Charged, Events, ROUTED_TOGETHER, Refusal};
+use stored::with_map;
 
-use crate::admission::{Admission, Sampling};
+use crate::admission::{Admission, Sampling, Threshold, UNSEEN};
+use crate::churn::{Churn, complete_resize};
 use crate::clock::Clock;
 use crate::counter::Refused;
 use crate::diversion::Diversion;
 use crate::error::LimitsError;
 use crate::gate::Gate;
 use crate::shard::Shard;
-use crate::sync::AtomicU64;
+use crate::slots::Slots;
+use crate::sync::{AtomicU64, Ordering};
 
 /// The three kinds of ids. The same id may stand in each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -139,8 +147,8 @@ impl Default for Limits {
 
 type Map<V> = HashMap<Key, V, IdHashing>;
 
-/// All maps have one collector: a thread that reads one of them and then another one announces that
-/// once.
+/// All maps have one collector: a thread that reads one of them inside a guard of another one does
+/// not pin the epoch a second time.
 fn map<V: Send + 'static>(collector: &Arc<Collector>, hashing: &IdHashing) -> Map<V> {
     HashMap::builder()
         .shared_collector(Arc::clone(collector))
@@ -150,6 +158,12 @@ fn map<V: Send + 'static>(collector: &Arc<Collector>, hashing: &IdHashing) -> Ma
 
 const DEFAULT_SAMPLE_INTERVAL_MS: u64 = 100;
 
+/// Registrations, those under way included. On a line of its own (a pair of them, as x86 fetches them):
+/// every registration writes it, and what stands beside it in the registry is read by every look-up.
+#[derive(Debug)]
+#[repr(align(128))]
+struct Reserved(AtomicU64);
+
 /// See the [module's documentation](self).
 pub struct Registry<L> {
     limits: Limits,
@@ -157,11 +171,13 @@ pub struct Registry<L> {
     servers: Map<Server<L>>,
     transports: Map<Transport<L>>,
     connections: Map<Connection<L>>,
+    churn: Churn,
     shards: Box<[Shard]>,
     buckets: Buckets,
     sampling: Sampling,
-    /// Registrations, those under way included.
-    reserved: AtomicU64,
+    reserved: Reserved,
+    /// See [`Self::dangling_servers`].
+    dangling: AtomicU64,
     /// Closed while the namespaces of servers and transports take no registrations.
     gate: Gate,
     diversion: Diversion,
@@ -184,17 +200,19 @@ where
             transports: map(&collector, &hashing),
             connections: map(&collector, &hashing),
             hashing,
-            shards: (0..limits.shards).map(|_| Shard::default()).collect(),
+            churn: Churn::new(),
+            shards: (0..limits.shards).map(|_| Shard::new(&collector)).collect(),
             buckets: Buckets::new(clock),
             sampling: Sampling::new(DEFAULT_SAMPLE_INTERVAL_MS),
-            reserved: AtomicU64::new(0),
+            reserved: Reserved(AtomicU64::new(0)),
+            dangling: AtomicU64::new(0),
             gate: Gate::new(),
             diversion: Diversion::new(),
         }
     }
 
-    /// The diversion of those who change servers, transports and bindings. The registry does not
-    /// look at it: whoever lets others write to it does.
+    /// The diversion of calls that concern servers, transports and bindings. The registry does not
+    /// look at it: its callers do.
     pub fn diversion(&self) -> &Diversion {
         &self.diversion
     }
@@ -221,7 +239,7 @@ where
     /// A query for the entry at a place; `None` if nothing is registered there.
     fn located(&self, location: Location) -> Option<Located<'_>> {
         let hash = self.shards[usize::from(location.shard)]
-            .slots
+            .slots(location.namespace)?
             .get(location.slot)?;
         Some(self.at(location, hash))
     }
@@ -234,57 +252,39 @@ where
         }
     }
 
+    /// Whether [`Self::complete_resizes`] should be called before `id` is registered, or a transport that is bound
+    /// to it: it has come and gone so often that the maps would not get done with their resizes.
+    #[inline]
+    pub fn is_churned(&self, id: &Id<'_>) -> bool {
+        self.churn
+            .is_due(id.hash, || self.reserved.0.load(Ordering::Relaxed))
+    }
+
+    /// Completes the resizes of the maps that are under way: see [`crate::churn`]. Costs in proportion to their
+    /// entries, inside one guard.
+    pub fn complete_resizes(&self) {
+        self.churn.begin_anew();
+        complete_resize(&self.servers);
+        complete_resize(&self.transports);
+        complete_resize(&self.connections);
+    }
+
     // ---- Look-up ----
 
     /// The address of `id`, and nothing else: the hot path. Wait-free while the table is not
     /// being resized.
     #[inline(always)]
     pub fn address(&self, namespace: Namespace, id: &Id<'_>) -> Option<u64> {
-        match namespace {
-            Namespace::Connection => {
-                let guard = self.connections.guard();
-                Some(self.connections.get(id, &guard)?.entry.address)
-            }
-            Namespace::Server => {
-                let guard = self.servers.guard();
-                Some(self.servers.get(id, &guard)?.entry()?.address)
-            }
-            Namespace::Transport => {
-                let guard = self.transports.guard();
-                let transport = self.transports.get(id, &guard)?;
-                self.is_registered(transport)
-                    .then_some(transport.entry.address)
-            }
-        }
-    }
-
-    /// Runs `f`, in which look-ups by this thread cost less: each has to announce that it reads, and
-    /// what is announced once here holds for all. Nothing that is removed meanwhile is freed before
-    /// `f` returns.
-    #[inline]
-    pub fn reading<R>(&self, f: impl FnOnce() -> R) -> R {
-        let _guard = self.connections.guard();
-        f()
+        with_map!(self, namespace, |map| {
+            self.lookup(map, id, |_, _, entry| entry.address)
+        })
     }
 
     /// The address and the lease of `id`.
     pub fn entry(&self, namespace: Namespace, id: &Id<'_>) -> Option<Entry<L>> {
-        match namespace {
-            Namespace::Connection => {
-                let guard = self.connections.guard();
-                Some(self.connections.get(id, &guard)?.entry.clone())
-            }
-            Namespace::Server => {
-                let guard = self.servers.guard();
-                self.servers.get(id, &guard)?.entry().cloned()
-            }
-            Namespace::Transport => {
-                let guard = self.transports.guard();
-                let transport = self.transports.get(id, &guard)?;
-                self.is_registered(transport)
-                    .then(|| transport.entry.clone())
-            }
-        }
+        with_map!(self, namespace, |map| {
+            self.lookup(map, id, |_, _, entry| entry.clone())
+        })
     }
 
     // ---- Listing and counting ----
@@ -303,46 +303,26 @@ where
         namespace: Namespace,
         mut each: impl FnMut(Id<'_>, &Entry<L>) -> ControlFlow<B>,
     ) -> ControlFlow<B> {
-        match namespace {
-            Namespace::Connection => {
-                let guard = self.connections.guard();
-                for (key, connection) in self.connections.iter(&guard) {
-                    each(self.id_of(key), &connection.entry)?;
-                }
-            }
-            Namespace::Server => {
-                let guard = self.servers.guard();
-                for (key, server) in self.servers.iter(&guard) {
-                    if let Some(entry) = server.entry() {
-                        each(self.id_of(key), entry)?;
-                    }
-                }
-            }
-            Namespace::Transport => {
-                let guard = self.transports.guard();
-                for (key, transport) in self.transports.iter(&guard) {
-                    if self.is_registered(transport) {
-                        each(self.id_of(key), &transport.entry)?;
-                    }
-                }
-            }
-        }
-        ControlFlow::Continue(())
+        with_map!(self, namespace, |map| {
+            self.visit(map, namespace, |key, _, entry| each(self.id_of(key), entry))
+        })
     }
 
-    /// Gives `each` every binding: transport, server. Weakly consistent.
-    pub fn for_each_binding(&self, mut each: impl FnMut(Id<'_>, Id<'_>)) {
-        let guard = self.transports.guard();
-        for (key, transport) in self.transports.iter(&guard) {
-            if !self.is_registered(transport) {
-                continue;
-            }
-            if let Some(membership) = self.holding(&transport.binding)
-                && self.is_current(&membership.group)
-            {
-                each(self.id_of(key), self.id_of(&membership.group.server));
-            }
-        }
+    /// Gives `each` every binding: the transport with its entry, and the server. Weakly consistent.
+    pub fn for_each_binding(&self, mut each: impl FnMut(Id<'_>, &Entry<L>, Id<'_>)) {
+        let _: ControlFlow<()> = self.visit(
+            &self.transports,
+            Namespace::Transport,
+            |key, transport, entry| {
+                if let Some(membership) = self.holding(&transport.binding)
+                    && self.is_current(&membership.group)
+                {
+                    let server = self.id_of(&membership.group.server);
+                    each(self.id_of(key), entry, server);
+                }
+                ControlFlow::Continue(())
+            },
+        );
     }
 
     /// Gives `each` the connections of one shard with their ids. Weakly consistent; costs in
@@ -360,56 +340,43 @@ where
         shard: u16,
         mut each: impl FnMut(Id<'_>, &Entry<L>) -> ControlFlow<B>,
     ) -> ControlFlow<B> {
-        let guard = self.connections.guard();
-        for (slot, hash) in self.shards[usize::from(shard)].slots.iter() {
-            let location = Location {
-                slot,
-                shard,
-                namespace: Namespace::Connection,
-            };
-            let place = self.at(location, hash);
-            if let Some((key, connection)) = place.find(&self.connections, &guard) {
-                each(self.id_of(key), &connection.entry)?;
-            }
-        }
-        ControlFlow::Continue(())
+        self.visit_places(
+            &self.connections,
+            Namespace::Connection,
+            shard,
+            0..u32::MAX,
+            |key, _, entry| each(self.id_of(key), entry),
+        )
+    }
+
+    /// Gives `each` the entries of one namespace at `places` of a shard, with their ids. All places of
+    /// a shard are those below [`Self::shard_high_water`]; an entry keeps its place. Weakly
+    /// consistent.
+    pub fn try_for_each_at<B>(
+        &self,
+        namespace: Namespace,
+        shard: u16,
+        places: Range<u32>,
+        mut each: impl FnMut(Id<'_>, &Entry<L>) -> ControlFlow<B>,
+    ) -> ControlFlow<B> {
+        with_map!(self, namespace, |map| {
+            self.visit_places(map, namespace, shard, places, |key, _, entry| {
+                each(self.id_of(key), entry)
+            })
+        })
     }
 
     /// Gives `each` the address of every entry of one shard, in all namespaces. Weakly consistent;
     /// costs in proportion to the most entries of that shard at one time.
     pub fn for_each_address_of(&self, shard: u16, mut each: impl FnMut(u64)) {
-        for (slot, hash) in self.shards[usize::from(shard)].slots.iter() {
-            let at = |namespace| {
-                let location = Location {
-                    slot,
-                    shard,
-                    namespace,
-                };
-                self.address_at(&self.at(location, hash))
-            };
-            // An id that comes last here is the one most often there.
-            if let Some(address) = Namespace::ALL.into_iter().rev().find_map(at) {
-                each(address);
-            }
-        }
-    }
-
-    fn address_at(&self, place: &Located<'_>) -> Option<u64> {
-        match place.location.namespace {
-            Namespace::Connection => {
-                let guard = self.connections.guard();
-                Some(place.find(&self.connections, &guard)?.1.entry.address)
-            }
-            Namespace::Server => {
-                let guard = self.servers.guard();
-                Some(place.find(&self.servers, &guard)?.1.entry()?.address)
-            }
-            Namespace::Transport => {
-                let guard = self.transports.guard();
-                let (_, transport) = place.find(&self.transports, &guard)?;
-                self.is_registered(transport)
-                    .then_some(transport.entry.address)
-            }
+        for namespace in Namespace::ALL {
+            with_map!(self, namespace, |map| {
+                let _: ControlFlow<()> =
+                    self.visit_places(map, namespace, shard, 0..u32::MAX, |_, _, entry| {
+                        each(entry.address);
+                        ControlFlow::Continue(())
+                    });
+            });
         }
     }
 
@@ -420,7 +387,59 @@ where
 
     /// The admission control of a shard, which must be less than the number of shards.
     pub fn admission(&self, shard: u16) -> &Admission {
-        &self.shards[usize::from(shard)].admission
+        self.shards[usize::from(shard)].admission()
+    }
+
+    /// Changes the threshold of a shard.
+    pub fn set_threshold(&self, shard: u16, threshold: Threshold) {
+        let shard = &self.shards[usize::from(shard)];
+        shard
+            .admission()
+            .set_threshold(threshold, shard.receivers());
+    }
+
+    /// Whether a message to some receiver of a shard would be admitted, without a trace of the
+    /// question.
+    pub fn is_open(&self, shard: u16, clock: &impl Clock) -> bool {
+        let shard = &self.shards[usize::from(shard)];
+        shard
+            .admission()
+            .is_open(&self.sampling, || clock.now_ms(), || shard.receivers())
+    }
+
+    /// The number of processes behind the entries of a shard, as far as is known without counting. An
+    /// automatic threshold follows it.
+    pub fn receivers(&self, shard: u16) -> u64 {
+        let shard = &self.shards[usize::from(shard)];
+        let receivers = shard.receivers();
+        shard.admission().follow(receivers);
+        receivers
+    }
+
+    /// Whether so many entries have come and gone that the receivers of a shard should be counted.
+    pub fn is_count_due(&self, shard: u16) -> bool {
+        self.shards[usize::from(shard)].is_count_due()
+    }
+
+    /// Whether any entry has come or gone since they were.
+    pub fn is_count_old(&self, shard: u16) -> bool {
+        self.shards[usize::from(shard)].changes_since_count() > 0
+    }
+
+    /// Counts the processes behind the entries of a shard; those that cannot be looked at are none. Costs as
+    /// [`Self::for_each_address_of`] does.
+    pub fn count_receivers(&self, shard: u16) {
+        self.shards[usize::from(shard)].recount(|| {
+            let mut addresses = Vec::new();
+            self.for_each_address_of(shard, |address| {
+                if address != UNSEEN {
+                    addresses.push(address);
+                }
+            });
+            addresses.sort_unstable();
+            addresses.dedup();
+            addresses.len() as u64
+        });
     }
 
     /// Messages to a shard that were refused so far. Those to nobody count in any shard: only their
@@ -439,27 +458,32 @@ where
         self.shards.iter().map(|shard| shard.count(namespace)).sum()
     }
 
-    /// Number of places that a listing of the shard visits.
-    pub fn shard_high_water(&self, shard: u16) -> u32 {
-        self.shards[usize::from(shard)].slots.high_water()
+    /// Number of places that a listing of one namespace in one shard visits.
+    pub fn shard_high_water(&self, namespace: Namespace, shard: u16) -> u32 {
+        self.shards[usize::from(shard)]
+            .slots(namespace)
+            .map_or(0, Slots::high_water)
     }
 
-    /// The most entries that there have been at one time, or a little more: the tables never shrink
-    /// by themselves, so this is what [`Self::for_each`] costs. One load a shard.
+    /// Number of places that [`Self::for_each`] visits: the most entries of the namespace that there have been at
+    /// one time, or a little more. One load a shard.
+    pub fn high_water_of(&self, namespace: Namespace) -> u64 {
+        (0..self.limits.shards())
+            .map(|shard| u64::from(self.shard_high_water(namespace, shard)))
+            .sum()
+    }
+
+    /// The sum of [`Self::high_water_of`] over the namespaces. The tables never shrink by themselves.
     pub fn high_water(&self) -> u64 {
-        self.shards
-            .iter()
-            .map(|shard| u64::from(shard.slots.high_water()))
+        Namespace::ALL
+            .into_iter()
+            .map(|namespace| self.high_water_of(namespace))
             .sum()
     }
 
     /// Server ids that are in the map only because automatic bindings name them.
-    pub fn dangling_servers(&self) -> usize {
-        let guard = self.servers.guard();
-        self.servers
-            .values(&guard)
-            .filter(|server| server.entry().is_none())
-            .count()
+    pub fn dangling_servers(&self) -> u64 {
+        self.dangling.load(Ordering::Relaxed)
     }
 }
 

@@ -1,5 +1,5 @@
-//! Registering, removing and changing entries. Each takes effect at one exchange in one map, but for
-//! a registration with an automatic binding (see the module `bindings`).
+//! Registering, removing and changing entries. Each takes effect at one compare-and-swap in one map,
+//! except a registration with an automatic binding (see the module `bindings`).
 
 use std::hash::Hash;
 use std::sync::Arc;
@@ -7,7 +7,8 @@ use std::sync::Arc;
 use papaya::{Compute, Equivalent, Operation};
 
 use super::entry::{Connection, Key, Server, Transport};
-use super::group::{Attempt, Binding, Decision, From, Group};
+use super::group::{Attempt, Binding, From, Group};
+use super::stored::{Stored, with_map};
 use super::{Entry, Id, Location, Namespace, Registry};
 use crate::error::RegisterError;
 use crate::sync::Ordering;
@@ -21,8 +22,8 @@ where
     /// the server named by `bind_to`, whether that is registered or not. `lease` makes what the
     /// entry carries; it is called at most once, after the first checks have passed.
     ///
-    /// With an error the lease, if it was made, goes back to the caller. After `Ok` it goes to
-    /// whoever takes the entry out, which may have been done by then.
+    /// With an error the lease, if it was made, belongs to the caller. After `Ok` it belongs to the
+    /// caller that removes the entry, which may have happened by then.
     ///
     /// `bind_to` is ignored for servers and connections. `shard` must be less than the
     /// number of shards.
@@ -34,37 +35,44 @@ where
         address: u64,
         bind_to: Option<Id<'_>>,
         lease: impl FnOnce(Location) -> L,
-    ) -> Result<L, RegisterError> {
+    ) -> Result<(), RegisterError> {
         if let Some(address) = self.address(namespace, &id) {
             return Err(RegisterError::AlreadyRegistered { address });
         }
         if namespace != Namespace::Connection && self.gate.is_closed() {
             return Err(RegisterError::Closed);
         }
-        if self.reserved.fetch_add(1, Ordering::Relaxed) >= self.limits.max_entries {
-            self.reserved.fetch_sub(1, Ordering::Relaxed);
+        if self.reserved.0.fetch_add(1, Ordering::Relaxed) >= self.limits.max_entries {
+            self.reserved.0.fetch_sub(1, Ordering::Relaxed);
             return Err(RegisterError::RegistryFull);
         }
         let location = Location {
-            slot: self.shards[usize::from(shard)].slots.insert(id.hash),
+            slot: self.shards[usize::from(shard)]
+                .slots_or_init(namespace)
+                .insert(id.hash),
             shard,
             namespace,
         };
         self.shards[usize::from(shard)].entered(namespace);
-        let lease = lease(location);
         let entry = Entry {
             address,
-            lease: lease.clone(),
+            lease: lease(location),
         };
         let stands = match namespace {
             Namespace::Server => self.insert_server(id, location, &entry).map(|group| {
-                self.stands(|| self.remove_server(&id, |_, held| Arc::ptr_eq(held.group(), &group)))
+                self.stands(|| {
+                    self.remove_from(&self.servers, &id, |_, held, _| {
+                        Arc::ptr_eq(held.group(), &group)
+                    })
+                })
             }),
             Namespace::Transport => {
                 self.insert_transport(id, location, entry, bind_to)
                     .map(|level| {
                         self.stands(|| {
-                            self.remove_transport(&id, |_, held| Arc::ptr_eq(&held.level, &level))
+                            self.remove_from(&self.transports, &id, |_, held, _| {
+                                Arc::ptr_eq(&held.level, &level)
+                            })
                         })
                     })
             }
@@ -81,7 +89,7 @@ where
             }
         };
         match stands {
-            Ok(true) => Ok(lease),
+            Ok(true) => Ok(()),
             Ok(false) => Err(RegisterError::Closed),
             Err(address) => {
                 self.release(location);
@@ -90,15 +98,15 @@ where
         }
     }
 
-    /// Whether what has just been entered may stand. If the gate is closed, it may not, and
-    /// `take_out` takes it out.
+    /// Whether the entry that has just been inserted is a registration. If the gate is closed, it is
+    /// not, and `remove` removes it.
     ///
-    /// If it is not there any more, then it did stand: somebody has removed it (the one who closes,
-    /// or who unregisters the id), and has been given its lease. That one may have put the lease
-    /// behind another registration already, even of the same id at the same place once the gate is
-    /// open again. So `take_out` must not go by the lease, but by what is this registration's alone.
-    fn stands(&self, take_out: impl FnOnce() -> Option<Entry<L>>) -> bool {
-        !self.gate.is_closed_behind() || take_out().is_none()
+    /// If the entry is gone, then it was a registration: another thread has removed it (by `close` or
+    /// by unregistering the id) and has its lease. That thread may use the lease for another
+    /// registration, even of the same id at the same place once the gate is open again. So `remove`
+    /// must compare what this registration alone has, and not the lease.
+    fn stands(&self, remove: impl FnOnce() -> Option<Entry<L>>) -> bool {
+        !self.gate.is_closed_behind() || remove().is_none()
     }
 
     /// Returns the group, which no other registration has, or the address of the one that is there.
@@ -143,6 +151,7 @@ where
                 new: (_, server), ..
             } = registered
             {
+                self.dangling.fetch_sub(1, Ordering::Relaxed);
                 return Ok(Arc::clone(server.group()));
             }
             // Lost to another change of this name.
@@ -172,7 +181,7 @@ where
                 if let Some(attempt) = attempt {
                     self.leave(&attempt.to);
                 }
-                if self.is_registered(occupied.current) {
+                if occupied.current.is_registered(self) {
                     return Err(occupied.current.entry.address);
                 }
                 // Its server went before it was registered, so it never was. Help it out of the
@@ -180,7 +189,7 @@ where
                 let theirs = &occupied.current.entry.lease;
                 let _ = self.transports.remove_if(
                     &id,
-                    |_, held| held.entry.lease == *theirs && !self.is_registered(held),
+                    |_, held| held.entry.lease == *theirs && !held.is_registered(self),
                     &guard,
                 );
                 continue;
@@ -199,12 +208,15 @@ where
         }
     }
 
-    /// Gives back what a registration took before it entered its map.
-    fn release(&self, location: Location) {
+    /// Releases what a registration acquires before it enters its map.
+    pub(super) fn release(&self, location: Location) {
         let shard = &self.shards[usize::from(location.shard)];
-        shard.slots.remove(location.slot);
+        let hash = shard
+            .slots_or_init(location.namespace)
+            .remove(location.slot);
+        self.churn.removed(hash);
         shard.left(location.namespace);
-        self.reserved.fetch_sub(1, Ordering::Relaxed);
+        self.reserved.0.fetch_sub(1, Ordering::Relaxed);
     }
 
     // ---- Removal ----
@@ -246,82 +258,19 @@ where
     where
         Q: Equivalent<Key> + Hash,
     {
-        match namespace {
-            Namespace::Connection => {
-                let guard = self.connections.guard();
-                let (key, connection) = self
-                    .connections
-                    .remove_if(query, |key, held| is_meant(key, &held.entry.lease), &guard)
-                    .ok()??;
-                self.buckets.left(&connection.level);
-                self.release(key.location());
-                Some(connection.entry.clone())
-            }
-            Namespace::Server => self.remove_server(query, |key, server| {
-                server
-                    .entry()
-                    .is_some_and(|entry| is_meant(key, &entry.lease))
-            }),
-            Namespace::Transport => self.remove_transport(query, |key, transport| {
-                is_meant(key, &transport.entry.lease)
-            }),
-        }
-    }
-
-    /// `is_meant` is true for registered servers at most.
-    fn remove_server<Q>(
-        &self,
-        query: &Q,
-        is_meant: impl Fn(&Key, &Server<L>) -> bool,
-    ) -> Option<Entry<L>>
-    where
-        Q: Equivalent<Key> + Hash,
-    {
-        let guard = self.servers.guard();
-        let (key, server) = self.servers.remove_if(query, is_meant, &guard).ok()??;
-        Decision::server_has_gone();
-        self.release(key.location());
-        server.entry().cloned()
-    }
-
-    fn remove_transport<Q>(
-        &self,
-        query: &Q,
-        is_meant: impl Fn(&Key, &Transport<L>) -> bool,
-    ) -> Option<Entry<L>>
-    where
-        Q: Equivalent<Key> + Hash,
-    {
-        let guard = self.transports.guard();
-        let (key, transport) = self
-            .transports
-            .remove_if(
-                query,
-                |key, held| is_meant(key, held) && self.is_registered(held),
-                &guard,
-            )
-            .ok()??;
-        if let Some(membership) = self.holding(&transport.binding) {
-            self.leave(&membership);
-        }
-        self.buckets.left(&transport.level);
-        self.release(key.location());
-        Some(transport.entry.clone())
+        with_map!(self, namespace, |map| {
+            self.remove_from(map, query, |key, _, entry| is_meant(key, &entry.lease))
+        })
     }
 
     /// Removes all servers and transports and refuses new ones until [`Self::open`]. `removed` is
     /// given each entry. Costs in proportion to what there is.
     pub fn close(&self, mut removed: impl FnMut(Entry<L>)) {
         self.gate.close();
-        let guard = self.transports.guard();
-        for key in self.transports.keys(&guard) {
-            self.remove(Namespace::Transport, &self.id_of(key))
-                .map(&mut removed);
-        }
-        let guard = self.servers.guard();
-        for key in self.servers.keys(&guard) {
-            self.remove(Namespace::Server, &self.id_of(key))
-                .map(&mut removed);
+        for namespace in [Namespace::Transport, Namespace::Server] {
+            self.for_each(namespace, |id, _| {
+                self.remove(namespace, &id).map(&mut removed);
+            });
         }
     }
 
@@ -333,12 +282,11 @@ where
     // ---- Change ----
 
     /// Exchanges `former`, the lease of the server registered under `id`, for `new`, which must
-    /// have the same location. Address and bindings stay. Returns whether `former` was the lease.
-    pub fn exchange_server_lease(&self, id: &Id<'_>, former: &L, new: L) -> bool {
+    /// have the same location. Address and bindings stay. Returns the lease that was there, if it was equal
+    /// to `former`.
+    pub fn exchange_server_lease(&self, id: &Id<'_>, former: &L, new: L) -> Option<L> {
         let guard = self.servers.guard();
-        let Some((key, _)) = self.servers.get_key_value(id, &guard) else {
-            return false;
-        };
+        let (key, _) = self.servers.get_key_value(id, &guard)?;
         let location = key.location();
         let exchanged = self.servers.compute(
             Key::new(*id, location),
@@ -359,6 +307,11 @@ where
             },
             &guard,
         );
-        matches!(exchanged, Compute::Updated { .. })
+        match exchanged {
+            Compute::Updated {
+                old: (_, server), ..
+            } => server.entry().map(|entry| entry.lease.clone()),
+            _ => None,
+        }
     }
 }

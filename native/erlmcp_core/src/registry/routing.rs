@@ -1,10 +1,13 @@
-//! The guarded look-up: where a message goes, if circuit, shard and bucket let it through.
+//! The guarded look-up: where a message goes, if circuit breaker, shard and token bucket admit it.
 //!
-//! The layers are asked in the order of what they cost and guard: the circuit (a load), the shard's
-//! depth (two loads), the bucket (one exchange), and then the message is counted in its shard. A
-//! layer that is off costs one load. What a layer before has let through and a later one refuses is
-//! given back: it leaves no trace in the former.
+//! The layers are asked in this order: the circuit breaker (a load), the depth of the shard (two loads),
+//! the token bucket (one compare-and-swap). Then the message is counted in its shard. A layer that is
+//! off costs one load. If a later layer refuses a message, the earlier ones keep no trace of it.
 
+use std::hint::black_box;
+
+use super::entry::{Connection, Key};
+use super::stored::{Stored, with_map};
 use super::{Entry, Id, Namespace, Registry};
 use crate::circuit_breaker::{CircuitBreaker, Permit, State};
 use crate::clock::Clock;
@@ -22,7 +25,7 @@ pub enum Charged<'a> {
     Transport(Id<'a>),
 }
 
-/// Why a message may not be sent. Each one is counted (see [`crate::counter`]).
+/// Why a message is refused. Each refusal is counted (see [`crate::counter`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
     /// The target is not registered.
@@ -35,7 +38,7 @@ pub enum Refusal {
     RateLimited = 3,
 }
 
-/// What the caller should tell others. Rare: nothing of it for most messages.
+/// What the caller reports to other processes. Empty for most messages.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Events {
     /// This shard should be sampled now.
@@ -49,7 +52,7 @@ pub struct Events {
 }
 
 impl Events {
-    /// Whether there is anything to tell.
+    /// Whether there is anything to report.
     #[inline]
     pub fn is_some(&self) -> bool {
         self.sample.is_some()
@@ -59,9 +62,13 @@ impl Events {
     }
 }
 
+/// Messages whose look-ups are under way together. More of them gain nothing: a core has some 16 cache
+/// misses under way.
+pub const ROUTED_TOGETHER: usize = 16;
+
 struct Target<'a> {
     address: u64,
-    shard: u16,
+    key: &'a Key,
     level: Option<&'a Level>,
 }
 
@@ -75,8 +82,8 @@ impl<L> Registry<L>
 where
     L: Clone + PartialEq + Send + Sync + 'static,
 {
-    /// The address of `id` if a message may be sent there, which is then counted. Takes no lock,
-    /// and is repeated only where others take from the same bucket at the same moment.
+    /// The address of `id` if a message may be sent there. The message is then counted. Takes no lock:
+    /// a compare-and-swap is retried only if another thread changes the same token bucket.
     #[inline(always)]
     pub fn route(
         &self,
@@ -87,49 +94,78 @@ where
         clock: &impl Clock,
         events: &mut Events,
     ) -> Result<u64, Refusal> {
-        match namespace {
-            Namespace::Connection => {
-                let guard = self.connections.guard();
-                let Some((key, connection)) = self.connections.get_key_value(id, &guard) else {
-                    return Err(self.not_found(id));
-                };
-                let target = Target {
-                    address: connection.entry.address,
-                    shard: key.shard(),
-                    level: Some(&connection.level),
-                };
-                self.pass(target, charged, circuit, clock, events)
-            }
-            Namespace::Server => {
-                let guard = self.servers.guard();
-                let Some((key, server)) = self.servers.get_key_value(id, &guard) else {
-                    return Err(self.not_found(id));
-                };
-                let Some(entry) = server.entry() else {
-                    return Err(self.not_found(id));
-                };
+        with_map!(self, namespace, |map| {
+            self.lookup(map, id, |key, value, entry| {
                 let target = Target {
                     address: entry.address,
-                    shard: key.shard(),
-                    level: None,
+                    key,
+                    level: value.level(),
                 };
                 self.pass(target, charged, circuit, clock, events)
+            })
+        })
+        .unwrap_or_else(|| Err(self.not_found(id)))
+    }
+
+    /// Routes a message to each of some connections, in order, [`ROUTED_TOGETHER`] at a time: gives `each` the
+    /// entry that it may be sent to, or why not. `None` is an id that cannot be registered.
+    ///
+    /// Two passes, so that the cache misses of the messages overlap: the first one finds the entries and
+    /// loads what the layers will ask for; the second one asks them, in order. The locked operations of
+    /// the layers wait for all loads before them, so that in one pass only the misses of one message
+    /// would be under way at a time.
+    ///
+    /// Each look-up takes effect in the first pass, and the guard keeps what it has found until the second
+    /// one. A message to an id that is removed or registered between the two is ordered before that: both
+    /// happen within this call, and nothing that the first pass does can be seen by others. The layers'
+    /// state is read in the second pass alone.
+    pub fn route_connections(
+        &self,
+        ids: &[Option<Id<'_>>],
+        circuit: &CircuitBreaker,
+        clock: &impl Clock,
+        mut each: impl FnMut(Result<&Entry<L>, Refusal>, Events),
+    ) {
+        let guard = self.connections.guard();
+        for ids in ids.chunks(ROUTED_TOGETHER) {
+            let mut found: [Option<(&Key, &Connection<L>)>; ROUTED_TOGETHER] =
+                [None; ROUTED_TOGETHER];
+            for (found, id) in found.iter_mut().zip(ids) {
+                *found = id
+                    .as_ref()
+                    .and_then(|id| self.connections.get_key_value(id, &guard));
             }
-            Namespace::Transport => {
-                let guard = self.transports.guard();
-                let Some((key, transport)) = self.transports.get_key_value(id, &guard) else {
-                    return Err(self.not_found(id));
-                };
-                if !self.is_registered(transport) {
-                    return Err(self.not_found(id));
-                }
-                let target = Target {
-                    address: transport.entry.address,
-                    shard: key.shard(),
-                    level: Some(&transport.level),
-                };
-                self.pass(target, charged, circuit, clock, events)
+            for (key, connection) in found.iter().flatten() {
+                self.touch(key, connection);
             }
+            for (found, id) in found.iter().zip(ids) {
+                let mut events = Events::default();
+                let routed = match (found, id) {
+                    (Some((key, connection)), _) => {
+                        let target = Target {
+                            address: connection.entry.address,
+                            key,
+                            level: Some(&connection.level),
+                        };
+                        self.pass(target, Charged::Target, circuit, clock, &mut events)
+                            .map(|_| &connection.entry)
+                    }
+                    (None, Some(id)) => Err(self.not_found(id)),
+                    (None, None) => Err(self.refuse_unknown()),
+                };
+                each(routed, events);
+            }
+        }
+    }
+
+    /// Loads what a message to this connection will need, and forgets it.
+    #[inline]
+    fn touch(&self, key: &Key, connection: &Connection<L>) {
+        let address = connection.entry.address;
+        let admission = self.shards[usize::from(key.shard())].admission();
+        black_box(admission.receiver(address, key.receiver()));
+        if self.buckets.is_on() {
+            black_box(connection.level.touch());
         }
     }
 
@@ -142,11 +178,11 @@ where
         clock: &impl Clock,
         mut each: impl FnMut(Result<&Entry<L>, Refusal>, Events),
     ) {
-        self.visit_bound(server, |shard, transport| {
+        self.visit_bound(server, |key, transport| {
             let mut events = Events::default();
             let target = Target {
                 address: transport.entry.address,
-                shard,
+                key,
                 level: None,
             };
             let passed = self.pass(target, Charged::Nobody, circuit, clock, &mut events);
@@ -163,17 +199,26 @@ where
         clock: &impl Clock,
         events: &mut Events,
     ) -> Result<u64, Refusal> {
-        let shard = &self.shards[usize::from(target.shard)];
+        let number = target.key.shard();
+        let shard = &self.shards[usize::from(number)];
+        let admission = shard.admission();
+        // First, since it may have to wait for memory.
+        let mut receiver = admission.receiver(target.address, target.key.receiver());
         let permit = circuit
             .check(clock)
             .map_err(|_| refused(shard, Refusal::CircuitOpen))?;
         if let Permit::Probe { is_first: true } = permit {
             events.has_half_opened = true;
         }
-        let admission = &shard.admission;
-        if let Err(overloaded) = admission.check(&self.sampling, || clock.now_ms()) {
+        let now_ms = || clock.now_ms();
+        if let Err(overloaded) =
+            admission.check(&mut receiver, &self.sampling, now_ms, || shard.receivers())
+        {
             if overloaded.has_entered {
-                events.overloaded = Some(target.shard);
+                events.overloaded = Some(number);
+            }
+            if overloaded.wants_sample {
+                events.sample = Some(number);
             }
             let is_failure = overloaded.is_failure || permit != Permit::Free;
             if is_failure && circuit.record_failure(clock) {
@@ -192,10 +237,10 @@ where
             return Err(refused(shard, Refusal::RateLimited));
         }
         if admission
-            .admit(&self.sampling, || clock.now_ms())
+            .admit(&receiver, &self.sampling, now_ms)
             .wants_sample
         {
-            events.sample = Some(target.shard);
+            events.sample = Some(number);
         }
         if permit != Permit::Free && circuit.record_success(clock) {
             events.circuit = Some(State::Closed);
@@ -222,8 +267,8 @@ where
             Charged::Nobody => true,
             Charged::Target => target.is_none_or(|level| self.buckets.admits(level, clock)),
             Charged::Transport(id) => self
-                .with_level(Namespace::Transport, &id, |level| {
-                    self.buckets.admits(level, clock)
+                .lookup(&self.transports, &id, |_, transport, _| {
+                    self.buckets.admits(&transport.level, clock)
                 })
                 .unwrap_or(true),
         }

@@ -1,25 +1,26 @@
-%%% @doc The registry of erlmcp, with every lookup, registration, binding and route in native code.
+%%% @doc The registry of erlmcp, with every look-up, registration, binding and route in native code.
 %%%
 %%% The API is that of erlmcp's own `erlmcp_registry', in all its generations. The functions on the
 %%% named instance run in the calling process and send no message to the registry's process, which
 %%% is a `gen_server' because callers start, link, stop and `call' it. It owns a registry in native
-%%% memory: the named instance the servers and transports of the default registry, an anonymous one
+%%% memory: the named instance owns the servers and transports of the default registry, an anonymous instance
 %%% (`gen_server:start(erlmcp_registry, [], [])') a registry of its own.
 %%%
 %%% == Consistency ==
-%%% Each function is one atomic step, whoever else is active: after it returned, every process sees
-%%% its effect. Lists and broadcasts are no snapshots: what is there throughout is seen exactly once,
-%%% what comes or goes meanwhile may be seen or not. What one process sends through the registry to
-%%% one target arrives in the order sent.
+%%% Each function is one atomic step: after it has returned, every process sees
+%%% its effect. Lists and broadcasts are not snapshots: an entry that is there throughout the call is seen exactly
+%%% once, one that is registered or removed during the call may or may not be seen, and an id that is removed and
+%%% registered again may be listed twice. Messages from one process through the registry to one target arrive in the
+%%% order sent.
 %%%
-%%% == When the process is not there ==
-%%% If it was killed, registrations and bindings stay, routing goes on, and the next one under the
-%%% name goes on with them. An orderly end (`normal', `shutdown', `{shutdown, _}') clears them. While
-%%% no process has the name, `route_*' return `ok' and all else exits with `noproc'.
+%%% == Exits of the registry's process ==
+%%% If the process was killed, registrations and bindings stay, routing goes on, and the next process of the
+%%% name takes them over. An orderly exit (`normal', `shutdown', `{shutdown, _}') clears them. While
+%%% no process has the name, `route_*' return `ok' and every other function exits with `noproc'.
 %%%
 %%% == Errors ==
-%%% A pid that is none is a `function_clause'. An id whose encoding takes more than `max_id_bytes' is
-%%% a `badarg'. With `max_entries' registrations there is `{error, registry_full}'.
+%%% A pid argument that is not a pid raises `function_clause'. An id whose encoding takes more than `max_id_bytes'
+%%% raises `badarg'. With `max_entries' registrations the result is `{error, registry_full}'.
 -module(erlmcp_registry).
 
 -behaviour(gen_server).
@@ -31,7 +32,7 @@
 -export([unregister_server/1, unregister_server/2]).
 -export([unregister_transport/1, unregister_transport/2]).
 -export([update_server/2]).
-%% Lookup
+%% Look-up
 -export([find_server/1, find_server/2]).
 -export([find_transport/1, find_transport/2]).
 -export([list_servers/0, list_servers/1]).
@@ -61,6 +62,17 @@
 
 -define(SHUTDOWN_MS, 1000).
 
+%% A native call of the calling process; if the call is diverted, a request to the registry's process
+%% ({@link erlmcp_rollout}). The request exits with `noproc' if there is no such process, or if it has closed the
+%% native registry and is about to exit.
+-define(NATIVE(Call, Request),
+        case whereis(?MODULE) =/= undefined andalso Call of
+            Reply when Reply =:= false; Reply =:= diverted; Reply =:= {error, registry_closed} ->
+                gen_server:call(?MODULE, Request);
+            Reply ->
+                Reply
+        end).
+
 %%% Registration
 
 
@@ -73,22 +85,22 @@ start_link() ->
     gen_server:start_link({local, ?MODULE}, ?MODULE, [], []).
 
 
-%% @doc Registers `Pid' as the server `Id', until it ends or is unregistered.
+%% @doc Registers `Pid' as the server `Id', until it exits or is unregistered.
 %%
 %% `Config' is any term; finds return it unchanged. Returns `{error, already_registered}' if a living
-%% process has the id (with the application environment `same_pid' set to `ok' that is `ok' if the
-%% process is `Pid'); the first registration stays as it is. A process that has ended is accepted,
+%% process has the id, and keeps the first registration. If that process is `Pid' itself and `same_pid' is `ok' in the
+%% application environment, returns `ok'. A process that has exited is accepted,
 %% and not found afterwards.
 -spec register_server(server_id(), pid(), term()) ->
           ok | {error, already_registered | registry_full}.
 register_server(Id, Pid, Config) when is_pid(Pid) ->
-    erlmcp_registry_detour:request({register_server, Id, Pid, Config}).
+    ?NATIVE(erlmcp_registry_native:register(default, server, Id, Pid, Config), {register_server, Id, Pid, Config}).
 
 
 %% @doc Registers a server on this node, or in the whole cluster
 %% ({@link erlmcp_registry_global}).
 -spec register_server(scope(), server_id(), pid(), term()) ->
-          ok | {error, already_registered | registry_full}.
+          ok | {error, already_registered | registry_full | timeout}.
 register_server(local, Id, Pid, Config) when is_pid(Pid) ->
     register_server(Id, Pid, Config);
 register_server(global, Id, Pid, Config) when is_pid(Pid) ->
@@ -98,16 +110,16 @@ register_server(global, Id, Pid, Config) when is_pid(Pid) ->
 %% @doc Registers `Pid' as the transport `Id', as {@link register_server/3} does.
 %%
 %% If `Config' is a map with a `server_id' other than `undefined', the transport is bound to that
-%% server at once, whether that is registered or not.
+%% server at once, whether the server is registered or not.
 -spec register_transport(transport_id(), pid(), term()) ->
           ok | {error, already_registered | registry_full}.
 register_transport(Id, Pid, Config) when is_pid(Pid) ->
-    erlmcp_registry_detour:request({register_transport, Id, Pid, Config}).
+    ?NATIVE(erlmcp_registry_native:register(default, transport, Id, Pid, Config), {register_transport, Id, Pid, Config}).
 
 
 %% @doc Registers a transport on this node, or in the whole cluster (without bindings).
 -spec register_transport(scope(), transport_id(), pid(), term()) ->
-          ok | {error, already_registered | registry_full}.
+          ok | {error, already_registered | registry_full | timeout}.
 register_transport(local, Id, Pid, Config) when is_pid(Pid) ->
     register_transport(Id, Pid, Config);
 register_transport(global, Id, Pid, Config) when is_pid(Pid) ->
@@ -119,11 +131,11 @@ register_transport(global, Id, Pid, Config) when is_pid(Pid) ->
 %% For an unknown server nothing changes, not even automatic bindings that name it.
 -spec unregister_server(server_id()) -> ok.
 unregister_server(Id) ->
-    erlmcp_registry_detour:request({unregister_server, Id}).
+    ?NATIVE(erlmcp_registry_native:unregister(default, server, Id), {unregister_server, Id}).
 
 
 %% @doc Removes a server of this node, or of the cluster.
--spec unregister_server(scope(), server_id()) -> ok.
+-spec unregister_server(scope(), server_id()) -> ok | {error, timeout}.
 unregister_server(local, Id) ->
     unregister_server(Id);
 unregister_server(global, Id) ->
@@ -133,50 +145,52 @@ unregister_server(global, Id) ->
 %% @doc Removes a transport with its binding.
 -spec unregister_transport(transport_id()) -> ok.
 unregister_transport(Id) ->
-    erlmcp_registry_detour:request({unregister_transport, Id}).
+    ?NATIVE(erlmcp_registry_native:unregister(default, transport, Id), {unregister_transport, Id}).
 
 
 %% @doc Removes a transport of this node, or of the cluster.
--spec unregister_transport(scope(), transport_id()) -> ok.
+-spec unregister_transport(scope(), transport_id()) -> ok | {error, timeout}.
 unregister_transport(local, Id) ->
     unregister_transport(Id);
 unregister_transport(global, Id) ->
     erlmcp_registry_global:unregister(transport, Id).
 
 
-%% @doc Exchanges the config of a server; its process and its bindings stay.
+%% @doc Replaces the config of a server; its process and its bindings stay.
 -spec update_server(server_id(), term()) -> ok | {error, not_found}.
 update_server(Id, Config) ->
-    erlmcp_registry_detour:request({update_server, Id, Config}).
+    ?NATIVE(erlmcp_registry_native:update_server(default, Id, Config), {update_server, Id, Config}).
 
 
-%%% Lookup
+%%% Look-up
 
 
-%% @doc The process and the config of a server; never a process of this node that has ended.
+%% @doc The process and the config of a server; never a process of this node that has exited.
 -spec find_server(server_id()) -> {ok, entry()} | {error, not_found}.
 find_server(Id) ->
-    erlmcp_registry_detour:request({find_server, Id}).
+    ?NATIVE(erlmcp_registry_native:find(default, server, Id), {find_server, Id}).
 
 
-%% @doc The process and the config of a server of this node, or of the cluster, then with its node.
--spec find_server(scope(), server_id()) -> {ok, entry() | global_entry()} | {error, not_found}.
+%% @doc The process and the config of a server of this node; in the cluster, its node too.
+%% `timeout' if the node that holds the entry does not answer ({@link erlmcp_registry_global}).
+-spec find_server(scope(), server_id()) ->
+          {ok, entry() | global_entry()} | {error, not_found | timeout}.
 find_server(local, Id) ->
     find_server(Id);
 find_server(global, Id) ->
     erlmcp_registry_global:find(server, Id).
 
 
-%% @doc The process and the config of a transport; never a process of this node that has ended.
+%% @doc The process and the config of a transport; never a process of this node that has exited.
 -spec find_transport(transport_id()) -> {ok, entry()} | {error, not_found}.
 find_transport(Id) ->
-    erlmcp_registry_detour:request({find_transport, Id}).
+    ?NATIVE(erlmcp_registry_native:find(default, transport, Id), {find_transport, Id}).
 
 
-%% @doc The process and the config of a transport of this node, or of the cluster, then with its
-%% node.
+%% @doc The process and the config of a transport of this node; in the cluster, its node too.
+%% `timeout' if the node that holds the entry does not answer.
 -spec find_transport(scope(), transport_id()) ->
-          {ok, entry() | global_entry()} | {error, not_found}.
+          {ok, entry() | global_entry()} | {error, not_found | timeout}.
 find_transport(local, Id) ->
     find_transport(Id);
 find_transport(global, Id) ->
@@ -186,11 +200,12 @@ find_transport(global, Id) ->
 %% @doc All servers, in no particular order. More than a few hundred are listed on a dirty scheduler.
 -spec list_servers() -> [{server_id(), entry()}].
 list_servers() ->
-    erlmcp_registry_detour:request(list_servers).
+    ?NATIVE(erlmcp_registry_native:list(default, server), list_servers).
 
 
-%% @doc All servers of this node, or of the cluster, then with their nodes.
--spec list_servers(scope()) -> [{server_id(), entry() | global_entry()}].
+%% @doc All servers of this node; in the cluster, with their nodes. An entry whose node does not answer is
+%% `{Id, {error, timeout}}'.
+-spec list_servers(scope()) -> [{server_id(), entry() | global_entry() | {error, timeout}}].
 list_servers(local) ->
     list_servers();
 list_servers(global) ->
@@ -200,11 +215,12 @@ list_servers(global) ->
 %% @doc All transports, in no particular order. See {@link list_servers/0}.
 -spec list_transports() -> [{transport_id(), entry()}].
 list_transports() ->
-    erlmcp_registry_detour:request(list_transports).
+    ?NATIVE(erlmcp_registry_native:list(default, transport), list_transports).
 
 
-%% @doc All transports of this node, or of the cluster, then with their nodes.
--spec list_transports(scope()) -> [{transport_id(), entry() | global_entry()}].
+%% @doc All transports of this node; in the cluster, with their nodes. An entry whose node does not answer is
+%% `{Id, {error, timeout}}'.
+-spec list_transports(scope()) -> [{transport_id(), entry() | global_entry() | {error, timeout}}].
 list_transports(local) ->
     list_transports();
 list_transports(global) ->
@@ -220,38 +236,40 @@ get_servers() ->
 %%% Bindings
 
 
-%% @doc Binds a transport to a server, instead of what it is bound to. The server is checked first.
+%% @doc Binds a transport to a server, in place of its present binding. The server must be registered.
 -spec bind_transport_to_server(transport_id(), server_id()) ->
           ok | {error, server_not_found | transport_not_found}.
 bind_transport_to_server(TransportId, ServerId) ->
-    erlmcp_registry_detour:request({bind_transport_to_server, TransportId, ServerId}).
+    ?NATIVE(erlmcp_registry_native:bind(default, TransportId, ServerId, true), {bind_transport_to_server, TransportId, ServerId}).
 
 
 %% @doc Ends the binding of a transport; `ok' also if there is none.
 -spec unbind_transport(transport_id()) -> ok.
 unbind_transport(TransportId) ->
-    erlmcp_registry_detour:request({unbind_transport, TransportId}).
+    ?NATIVE(erlmcp_registry_native:unbind(default, TransportId), {unbind_transport, TransportId}).
 
 
-%% @doc The server that a transport is bound to. Bound to the id `undefined' is `not_found'.
+%% @doc The server that a transport is bound to. A binding to the id `undefined' is `not_found'.
 -spec get_server_for_transport(transport_id()) -> {ok, server_id()} | {error, not_found}.
 get_server_for_transport(TransportId) ->
-    erlmcp_registry_detour:request({get_server_for_transport, TransportId}).
+    ?NATIVE(erlmcp_registry_native:bound_server(default, TransportId), {get_server_for_transport, TransportId}).
 
 
 %%% Routing
 
 
 %% @doc Sends `{mcp_message, TransportId, Message}' to a server. Neither the transport nor a binding
-%% is checked. An unknown server is logged, at most once a second, and `ok' all the same.
+%% is checked. An unknown server is logged, at most once a second, and the result is `ok'.
 %%
-%% The transport's token bucket pays, if it is registered, and the server's shard admits. A message
-%% that is refused is not sent; see {@link erlmcp_backpressure}.
+%% The transport's token bucket is charged, if the transport is registered, and the server's shard admits. A message
+%% that is refused is not sent; see {@link erlmcp_native}.
+%%
+%% A message to a process of another node neither connects nor suspends the caller: `noconnection' or `busy'.
 -spec route_to_server(server_id(), transport_id(), term()) ->
-          ok | {error, circuit_open | shard_overloaded | rate_limited}.
+          ok | {error, circuit_open | shard_overloaded | rate_limited | erlmcp_delivery:unsent()}.
 route_to_server(ServerId, TransportId, Message) ->
     case erlmcp_nif:route_server(ServerId, TransportId) of
-        Pid when is_pid(Pid) ->
+        Pid when is_pid(Pid), node(Pid) =:= node() ->
             Pid ! {mcp_message, TransportId, Message},
             ok;
         Other ->
@@ -262,14 +280,14 @@ route_to_server(ServerId, TransportId, Message) ->
     end.
 
 
-%% @doc Sends `{mcp_response, ServerId, Message}' to a transport, or with `broadcast' for its id to
-%% every transport bound to the server. The server is not checked. No target at all is logged, at
-%% most once a second, and `ok' all the same.
+%% @doc Sends `{mcp_response, ServerId, Message}' to a transport, or with the id `broadcast' to
+%% every transport bound to the server. The server is not checked. If there is no target this is logged, at
+%% most once a second, and the result is `ok'.
 %%
-%% The transport's shard admits, and no bucket pays. A broadcast admits each transport by itself: an
-%% error says that it was refused for some of them, and the others have got it.
+%% The transport's shard admits, and no bucket is charged. A broadcast admits each transport by itself: an
+%% error says that some transports were refused, and the others have got the message.
 -spec route_to_transport(transport_id() | broadcast, server_id(), term()) ->
-          ok | {error, circuit_open | shard_overloaded}.
+          ok | {error, circuit_open | shard_overloaded | erlmcp_delivery:unsent()}.
 route_to_transport(broadcast, ServerId, Message) ->
     broadcast(ServerId, Message);
 route_to_transport(TransportId, ServerId, Message) ->
@@ -280,10 +298,10 @@ route_to_transport(TransportId, ServerId, Message) ->
 
 
 -spec route_to_transport_id(transport_id(), server_id(), term()) ->
-          ok | {error, erlmcp_backpressure:reason()}.
+          ok | {error, erlmcp_delivery:reason()}.
 route_to_transport_id(TransportId, ServerId, Message) ->
     case erlmcp_nif:route_transport(TransportId) of
-        Pid when is_pid(Pid) ->
+        Pid when is_pid(Pid), node(Pid) =:= node() ->
             Pid ! {mcp_response, ServerId, Message},
             ok;
         Other ->
@@ -291,35 +309,43 @@ route_to_transport_id(TransportId, ServerId, Message) ->
     end.
 
 
-%% What is not there natively may be in the classic registry by now.
--spec deliver(erlmcp_nif:routed() | diverted, erlmcp_registry_pair:entry(), term(), term(), term()) ->
-          ok | {error, erlmcp_backpressure:reason()}.
-deliver(diverted, Entry, Sender, Content, Message) ->
-    erlmcp_registry_detour:route(Entry, Sender, Content, Message);
-deliver(undefined, Entry, Sender, Content, Message) ->
-    erlmcp_registry_detour:route_elsewhere(Entry, Sender, Content, Message);
-deliver(Routed, _Entry, _Sender, _Content, Message) ->
-    erlmcp_backpressure:deliver(Routed, Message).
+-spec deliver(erlmcp_nif:routed() | diverted,
+              {erlmcp_registry_native:kind(), Id :: term()},
+              Sender :: term(),
+              Content :: term(),
+              Message :: term()) -> ok | {error, erlmcp_delivery:reason()}.
+deliver(diverted, Target, Sender, Content, Message) ->
+    erlmcp_rollout_path:route(Target, Sender, Content, Message);
+deliver(Routed, _Target, _Sender, _Content, Message) ->
+    erlmcp_delivery:deliver(Routed, Message).
 
 
--spec broadcast(server_id(), term()) -> ok | {error, erlmcp_backpressure:reason()}.
+-spec broadcast(server_id(), term()) -> ok | {error, erlmcp_delivery:reason()}.
 broadcast(ServerId, Message) ->
-    Routed = case erlmcp_nif:route_bound(ServerId) of
-                 dirty -> erlmcp_nif:route_bound_dirty(ServerId);
-                 Done -> Done
+    Result = case erlmcp_nif:route_bound(ServerId) of
+                 diverted -> erlmcp_rollout_path:broadcast(ServerId, Message);
+                 Routed -> erlmcp_delivery:deliver_all(Routed, {mcp_response, ServerId, Message})
              end,
-    case Routed of
-        diverted -> erlmcp_registry_detour:broadcast(ServerId, Message);
-        _ -> erlmcp_registry_detour:deliver(Routed, ServerId, Message)
+    case Result of
+        {error, not_found} -> erlmcp_registry_native:unknown_target(transport_of, ServerId);
+        _ -> Result
     end.
 
 
 %% @doc Sends `{mcp_response, ServerId, Message}' to every transport bound to a server, or to one
-%% transport in the name of the server that its config names (not the one that it is bound to).
--spec route_message({server, server_id()} | {transport, transport_id()}, term()) ->
+%% transport in the name of the server that its config names (not the server that it is bound to).
+%%
+%% With the id of a transport alone: sends `{mcp_message, TransportId, Message}' to the server that the
+%% transport is bound to, as the process does with the message `{transport_data, TransportId, Message}'.
+%% `not_found' if there is no such transport, `no_bound_server' if it is not bound. A server that is not
+%% registered is logged, as by {@link route_to_server/3}.
+-spec route_message({server, server_id()} | {transport, transport_id()} | transport_id(), term()) ->
           ok |
           {error,
-           server_not_found | transport_not_found | no_bound_server | circuit_open | shard_overloaded}.
+           server_not_found |
+           transport_not_found |
+           no_bound_server |
+           erlmcp_delivery:reason()}.
 route_message({server, ServerId}, Message) ->
     case find_server(ServerId) of
         {ok, _} -> broadcast(ServerId, Message);
@@ -336,6 +362,16 @@ route_message({transport, TransportId}, Message) ->
             {error, no_bound_server};
         {error, not_found} ->
             {error, transport_not_found}
+    end;
+route_message(TransportId, Message) ->
+    case get_server_for_transport(TransportId) of
+        {ok, ServerId} ->
+            route_to_server(ServerId, TransportId, Message);
+        {error, not_found} ->
+            case find_transport(TransportId) of
+                {ok, _} -> {error, no_bound_server};
+                {error, not_found} -> {error, not_found}
+            end
     end.
 
 
@@ -363,25 +399,30 @@ get_queue_depth() ->
     end.
 
 
-%% @doc All bindings, in the form that {@link restore_state/1} takes.
+%% @doc All bindings, in the form that {@link restore_state/1} accepts.
 -spec get_all_state() -> {ok, saved_state()}.
 get_all_state() ->
-    erlmcp_registry_detour:request(get_all_state).
+    case ?NATIVE(erlmcp_registry_native:bindings(default), get_all_state) of
+        {ok, Saved} -> {ok, Saved};
+        Bindings -> {ok, {registry_state, maps:from_list(Bindings)}}
+    end.
 
 
-%% @doc Makes the bindings be those of a saved state, as far as its transports are registered. Its
-%% servers need not be.
+%% @doc Replaces all bindings by those of a saved state. Transports that are not registered are skipped; the
+%% servers need not be registered.
 -spec restore_state(saved_state() | term()) -> ok | {error, invalid_state}.
+restore_state({registry_state, Bindings} = State) when is_map(Bindings) ->
+    ?NATIVE(erlmcp_registry_native:restore(default, Bindings), {restore_state, State});
 restore_state(State) ->
-    erlmcp_registry_detour:request({restore_state, State}).
+    ?NATIVE({error, invalid_state}, {restore_state, State}).
 
 
 %% @doc Sends `{erlmcp_shutdown, Id, normal}' to every server and transport, and waits a second for
-%% them to finish. The registry stays.
+%% them to exit. The registry stays.
 -spec graceful_shutdown() -> ok.
 graceful_shutdown() ->
     Entries = list_servers() ++ list_transports(),
-    _ = [ Pid ! {erlmcp_shutdown, Id, normal} || {Id, {Pid, _Config}} <- Entries ],
+    _ = [ erlmcp_delivery:send(Pid, {erlmcp_shutdown, Id, normal}) || {Id, {Pid, _Config}} <- Entries ],
     timer:sleep(?SHUTDOWN_MS).
 
 
@@ -444,7 +485,7 @@ handle_cast(Cast, State) ->
 
 
 %% @private
-%% Exit signals of others than the parent arrive here, and whatever erlmcp sends us.
+%% Exit signals from processes other than the parent arrive here, and all messages that erlmcp sends to the process.
 -spec handle_info(term(), erlmcp_registry_server:state()) -> {noreply, erlmcp_registry_server:state()}.
 handle_info(Info, State) ->
     {noreply, erlmcp_registry_server:info(Info, State)}.

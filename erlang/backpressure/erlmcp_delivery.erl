@@ -1,0 +1,79 @@
+%%% @private
+%%% Carries out the decision of a native route: sends the message, or returns the refusal, and passes on
+%%% the events that the call has returned.
+%%%
+%%% A message to a connection passes the node's circuit ({@link erlmcp_circuit_breaker}), the admission
+%%% control of its shard ({@link erlmcp_admission_control}) and the token bucket of the connection
+%%% that is charged ({@link erlmcp_token_bucket}), in that order, in one native call with the look-up. A
+%%% refusal is returned to the caller; nothing that was accepted is dropped. With `backpressure' set to
+%%% `off' nothing is refused.
+-module(erlmcp_delivery).
+
+-export([deliver/2, deliver_all/2, send/2, notify/1]).
+
+-export_type([reason/0, unsent/0]).
+
+-type reason() :: not_found | circuit_open | shard_overloaded | rate_limited | unsent().
+%% A message to a process of another node.
+-type unsent() :: noconnection | busy.
+
+
+%% @doc Sends a message to the target that a native call returned, and passes on the events of that call.
+%% On the hot path the result is only a pid of this node, which callers test for themselves.
+-spec deliver(erlmcp_nif:routed(), term()) -> ok | {error, reason()}.
+deliver(Pid, Message) when is_pid(Pid) ->
+    send(Pid, Message);
+deliver({Route, Events}, Message) ->
+    Result = deliver(Route, Message),
+    ok = notify(Events),
+    Result;
+deliver(Refusal, _Message) ->
+    refused(Refusal).
+
+
+%% @doc Sends a message. To a process of another node it neither connects nor suspends the caller:
+%% `noconnection' if that node is not connected, `busy' if the VM's buffer of data to that node is full.
+-spec send(pid(), term()) -> ok | {error, unsent()}.
+send(Pid, Message) when node(Pid) =:= node() ->
+    Pid ! Message,
+    ok;
+send(Pid, Message) ->
+    case erlang:send(Pid, Message, [nosuspend, noconnect]) of
+        ok -> ok;
+        noconnect -> {error, noconnection};
+        nosuspend -> {error, busy}
+    end.
+
+
+%% @doc Sends a message to all targets that a native call returned. `not_found' if there are none.
+-spec deliver_all({[pid()], none | erlmcp_nif:refusal(), [erlmcp_nif:event()]}, term()) -> ok | {error, reason()}.
+deliver_all({Pids, Refused, Events}, Message) ->
+    Unsent = [ Error || Pid <- Pids, {error, _} = Error <- [send(Pid, Message)] ],
+    ok = notify(Events),
+    case Refused of
+        none when Pids =:= [] -> {error, not_found};
+        none when Unsent =/= [] -> hd(Unsent);
+        none -> ok;
+        Refusal -> refused(Refusal)
+    end.
+
+
+%% What a route returns for a message that was not admitted.
+-spec refused(erlmcp_nif:refusal()) -> {error, reason()}.
+refused(undefined) -> {error, not_found};
+refused(Reason) -> {error, Reason}.
+
+
+%% @doc Passes on the events of a native call: to the samplers of the shards, and to the log.
+-spec notify([erlmcp_nif:event()]) -> ok.
+notify(Events) ->
+    lists:foreach(fun notify_one/1, Events).
+
+
+-spec notify_one(erlmcp_nif:event()) -> ok.
+notify_one({sample, Shard}) ->
+    erlmcp_shard_sampler:tell(Shard, sample);
+notify_one({overloaded, Shard}) ->
+    erlmcp_shard_sampler:tell(Shard, overloaded);
+notify_one({circuit, State}) ->
+    erlmcp_circuit_breaker:log_transition(node, State).

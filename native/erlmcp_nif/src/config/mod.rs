@@ -1,0 +1,267 @@
+//! Config terms kept for entries, each distinct one once.
+//!
+//! A term is kept in one of three forms: an immediate one as its word; a small plain one encoded
+//! (see [`crate::encoding`]), which is compact; any other one in an environment of its own, which
+//! costs about 2.5 KB more, but from which it is copied out quickly and in which references, funs
+//! and large binaries keep what they refer to alive.
+//!
+//! An immediate term needs no memory beside the entry. Of the others those that are equal (`=:=`) are kept once,
+//! in a table by content. A kept term counts its users; the last one to leave takes it out of the table. Zero users
+//! is final: whoever finds the term then takes it out in the place of the last user, and keeps a new copy. It stays
+//! equal to its like until it is out: while the table grows, a key that was equal when another one was looked up
+//! and is not any more would hide that other one.
+//!
+//! # A registry is not kept by entries that it does not have
+//!
+//! A config can refer to the registry that its entry is in. The memory of a removed entry is freed by that
+//! registry's collector, some removals later or with the registry. If it held the config until then, the two
+//! would keep each other. So an entry holds a config that may refer to something by [`Revocable`]: removing
+//! the entry, or replacing its config, revokes the config at once, whoever still holds a copy of the lease.
+
+mod kept;
+mod table;
+mod weight;
+
+use std::mem::{self, ManuallyDrop};
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::{Arc, Weak};
+
+use rustler::{Env, LocalPid, Term};
+
+use self::kept::{Content, Kept};
+use self::table::table;
+use self::weight::{Weighed, weigh};
+use crate::encoding;
+use crate::immediate;
+use crate::reschedule::{Scheduler, Stopped, TooHeavy};
+
+pub(crate) use self::table::distinct;
+pub(crate) use self::weight::BYTES_PER_WEIGHT;
+
+/// A term of this weight is worked on in half a millisecond: to weigh it, to hash it and to copy it
+/// take some 50 ns each term together.
+pub(crate) const MAX_WEIGHT_ON_NORMAL_SCHEDULER: usize = 10_000;
+/// Up to this weight the overhead of an environment outweighs the slower decoding.
+const MAX_COMPACT_WEIGHT: usize = 64;
+
+/// One word: the pointer of a user of a kept term; or the word of an immediate term, which no pointer to a
+/// [`Kept`] is equal to, because that would be a multiple of its alignment.
+pub(crate) struct Config(*const Kept);
+
+/// The word of an immediate term.
+struct Immediate(u64);
+
+/// Whether it is no pointer to a [`Kept`].
+#[inline]
+fn is_unaligned(word: usize) -> bool {
+    !word.is_multiple_of(mem::align_of::<Kept>())
+}
+
+// SAFETY: the pointer is a counted reference, as an `Arc` is one, to what may be sent and shared.
+unsafe impl Send for Config where Arc<Kept>: Send {}
+// SAFETY: as above.
+unsafe impl Sync for Config where Arc<Kept>: Sync {}
+
+impl Config {
+    /// Keeps a term, or joins the users of an equal one.
+    pub(crate) fn keep(term: Term<'_>, scheduler: Scheduler) -> Result<Self, TooHeavy> {
+        let Some(Weighed { weight, is_plain }) =
+            weigh(term, MAX_WEIGHT_ON_NORMAL_SCHEDULER, scheduler)
+        else {
+            return match scheduler {
+                Scheduler::Normal => Err(TooHeavy),
+                Scheduler::Dirty => table().keep_shared(term, usize::MAX, true, scheduler),
+            };
+        };
+        if let Some(immediate) = Self::immediate(term) {
+            return Ok(immediate);
+        }
+        if is_plain && weight <= MAX_COMPACT_WEIGHT {
+            return table().keep_compact(term, weight, scheduler);
+        }
+        table().keep_shared(term, weight, !is_plain, scheduler)
+    }
+
+    fn immediate(term: Term<'_>) -> Option<Self> {
+        // A small integer is left out: whether it is immediate depends on its size.
+        let is_immediate =
+            term.is_atom() || term.is_empty_list() || term.decode::<LocalPid>().is_ok();
+        let word = immediate::word(term) as usize;
+        (is_immediate && is_unaligned(word)).then(|| Self(ptr::without_provenance(word)))
+    }
+
+    /// A new kept term, which has one user.
+    fn first(kept: Arc<Kept>) -> Self {
+        Self(Arc::into_raw(kept))
+    }
+
+    /// A further user of a kept term; `None` if the last one has left.
+    fn join(kept: &Arc<Kept>) -> Option<Self> {
+        kept.try_join().then(|| Self(Arc::as_ptr(kept)))
+    }
+
+    /// A config that is not in the table.
+    fn apart(weight: usize, content: Content) -> Self {
+        Self::first(Kept::new(0, weight, content))
+    }
+
+    #[inline]
+    fn view(&self) -> Result<&Kept, Immediate> {
+        let word = self.0.addr();
+        if is_unaligned(word) {
+            return Err(Immediate(word as u64));
+        }
+        // SAFETY: this is a user, so the reference that all of them hold together is there.
+        Ok(unsafe { &*self.0 })
+    }
+
+    /// The config as one registration holds it. Not to be given to a second one.
+    pub(crate) fn of_entry(self) -> Self {
+        match self.view() {
+            Ok(kept) if kept.may_refer() => {
+                let weight = kept.weight;
+                Self::apart(weight, Content::Revocable(Revocable::new(self)))
+            }
+            _ => self,
+        }
+    }
+
+    /// The config, made by [`Self::of_entry`], of an entry for `pid`, a process of another node.
+    pub(crate) fn of_remote(self, pid: Term<'_>, sentinel: LocalPid) -> Self {
+        let remote = Remote {
+            pid: pid.to_binary().as_slice().into(),
+            sentinel,
+            config: self,
+        };
+        Self::apart(remote.config.weight(), Content::Remote(Box::new(remote)))
+    }
+
+    /// Ends the registration's use of the term, for every copy of its lease. Afterwards [`Self::load`] may
+    /// find nothing.
+    pub(crate) fn revoke(&self) {
+        match self.view().map(|kept| &kept.content) {
+            Ok(Content::Revocable(revocable)) => revocable.revoke(),
+            Ok(Content::Remote(remote)) => remote.config.revoke(),
+            Ok(Content::Compact(_) | Content::Shared(_)) | Err(_) => {}
+        }
+    }
+
+    /// What is kept about a process of another node, if the entry is for one.
+    pub(crate) fn remote(&self) -> Option<&Remote> {
+        match self.view().map(|kept| &kept.content) {
+            Ok(Content::Remote(remote)) => Some(remote),
+            _ => None,
+        }
+    }
+
+    /// How much work it is to load the term: about 30 ns each.
+    pub(crate) fn weight(&self) -> usize {
+        self.view().map_or(1, |kept| kept.weight)
+    }
+
+    /// The term, copied into `env`; `None` only if it has been revoked.
+    pub(crate) fn load<'a>(
+        &self,
+        env: Env<'a>,
+        scheduler: Scheduler,
+    ) -> Result<Option<Term<'a>>, Stopped> {
+        let kept = match self.view() {
+            Ok(kept) => kept,
+            // SAFETY: the word is that of an atom, an empty list or a local pid.
+            Err(Immediate(word)) => return Ok(Some(unsafe { immediate::term(env, word) })),
+        };
+        if scheduler == Scheduler::Normal && kept.weight > MAX_WEIGHT_ON_NORMAL_SCHEDULER {
+            return Err(Stopped::TooHeavy);
+        }
+        Ok(Some(match &kept.content {
+            Content::Compact(bytes) => encoding::decode(env, bytes)?,
+            Content::Shared(shared) => shared.copy(env),
+            Content::Revocable(revocable) => match revocable.get() {
+                Some(config) => return config.load(env, scheduler),
+                None => return Ok(None),
+            },
+            Content::Remote(remote) => return remote.config.load(env, scheduler),
+        }))
+    }
+}
+
+impl Clone for Config {
+    fn clone(&self) -> Self {
+        if let Ok(kept) = self.view() {
+            kept.join();
+        }
+        Self(self.0)
+    }
+}
+
+impl Drop for Config {
+    fn drop(&mut self) {
+        if !self.view().is_ok_and(Kept::leave) {
+            return;
+        }
+        // SAFETY: this was the last user, which the reference of all goes to.
+        let kept = unsafe { Arc::from_raw(self.0) };
+        if kept.is_in_table() {
+            table().forget(&kept);
+        }
+    }
+}
+
+/// The config of one registration, counted as a user until it is revoked.
+///
+/// Invariant: `owned` is either null or a user of the term. The exchange that finds it not null makes its
+/// thread the owner of that user.
+struct Revocable {
+    kept: Weak<Kept>,
+    owned: AtomicPtr<Kept>,
+}
+
+impl Revocable {
+    /// Of a kept term, not of an immediate one.
+    fn new(config: Config) -> Self {
+        let owned = ManuallyDrop::new(config).0;
+        // SAFETY: from a user, while it is one. The reference stays with the users.
+        let kept = ManuallyDrop::new(unsafe { Arc::from_raw(owned) });
+        Self {
+            kept: Arc::downgrade(&kept),
+            owned: AtomicPtr::new(owned.cast_mut()),
+        }
+    }
+
+    /// One more user of the term, unless the last one has left.
+    fn get(&self) -> Option<Config> {
+        Config::join(&self.kept.upgrade()?)
+    }
+
+    fn revoke(&self) {
+        let owned = self.owned.swap(ptr::null_mut(), Ordering::AcqRel);
+        if !owned.is_null() {
+            // It was a user, and the exchange gave it to nobody else.
+            drop(Config(owned));
+        }
+    }
+}
+
+impl Drop for Revocable {
+    fn drop(&mut self) {
+        self.revoke();
+    }
+}
+
+/// The config of an entry whose process is on another node. Not shared.
+pub(crate) struct Remote {
+    /// The external format of the pid.
+    pid: Box<[u8]>,
+    /// The local process that ends when the remote one does.
+    pub(crate) sentinel: LocalPid,
+    config: Config,
+}
+
+impl Remote {
+    pub(crate) fn pid<'a>(&self, env: Env<'a>) -> Term<'a> {
+        // SAFETY: the bytes were written by the VM itself.
+        let decoded = unsafe { env.binary_to_term_trusted(&self.pid) };
+        decoded.expect("the external format of a pid").0
+    }
+}

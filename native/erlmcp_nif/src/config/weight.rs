@@ -1,0 +1,77 @@
+//! How much work it is to keep a term.
+
+use rustler::{Binary, LocalPid, MapIterator, Term, TermType};
+
+use crate::reschedule::Scheduler;
+use crate::tuple::tuple_elements;
+
+/// Bytes of a binary that weigh as much as one more term.
+pub(crate) const BYTES_PER_WEIGHT: usize = 16;
+
+pub(super) struct Weighed {
+    pub(super) weight: usize,
+    /// Made of atoms, numbers, binaries, local pids, lists, tuples and maps only: the encoding
+    /// loses nothing of these.
+    pub(super) is_plain: bool,
+}
+
+impl Weighed {
+    /// Adds a term of which only the external format has a size.
+    fn add_opaque(&mut self, term: Term<'_>, scheduler: Scheduler) -> Option<()> {
+        if scheduler == Scheduler::Normal {
+            return None;
+        }
+        self.is_plain = false;
+        self.weight += term.to_binary().len() / BYTES_PER_WEIGHT;
+        Some(())
+    }
+}
+
+/// Weighs a term, or gives up beyond `max`. Costs in proportion to the smaller of both.
+///
+/// There is no size to be had of a fun, of a bit string that is no binary and of a large integer but that
+/// of the external format, which is a copy as large as they are. So a normal scheduler gives up on these,
+/// and a dirty one makes the copy. A binary that does not begin at a byte is copied to be shown at all, and it
+/// cannot be seen beforehand that one does not: it alone costs in proportion to its size.
+pub(super) fn weigh(term: Term<'_>, max: usize, scheduler: Scheduler) -> Option<Weighed> {
+    let mut weighed = Weighed {
+        weight: 0,
+        is_plain: true,
+    };
+    let mut left = vec![term];
+    while let Some(term) = left.pop() {
+        weighed.weight += 1;
+        match term.get_type() {
+            TermType::Atom | TermType::Float => {}
+            TermType::Integer if term.decode::<i64>().is_ok() => {}
+            TermType::Integer => weighed.add_opaque(term, scheduler)?,
+            TermType::Binary => match Binary::from_term(term) {
+                Ok(binary) => weighed.weight += binary.len() / BYTES_PER_WEIGHT,
+                Err(_) => weighed.add_opaque(term, scheduler)?,
+            },
+            TermType::List => {
+                if let Ok((head, tail)) = term.list_get_cell() {
+                    left.push(tail);
+                    left.push(head);
+                }
+            }
+            TermType::Tuple => left.extend(tuple_elements(term, max)?),
+            TermType::Map => {
+                if 2 * term.map_size().ok()? > max {
+                    return None;
+                }
+                for (key, value) in MapIterator::new(term)? {
+                    left.push(key);
+                    left.push(value);
+                }
+            }
+            TermType::Pid => weighed.is_plain &= term.decode::<LocalPid>().is_ok(),
+            TermType::Port | TermType::Ref => weighed.is_plain = false,
+            TermType::Fun | TermType::Unknown => weighed.add_opaque(term, scheduler)?,
+        }
+        if weighed.weight + left.len() > max {
+            return None;
+        }
+    }
+    Some(weighed)
+}

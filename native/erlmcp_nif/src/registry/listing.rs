@@ -1,0 +1,145 @@
+//! Listing and counting.
+
+use std::ops::ControlFlow;
+
+use erlmcp_core::registry::{Entry, Id, Namespace};
+use rustler::{Env, NifResult, Term};
+
+use super::{
+    MAX_LISTED_ON_NORMAL_SCHEDULER, MAX_WALKED_ON_NORMAL_SCHEDULER, encode_id, is_alive, namespace,
+    pid_term, shard_number, shard_of,
+};
+use crate::config::{self, MAX_WEIGHT_ON_NORMAL_SCHEDULER};
+use crate::id;
+use crate::reschedule::{Outcome, Scheduler, Stopped, reschedulable};
+use crate::resource::{Registry, registry, unless_diverted};
+use crate::watch::Lease;
+
+/// A list of `{Id, {Pid, Config}}` in the making.
+struct Listing<'a> {
+    env: Env<'a>,
+    scheduler: Scheduler,
+    list: Term<'a>,
+    weight: usize,
+}
+
+impl<'a> Listing<'a> {
+    fn new(env: Env<'a>, scheduler: Scheduler) -> Self {
+        Self {
+            env,
+            scheduler,
+            list: Term::list_new_empty(env),
+            weight: 0,
+        }
+    }
+
+    /// Adds an entry, unless its process has exited.
+    fn add(
+        &mut self,
+        registry: &Registry,
+        namespace: Namespace,
+        id: Id<'_>,
+        entry: &Entry<Lease>,
+    ) -> Result<(), Stopped> {
+        if !is_alive(self.env, entry) {
+            return Ok(());
+        }
+        let config = &entry.lease.config;
+        self.weight = self
+            .weight
+            .saturating_add(config.weight())
+            .saturating_add(id::weight(id.kind(), id.bytes()));
+        if self.scheduler == Scheduler::Normal && self.weight > MAX_WEIGHT_ON_NORMAL_SCHEDULER {
+            return Err(Stopped::TooHeavy);
+        }
+        let Some(config) = config.load(self.env, self.scheduler)? else {
+            // The entry was removed or its config replaced since it was found.
+            return match registry.entry(namespace, &id) {
+                Some(entry) => self.add(registry, namespace, id, &entry),
+                None => Ok(()),
+            };
+        };
+        let id = id::decode(self.env, id.kind(), id.bytes())?;
+        let listed = (id, (pid_term(self.env, entry), config));
+        self.list = self.list.list_prepend(listed);
+        Ok(())
+    }
+}
+
+/// Goes on while there is nothing to stop for.
+fn unless_stopped(result: Result<(), Stopped>) -> ControlFlow<Stopped> {
+    match result {
+        Ok(()) => ControlFlow::Continue(()),
+        Err(stopped) => ControlFlow::Break(stopped),
+    }
+}
+
+fn list<'a>(env: Env<'a>, [of, ns]: [Term<'a>; 2], scheduler: Scheduler) -> Outcome<'a> {
+    let registry = registry(of)?;
+    let namespace = namespace(ns)?;
+    if scheduler == Scheduler::Normal
+        && (registry.count(namespace) > MAX_LISTED_ON_NORMAL_SCHEDULER
+            || registry.high_water_of(namespace) > MAX_WALKED_ON_NORMAL_SCHEDULER)
+    {
+        return Err(Stopped::TooHeavy);
+    }
+    unless_diverted(env, of, namespace, || {
+        let mut listing = Listing::new(env, scheduler);
+        match registry.try_for_each(namespace, |id, entry| {
+            unless_stopped(listing.add(registry, namespace, id, entry))
+        }) {
+            ControlFlow::Continue(()) => Ok(listing.list),
+            ControlFlow::Break(stopped) => Err(stopped),
+        }
+    })
+}
+
+reschedulable!(c"list", 2, list);
+
+fn list_shard<'a>(env: Env<'a>, [of, shard]: [Term<'a>; 2], scheduler: Scheduler) -> Outcome<'a> {
+    let registry = registry(of)?;
+    let shard = shard_number(registry, shard)?;
+    if scheduler == Scheduler::Normal
+        && u64::from(registry.shard_high_water(Namespace::Connection, shard))
+            > MAX_LISTED_ON_NORMAL_SCHEDULER
+    {
+        return Err(Stopped::TooHeavy);
+    }
+    let mut listing = Listing::new(env, scheduler);
+    match registry.try_for_each_connection_of(shard, |id, entry| {
+        unless_stopped(listing.add(registry, Namespace::Connection, id, entry))
+    }) {
+        ControlFlow::Continue(()) => Ok(listing.list),
+        ControlFlow::Break(stopped) => Err(stopped),
+    }
+}
+
+reschedulable!(c"list_shard", 2, list_shard);
+
+#[rustler::nif]
+fn count(of: Term<'_>, ns: Term<'_>) -> NifResult<u64> {
+    Ok(registry(of)?.count(namespace(ns)?))
+}
+
+#[rustler::nif]
+fn count_shard(of: Term<'_>, shard: Term<'_>) -> NifResult<(u64, u64, u64)> {
+    let registry = registry(of)?;
+    let shard = shard_number(registry, shard)?;
+    Ok((
+        registry.count_of(Namespace::Server, shard),
+        registry.count_of(Namespace::Transport, shard),
+        registry.count_of(Namespace::Connection, shard),
+    ))
+}
+
+#[rustler::nif]
+fn shard<'a>(of: Term<'a>, id: Term<'a>) -> NifResult<u16> {
+    let registry = registry(of)?;
+    encode_id(registry, id)?;
+    Ok(shard_of(registry, id))
+}
+
+#[rustler::nif]
+fn distinct_configs() -> u64 {
+    config::distinct()
+}

@@ -1,0 +1,226 @@
+//! Registering, removing and changing entries.
+
+use erlmcp_core::error::RegisterError;
+use erlmcp_core::registry::Namespace;
+use rustler::{Encoder, Env, Error, LocalPid, NifResult, Term};
+
+use super::lookup::REMOTE;
+use super::{
+    MAX_LISTED_ON_NORMAL_SCHEDULER, as_id, encode_id, is_alive, live_entry, namespace, not_found,
+    pid_term, removed, shard_of,
+};
+use crate::atoms;
+use crate::config::Config;
+use crate::immediate;
+use crate::reschedule::{Outcome, Scheduler, Stopped, TooHeavy, reschedulable};
+use crate::resource::{Registry, diverts_changes, passage, registry};
+use crate::watch::{Lease, Watch};
+
+/// What stands in the config of a transport under `server_id`: the server that it is bound to.
+fn automatic_binding(namespace: Namespace, config: Term<'_>) -> Option<Term<'_>> {
+    if namespace != Namespace::Transport {
+        return None;
+    }
+    let server = config.map_get(atoms::server_id()).ok()?;
+    (atoms::undefined() != server).then_some(server)
+}
+
+/// How often a registration that finds the registry full tries again. More than once only where a removal
+/// or another registration is under way at that moment.
+const MAX_SEARCHES: u32 = 10;
+
+/// Removes all entries whose processes have exited and whose monitors have not fired yet, from a
+/// registry that is full. Returns whether there may be room now.
+///
+/// A process that has exited is found only by asking for every entry. So that refused registrations
+/// cannot keep the dirty schedulers busy, a large registry spends at most a tenth of the time on this.
+fn remove_exited(
+    env: Env<'_>,
+    registry: &Registry,
+    scheduler: Scheduler,
+) -> Result<bool, TooHeavy> {
+    if !registry.may_search() {
+        return Ok(false);
+    }
+    if scheduler == Scheduler::Normal && registry.high_water() > MAX_LISTED_ON_NORMAL_SCHEDULER {
+        return Err(TooHeavy);
+    }
+    let mut alive = 0;
+    registry.searching(|| {
+        for namespace in Namespace::ALL {
+            registry.for_each(namespace, |id, entry| {
+                if is_alive(env, entry) {
+                    alive += 1;
+                } else {
+                    registry.remove_exact(namespace, &id, |held| *held == entry.lease);
+                }
+            });
+        }
+    });
+    // Also where the monitor of such a process has fired since the registry was found full.
+    Ok(alive < registry.limits().max_entries())
+}
+
+fn register<'a>(
+    env: Env<'a>,
+    [of, ns, id_term, pid, monitored, config_term]: [Term<'a>; 6],
+    scheduler: Scheduler,
+) -> Outcome<'a> {
+    let registry = registry(of)?;
+    let namespace = namespace(ns)?;
+    if diverts_changes(of, namespace) {
+        return Ok(atoms::diverted().encode(env));
+    }
+    let encoded = encode_id(registry, id_term)?;
+    let id = as_id(registry, &encoded);
+    if !pid.is_pid() || !monitored.is_pid() {
+        return Err(Error::BadArg.into());
+    }
+    let is_local = pid.decode::<LocalPid>().is_ok();
+    let address = if is_local {
+        immediate::word(pid)
+    } else {
+        REMOTE
+    };
+    let bind_to = automatic_binding(namespace, config_term)
+        .map(|server| encode_id(registry, server))
+        .transpose()?;
+    let bind_to = bind_to.as_ref().map(|server| as_id(registry, server));
+    if registry.is_churned(&id) || bind_to.is_some_and(|server| registry.is_churned(&server)) {
+        match scheduler {
+            Scheduler::Normal => return Err(Stopped::TooHeavy),
+            Scheduler::Dirty => registry.complete_resizes(),
+        }
+    }
+    let Ok(_passage) = passage(of, registry, namespace, &id) else {
+        return Ok(atoms::diverted().encode(env));
+    };
+    if let Some(taken) = live_entry(env, registry, namespace, &id) {
+        return Ok((atoms::already_registered(), pid_term(env, &taken)).encode(env));
+    }
+    if let Some(server) = &bind_to {
+        // A binding made ahead of a server must not go with an earlier one that has ended.
+        live_entry(env, registry, Namespace::Server, server);
+    }
+    let Ok(monitored) = monitored.decode::<LocalPid>() else {
+        // A process of an earlier life of this node: registered, and gone at once.
+        return Ok(atoms::ok().encode(env));
+    };
+    let config = Config::keep(config_term, scheduler)?.of_entry();
+    let config = if is_local {
+        config
+    } else {
+        config.of_remote(pid, monitored)
+    };
+    let Some(watch) = Watch::of(env, &monitored) else {
+        // It has ended: registered, and gone at once.
+        return Ok(atoms::ok().encode(env));
+    };
+    let lease = Lease { watch, config };
+    let mut searches = 0;
+    loop {
+        let registered = registry.register(
+            namespace,
+            id,
+            shard_of(registry, id_term),
+            address,
+            bind_to,
+            |location| {
+                lease.watch.place(registry, location);
+                lease.clone()
+            },
+        );
+        let refused = match registered {
+            Ok(_) => {
+                if lease.watch.has_ended() {
+                    registry.remove_exact(namespace, &id, |held| *held == lease);
+                }
+                return Ok(atoms::ok().encode(env));
+            }
+            Err(RegisterError::AlreadyRegistered { .. }) => {
+                let Some(taken) = live_entry(env, registry, namespace, &id) else {
+                    lease.watch.displace();
+                    continue;
+                };
+                (atoms::already_registered(), pid_term(env, &taken)).encode(env)
+            }
+            Err(RegisterError::RegistryFull) if searches == MAX_SEARCHES => {
+                atoms::registry_full().encode(env)
+            }
+            Err(RegisterError::RegistryFull) => match remove_exited(env, registry, scheduler) {
+                Ok(true) => {
+                    searches += 1;
+                    continue;
+                }
+                Ok(false) => atoms::registry_full().encode(env),
+                Err(TooHeavy) => {
+                    lease.recycle(address);
+                    return Err(Stopped::TooHeavy);
+                }
+            },
+            Err(RegisterError::Closed) => atoms::registry_closed().encode(env),
+        };
+        lease.recycle(address);
+        return Ok(refused);
+    }
+}
+
+reschedulable!(c"register", 6, register);
+
+#[rustler::nif]
+fn unregister<'a>(env: Env<'a>, of: Term<'a>, ns: Term<'a>, id: Term<'a>) -> NifResult<Term<'a>> {
+    let registry = registry(of)?;
+    let namespace = namespace(ns)?;
+    if diverts_changes(of, namespace) {
+        return Ok(atoms::diverted().encode(env));
+    }
+    let encoded = encode_id(registry, id)?;
+    let id = as_id(registry, &encoded);
+    let Ok(_passage) = passage(of, registry, namespace, &id) else {
+        return Ok(atoms::diverted().encode(env));
+    };
+    let entry = registry.remove(namespace, &id);
+    Ok(match entry.as_ref().and_then(removed) {
+        Some(sentinel) => (atoms::ok(), sentinel).encode(env),
+        None => atoms::ok().encode(env),
+    })
+}
+
+fn update_server<'a>(
+    env: Env<'a>,
+    [of, id, config]: [Term<'a>; 3],
+    scheduler: Scheduler,
+) -> Outcome<'a> {
+    let registry = registry(of)?;
+    if diverts_changes(of, Namespace::Server) {
+        return Ok(atoms::diverted().encode(env));
+    }
+    let encoded = encode_id(registry, id)?;
+    let id = as_id(registry, &encoded);
+    let config = Config::keep(config, scheduler)?.of_entry();
+    let Ok(_passage) = passage(of, registry, Namespace::Server, &id) else {
+        return Ok(atoms::diverted().encode(env));
+    };
+    loop {
+        let Some(entry) = live_entry(env, registry, Namespace::Server, &id) else {
+            return Ok(not_found(env));
+        };
+        let former = &entry.lease;
+        let config = match former.config.remote() {
+            Some(remote) => config
+                .clone()
+                .of_remote(pid_term(env, &entry), remote.sentinel),
+            None => config.clone(),
+        };
+        let new = Lease {
+            watch: former.watch.clone(),
+            config,
+        };
+        if registry.exchange_server_lease(&id, former, new) {
+            return Ok(atoms::ok().encode(env));
+        }
+        // Lost to another change of this server.
+    }
+}
+
+reschedulable!(c"update_server", 3, update_server);
