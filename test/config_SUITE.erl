@@ -19,11 +19,10 @@
          wrong_environment_of_another_key/1,
          registry_without_the_application/1,
          environment_is_in_force_after_the_start/1,
-         native_defaults_are_the_documented_ones/1,
-         too_many_changes_are_an_error_and_change_nothing/1]).
+         native_defaults_are_the_documented_ones/1]).
 
 %% Called in peer nodes
--export([in_native_defaults/0, in_too_many_changes/0, in_registry_alone/0]).
+-export([in_native_defaults/0, in_registry_alone/0]).
 
 -define(C,    erlmcp_native_config).
 -define(KEYS, [backpressure, token_bucket, admission, circuit_breaker]).
@@ -43,8 +42,7 @@ all() ->
      wrong_environment_of_another_key,
      registry_without_the_application,
      environment_is_in_force_after_the_start,
-     native_defaults_are_the_documented_ones,
-     too_many_changes_are_an_error_and_change_nothing].
+     native_defaults_are_the_documented_ones].
 
 
 init_per_testcase(_Case, Config) ->
@@ -66,7 +64,7 @@ wrong_values() ->
      {backpressure, "on", "on or off"},
      {token_bucket, unlimited, "infinity"},
      {token_bucket, off, "infinity"},
-     {token_bucket, [{capacity, 1}], "capacity"},
+     {token_bucket, [{capacity, 0}], "capacity"},
      {token_bucket, #{capacity => 0}, "2^32 - 1"},
      {token_bucket, #{capacity => 1.5}, "an integer"},
      {token_bucket, #{capacity => 1 bsl 32}, "2^32 - 1"},
@@ -114,7 +112,7 @@ wrong_values_are_refused_live(_Config) ->
     ok = application:start(erlmcp_native),
     lists:foreach(fun({Key, Value, Part}) ->
                           Before = {in_force(), application:get_all_env(erlmcp_native)},
-                          {error, Reason} = erlmcp_backpressure:set(Key, Value),
+                          {error, Reason} = erlmcp_native:set(Key, Value),
                           ok = check_error(Reason, Key, Value, Part),
                           ?assertEqual(Before, {in_force(), application:get_all_env(erlmcp_native)})
                   end,
@@ -129,7 +127,7 @@ check_error({bad_option, Key, Value, Expected}, Key, Value, Part) ->
 right_values_are_in_force(_Config) ->
     ok = application:start(erlmcp_native),
     lists:foreach(fun({Key, Value, Expected}) ->
-                          ?assertEqual({Key, ok}, {Key, erlmcp_backpressure:set(Key, Value)}),
+                          ?assertEqual({Key, ok}, {Key, erlmcp_native:set(Key, Value)}),
                           ?assertEqual({ok, Value}, application:get_env(erlmcp_native, Key)),
                           ?assertEqual({Key, Expected}, {Key, maps:get(Key, in_force())})
                   end,
@@ -138,7 +136,7 @@ right_values_are_in_force(_Config) ->
                    {token_bucket, #{capacity => 7, rate_per_second => 3}, {7, 3.0}},
                    {admission, #{threshold => 12, sample_interval_ms => 34}, 12},
                    {admission, infinity, infinity},
-                   {admission, #{threshold => 13}, 13},
+                   {admission, #{threshold => 13, sample_interval_ms => 34}, 13},
                    {circuit_breaker,
                     #{
                       failure_threshold => 2,
@@ -149,18 +147,26 @@ right_values_are_in_force(_Config) ->
                      },
                     {2, 3, 4, 0, 5}},
                    {circuit_breaker, off, off},
-                   {circuit_breaker, #{probe_limit => 1}, {50, 10000, 10, 30000, 1}}]),
+                   {circuit_breaker,
+                    #{
+                      failure_threshold => 50,
+                      window_ms => 10000,
+                      success_threshold => 10,
+                      timeout_ms => 30000,
+                      probe_limit => 1
+                     },
+                    {50, 10000, 10, 30000, 1}}]),
     %% Off as a whole, and as before again.
     Before = in_force(),
-    ok = erlmcp_backpressure:set(backpressure, off),
+    ok = erlmcp_native:set(backpressure, off),
     ?assertMatch(#{admission := infinity, circuit_breaker := off}, in_force()),
-    ok = erlmcp_backpressure:set(backpressure, on),
+    ok = erlmcp_native:set(backpressure, on),
     ?assertEqual(Before, in_force()).
 
 
 values_at_the_bounds(_Config) ->
     ok = application:start(erlmcp_native),
-    _ = [ ?assertEqual({Key, Value, ok}, {Key, Value, erlmcp_backpressure:set(Key, Value)})
+    _ = [ ?assertEqual({Key, Value, ok}, {Key, Value, erlmcp_native:set(Key, Value)})
           || {Key, Value} <- [{token_bucket, #{capacity => 1, rate_per_second => 1 / 3600}},
                               {token_bucket, #{capacity => (1 bsl 32) - 1, rate_per_second => 1_000_000_000}},
                               {token_bucket, #{capacity => 9_007_199, rate_per_second => 1}},
@@ -187,39 +193,39 @@ values_at_the_bounds(_Config) ->
 
 maps_are_completed(_Config) ->
     ok = application:start(erlmcp_native),
-    ok = erlmcp_backpressure:set(token_bucket, #{capacity => 3}),
+    ok = erlmcp_native:set(token_bucket, #{capacity => 3}),
     ?assertEqual(#{capacity => 3, rate_per_second => 10000}, ?C:get(token_bucket)),
-    ok = erlmcp_backpressure:set(admission, #{sample_interval_ms => 7}),
-    ?assertEqual(#{threshold => 10000, sample_interval_ms => 7}, ?C:get(admission)),
-    ok = erlmcp_backpressure:set(circuit_breaker, #{}),
+    ok = erlmcp_native:set(admission, #{sample_interval_ms => 7}),
+    ?assertEqual(#{threshold => auto, sample_interval_ms => 7}, ?C:get(admission)),
+    ok = erlmcp_native:set(circuit_breaker, #{}),
     ?assertEqual(?C:default(circuit_breaker), ?C:get(circuit_breaker)).
 
 
 only_some_keys_change_live(_Config) ->
     ok = application:start(erlmcp_native),
     _ = [ begin
-              {error, {bad_option, Key, Value, Expected}} = erlmcp_backpressure:set(Key, Value),
+              {error, {bad_option, Key, Value, Expected}} = erlmcp_native:set(Key, Value),
               [ ?assertNotEqual(nomatch, string:find(Expected, atom_to_list(Known))) || Known <- ?KEYS ],
               ?assertEqual(undefined, application:get_env(erlmcp_native, Key))
           end || {Key, Value} <- [{shards, 64}, {max_entries, 1}, {max_id_bytes, 1}, {same_pid, ok}, {admision, infinity}] ],
-    ?assertMatch({error, {bad_option, "admission", infinity, _}}, erlmcp_backpressure:set("admission", infinity)).
+    ?assertMatch({error, {bad_option, "admission", infinity, _}}, erlmcp_native:set("admission", infinity)).
 
 
-%% Some keys are applied together: none is if one of them is wrong.
+%% Some keys are applied together: none is if one of them is wrong. The application checks all of them when it
+%% starts, so that this is found without it.
 wrong_environment_of_another_key(_Config) ->
-    ok = application:start(erlmcp_native),
     _ = [ begin
               ok = application:set_env(erlmcp_native, Wrong, Value),
-              Before = {in_force(), erlmcp_backpressure:info(), application:get_all_env(erlmcp_native)},
-              _ = [ ?assertMatch({error, {bad_option, Wrong, Value, [_ | _]}}, erlmcp_backpressure:set(Key, ?C:default(Key)))
+              Before = {in_force(), maps:get(backpressure, erlmcp_native:info()), application:get_all_env(erlmcp_native)},
+              _ = [ ?assertMatch({error, {bad_option, Wrong, Value, [_ | _]}}, erlmcp_native:set(Key, ?C:default(Key)))
                     || Key <- ?KEYS, Key =/= Wrong ],
-              ?assertMatch({error, {bad_option, Wrong, Value, _}}, erlmcp_backpressure:set(backpressure, off)),
-              ?assertEqual(Before, {in_force(), erlmcp_backpressure:info(), application:get_all_env(erlmcp_native)}),
+              ?assertMatch({error, {bad_option, Wrong, Value, _}}, erlmcp_native:set(backpressure, off)),
+              ?assertEqual(Before, {in_force(), maps:get(backpressure, erlmcp_native:info()), application:get_all_env(erlmcp_native)}),
               %% Itself it can be put right.
-              ok = erlmcp_backpressure:set(Wrong, ?C:default(Wrong))
-          end || {Wrong, Value} <- [{token_bucket, [{capacity, 20_000}]},
-                                    {admission, [{threshold, 20_000}]},
-                                    {circuit_breaker, [{timeout_ms, 1}]}] ],
+              ok = erlmcp_native:set(Wrong, ?C:default(Wrong))
+          end || {Wrong, Value} <- [{token_bucket, [{capacity, 0}]},
+                                    {admission, unlimited},
+                                    {circuit_breaker, #{timeout => 1}}] ],
     ok.
 
 
@@ -236,7 +242,7 @@ in_registry_alone() ->
                     Routed = [ erlmcp_registry:route_to_server(s, t, N) || N <- lists:seq(1, 3000) ],
                     ok = gen_server:stop(erlmcp_registry),
                     _ = test_support:flush(),
-                    #{backpressure := Backpressure} = erlmcp_backpressure:info(),
+                    #{backpressure := #{backpressure := Backpressure}} = erlmcp_native:info(),
                     {Backpressure, lists:usort(Routed), in_force()}
             end,
     Defaults = #{token_bucket => {1000, 10000.0}, admission => infinity, circuit_breaker => {50, 10000, 10, 30000, 10}},
@@ -249,7 +255,7 @@ in_registry_alone() ->
     ok = application:set_env(erlmcp_native, token_bucket, infinity),
     {on, [ok], #{token_bucket := infinity}} = Route(),
     %% What cannot be changes nothing, and keeps nobody from working.
-    ok = application:set_env(erlmcp_native, token_bucket, [{capacity, 1}]),
+    ok = application:set_env(erlmcp_native, token_bucket, [{capacity, 0}]),
     {on, [ok], #{token_bucket := infinity}} = Route(),
     ok.
 
@@ -285,31 +291,6 @@ native_defaults_are_the_documented_ones(_Config) ->
 
 in_native_defaults() ->
     in_force().
-
-
-%% Limits that take months to fill use up the room for changes soon. In a node of its own, since there is
-%% no way back.
-too_many_changes_are_an_error_and_change_nothing(_Config) ->
-    ?assertEqual(ok, test_support:in_peer(?MODULE, in_too_many_changes)).
-
-
-in_too_many_changes() ->
-    {ok, _} = application:ensure_all_started(erlmcp_native),
-    Slow = fun(N) -> #{capacity => 4_294_967_295 - N rem 2, rate_per_second => 477} end,
-    Change = fun Change(N) when N < 10_000 ->
-                     case erlmcp_backpressure:set(token_bucket, Slow(N)) of
-                         ok -> Change(N + 1);
-                         Error -> {N, Error}
-                     end
-             end,
-    {N, {error, too_many_changes}} = Change(1),
-    true = N > 100,
-    Kept = Slow(N - 1),
-    {ok, Kept} = application:get_env(erlmcp_native, token_bucket),
-    {Capacity, 477.0} = erlmcp_nif:shared_limits(),
-    Capacity = maps:get(capacity, Kept),
-    {error, too_many_changes} = erlmcp_backpressure:set(token_bucket, Slow(N)),
-    ok.
 
 
 %%% Instruments

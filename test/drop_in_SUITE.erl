@@ -1,7 +1,8 @@
 %%% The promise of a drop-in, kept by hosts built from scratch: `host_app', an application in the
 %%% shape of erlmcp, gets the registry from `erlmcp_native' as a git dependency, in a release and
 %%% through `_checkouts', and a project that only depends on an erlmcp with a registry of its own
-%%% exchanges that for ours by `overrides'.
+%%% exchanges that for ours by `overrides'. And of the README's first steps in the project itself:
+%%% its shell and its reference.
 %%%
 %%% Everything happens in a temporary folder. The source is a commit, made there, of the project's
 %%% files as they are now. Hosts run in nodes of their own, which are not distributed and end with
@@ -20,6 +21,8 @@
 -export([init_per_testcase/2, end_per_testcase/2]).
 %% Builds
 -export([git_dependency_builds/1, release_builds/1, checkout_builds/1, overrides_build/1]).
+%% The project
+-export([shell_has_the_application/1, reference_is_of_the_application/1]).
 %% Any host
 -export([starts_in_order/1, registry_and_library_are_ours/1, pair_exchanges/1]).
 -export([broadcast_reaches_the_bound/1]).
@@ -42,7 +45,7 @@ suite() ->
 
 
 all() ->
-    [{group, git_dependency}, {group, release}, {group, checkout}, {group, overrides}].
+    [{group, git_dependency}, {group, release}, {group, checkout}, {group, overrides}, {group, project}].
 
 
 groups() ->
@@ -50,6 +53,7 @@ groups() ->
      {release, [sequence], [release_builds, {group, any_host}, {group, ends}]},
      {checkout, [sequence], [checkout_builds, {group, any_host}]},
      {overrides, [sequence], [overrides_build, {group, any_host}]},
+     {project, [], [shell_has_the_application, reference_is_of_the_application]},
      {any_host,
       [],
       [starts_in_order,
@@ -105,19 +109,25 @@ end_per_group(_Group, _Config) ->
 
 
 init_per_testcase(Case, Config) ->
-    case is_build(Case) of
+    case needs_no_node(Case) of
         true -> Config;
         false -> [{node, start_node(?config(host, Config), ?config(folder, Config))} | Config]
     end.
 
 
 end_per_testcase(Case, Config) ->
-    is_build(Case) orelse peer:stop(?config(node, Config)),
+    needs_no_node(Case) orelse peer:stop(?config(node, Config)),
     ok.
 
 
-is_build(Case) ->
-    lists:member(Case, [git_dependency_builds, release_builds, checkout_builds, overrides_build]).
+needs_no_node(Case) ->
+    lists:member(Case,
+                 [git_dependency_builds,
+                  release_builds,
+                  checkout_builds,
+                  overrides_build,
+                  shell_has_the_application,
+                  reference_is_of_the_application]).
 
 
 %%% Builds
@@ -213,6 +223,36 @@ make_consumer(Config, Folder, Erlmcp) ->
        {overrides, [Override]},
        {relx, [{release, {consumer, "0.1.0"}, [consumer]}, {include_src, false}]}]),
     write_terms(filename:join(Folder, "src/consumer.app.src"), [Application]).
+
+
+%%% The project
+
+
+%% What is written before the prompt is there is lost. Applications are started at the same time.
+shell_has_the_application(Config) ->
+    Deadline = erlang:monotonic_time(millisecond) + ?BUILD_MS,
+    Shell = open(?config(source, Config), "rebar3", ["shell"], rebar3_env(Config)),
+    ok = await_output(Shell, ["1> ", "Booted erlmcp_native"], [], Deadline),
+    true = port_command(Shell, "maps:with([application, registry_process], erlmcp_native:info()).\nhalt(0).\n"),
+    {0, Output} = collect(Shell, [], Deadline),
+    ?assertNotEqual({nomatch, Output}, {string:find(Output, "#{application => running,registry_process => undefined}"), Output}).
+
+
+%% Not of its tests and benchmarks, and of all its folders.
+reference_is_of_the_application(Config) ->
+    Source = ?config(source, Config),
+    rebar3(Config, Source, "edoc"),
+    Documented = [ filename:basename(File, ".html") || File <- filelib:wildcard("erlmcp_*.html", filename:join(Source, "doc")) ],
+    ?assertEqual([], [ Module || Module <- Documented, sources(Source, Module) =:= [] ]),
+    Pages = length(filelib:wildcard("*.html", filename:join(Source, "doc"))),
+    ?assertEqual(length(Documented) + length(["index", "modules-frame", "overview-summary"]), Pages),
+    Public = [ filename:basename(File, ".erl")
+               || File <- sources(Source, "*"), {ok, Text} <- [file:read_file(File)], binary:match(Text, <<"%%% @private">>) =:= nomatch ],
+    ?assertEqual([], Public -- Documented).
+
+
+sources(Folder, Module) ->
+    filelib:wildcard(filename:join([Folder, "erlang", "**", Module ++ ".erl"])).
 
 
 %%% Any host
@@ -553,25 +593,21 @@ commit(Folder) ->
 
 
 rebar3(Config, Folder, Task) ->
-    %% Its settings and caches are those of a new user.
-    Home = filename:join(?config(temporary, Config), "rebar3"),
-    Env = [{"CARGO_TARGET_DIR", ?config(cargo_target, Config)},
-           {"REBAR_GLOBAL_CONFIG_DIR", Home},
-           {"REBAR_CACHE_DIR", Home}],
-    _ = run(Folder, "rebar3", [Task], Env, ?BUILD_MS),
+    _ = run(Folder, "rebar3", [Task], rebar3_env(Config), ?BUILD_MS),
     ok.
+
+
+%% Its settings and caches are those of a new user.
+rebar3_env(Config) ->
+    Home = filename:join(?config(temporary, Config), "rebar3"),
+    [{"CARGO_TARGET_DIR", ?config(cargo_target, Config)},
+     {"REBAR_GLOBAL_CONFIG_DIR", Home},
+     {"REBAR_CACHE_DIR", Home}].
 
 
 %% The output of a program that has to succeed in time.
 run(Folder, Program, Arguments, Env, Timeout) ->
-    Port = open_port({spawn_executable, os:find_executable(Program)},
-                     [{args, Arguments},
-                      {cd, Folder},
-                      {env, clean_environment() ++ Env},
-                      exit_status,
-                      stderr_to_stdout,
-                      hide,
-                      binary]),
+    Port = open(Folder, Program, Arguments, Env),
     {os_pid, Pid} = erlang:port_info(Port, os_pid),
     {Status, Output} = collect(Port, [], erlang:monotonic_time(millisecond) + Timeout),
     Status =:= timeout andalso kill_tree(Pid),
@@ -582,6 +618,33 @@ run(Folder, Program, Arguments, Env, Timeout) ->
     end,
     ct:log("~ts ~tp in ~ts~n~ts", [Program, Arguments, Folder, Output]),
     Output.
+
+
+open(Folder, Program, Arguments, Env) ->
+    open_port({spawn_executable, os:find_executable(Program)},
+              [{args, Arguments},
+               {cd, Folder},
+               {env, clean_environment() ++ Env},
+               exit_status,
+               stderr_to_stdout,
+               hide,
+               binary]).
+
+
+await_output(Port, Parts, Before, Deadline) ->
+    receive
+        {Port, {data, Data}} ->
+            Output = Before ++ unicode:characters_to_list(Data),
+            case [ Part || Part <- Parts, string:find(Output, Part) =:= nomatch ] of
+                [] -> ok;
+                _ -> await_output(Port, Parts, Output, Deadline)
+            end;
+        {Port, {exit_status, Status}} ->
+            ct:fail({Status, Before})
+    after
+        max(0, Deadline - erlang:monotonic_time(millisecond)) ->
+            ct:fail({missing, Parts, Before})
+    end.
 
 
 collect(Port, Output, Deadline) ->

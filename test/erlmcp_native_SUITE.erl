@@ -61,8 +61,8 @@ end_per_testcase(_Case, _Config) ->
           || {Key, _} <- application:get_all_env(erlmcp_native) ],
     _ = [ erlmcp_shard_registry:unregister_connection(Id)
           || Shard <- lists:seq(0, 63), {Id, _} <- erlmcp_shard_registry:list_connections(Shard) ],
-    ok = erlmcp_backpressure:configure(),
-    ok = erlmcp_backpressure:admit_everything(),
+    ok = erlmcp_native_config:configure(),
+    ok = erlmcp_native_config:forget(),
     ok = erlmcp_circuit_breaker:force_close(),
     %% The mode of the next registry process.
     start_registry(),
@@ -121,22 +121,46 @@ load_again() ->
     start_registry(),
     Registry = whereis(erlmcp_registry),
     Supervisor = whereis(erlmcp_native_sup),
+    Processes = processes_of_the_application(),
     ok = erlmcp_shard_registry:register_connection(c, self(), #{}),
     ok = erlmcp_registry:register_server(s, self(), #{}),
     _ = [ begin
               {error, on_load_failure} = code:load_file(erlmcp_nif),
-              none = erlmcp_native_registry:load_error(),
+              none = erlmcp_registry_native:load_error(),
               ok = erlmcp_shard_manager:route_message(c, {message, N}),
               {ok, {_, #{}}} = erlmcp_registry:find_server(s),
               _ = code:soft_purge(erlmcp_nif)
           end || N <- [1, 2, 3] ],
     [{message, 1}, {message, 2}, {message, 3}] = test_support:flush(),
-    %% Longer than it takes for what would not work any more to be given up.
-    timer:sleep(1500),
+    %% What is done at intervals works still, by the processes of before. The first of it may have been under way.
+    ok = await_intervals(),
+    ok = await_intervals(),
+    Processes = processes_of_the_application(),
     Registry = whereis(erlmcp_registry),
     Supervisor = whereis(erlmcp_native_sup),
     ok = erlmcp_native:health(),
     ok = application:stop(erlmcp_native).
+
+
+%% Health, metrics and recovery have done once more what they do once a second.
+await_intervals() ->
+    Read = fun() ->
+                   [ets:lookup_element(erlmcp_shard_health, window, 2),
+                    ets:lookup_element(erlmcp_shard_metrics, measured_ms, 2),
+                    ets:lookup_element(erlmcp_shard_recovery, alive_us, 2)]
+           end,
+    Before = Read(),
+    IsNewer = fun({Now, Then}) -> Now > Then end,
+    test_support:await(fun() -> lists:all(IsNewer, lists:zip(Read(), Before)) end, ?DEADLINE_MS).
+
+
+processes_of_the_application() ->
+    #{shards := Shards} = erlmcp_shard_registry:limits(),
+    Managers = [ erlmcp_shard_sampler:name(Shard) || Shard <- lists:seq(0, Shards - 1) ],
+    [ {Name, Pid}
+      || Name <- [erlmcp_shard_health, erlmcp_shard_metrics, erlmcp_shard_recovery | Managers],
+         Pid <- [whereis(Name)],
+         is_pid(Pid) orelse error({not_there, Name}) ].
 
 
 info_is_complete(_Config) ->
@@ -170,7 +194,7 @@ i_prints_an_overview(_Config) ->
 explains_what_is_not_there(_Config) ->
     ok = start_for_explanations(),
     Shard = erlmcp_shard_registry:get_shard_id(nobody),
-    Unknown = #{registered => false, registry => native, shard => Shard, route => ok, decided_by => registry},
+    Unknown = #{registered => false, registry => native, routed_by => caller, shard => Shard, route => ok, decided_by => registry},
     ?assertEqual(#{connection => Unknown#{route := {error, not_found}}, server => Unknown, transport => Unknown},
                  erlmcp_native:explain(nobody)),
     %% The layers are asked for what is there.
@@ -216,7 +240,7 @@ explains_each_layer(_Config) ->
     ?assertEqual([ {{error, shard_overloaded}, admission} || _ <- [1, 2, 3] ], Decided()),
     ok = erlmcp_circuit_breaker:force_open(),
     ?assertEqual([ {{error, circuit_open}, circuit} || _ <- [1, 2, 3] ], Decided()),
-    ok = erlmcp_backpressure:set(backpressure, off),
+    ok = erlmcp_native:set(backpressure, off),
     ?assertEqual([ {ok, none} || _ <- [1, 2, 3] ], Decided()).
 
 
@@ -281,20 +305,20 @@ random_state(Ids) ->
             erlmcp_circuit_breaker:force_close();
         3 ->
             %% Open and over at once, or for long.
-            ok = erlmcp_backpressure:set(circuit_breaker, (circuit_settings())#{timeout_ms => one_of([0, 3_600_000])}),
+            ok = erlmcp_native:set(circuit_breaker, (circuit_settings())#{timeout_ms => one_of([0, 3_600_000])}),
             erlmcp_circuit_breaker:force_open();
         4 ->
             %% Half open, with one place left or none.
-            ok = erlmcp_backpressure:set(circuit_breaker, (circuit_settings())#{timeout_ms => 0}),
+            ok = erlmcp_native:set(circuit_breaker, (circuit_settings())#{timeout_ms => 0}),
             ok = erlmcp_circuit_breaker:force_open(),
             true = erlmcp_circuit_breaker:allow_test_request(),
-            ok = erlmcp_backpressure:set(circuit_breaker, (circuit_settings())#{timeout_ms => 3_600_000}),
+            ok = erlmcp_native:set(circuit_breaker, (circuit_settings())#{timeout_ms => 3_600_000}),
             _ = one_of([true, false]) andalso erlmcp_circuit_breaker:allow_test_request(),
             ok;
         5 ->
-            erlmcp_backpressure:set(circuit_breaker, one_of([off, circuit_settings()]));
+            erlmcp_native:set(circuit_breaker, one_of([off, circuit_settings()]));
         6 ->
-            erlmcp_backpressure:set(backpressure, one_of([on, on, off]));
+            erlmcp_native:set(backpressure, one_of([on, on, off]));
         7 ->
             erlmcp_admission_control:set_threshold(erlmcp_shard_registry:get_shard_id(Id), one_of([1, 3, 1000, infinity]));
         8 ->
@@ -305,7 +329,7 @@ random_state(Ids) ->
             _ = erlmcp_token_bucket:consume(Id, 1),
             ok;
         11 ->
-            erlmcp_backpressure:set(token_bucket, one_of([infinity, #{capacity => 3, rate_per_second => ?SLOW}]))
+            erlmcp_native:set(token_bucket, one_of([infinity, #{capacity => 3, rate_per_second => ?SLOW}]))
     end.
 
 
@@ -317,7 +341,7 @@ one_of(List) ->
 traces(Ids) ->
     Shards = lists:seq(0, 63),
     #{
-      circuit => maps:without([since_ms], erlmcp_circuit_breaker_node:stats()),
+      circuit => maps:without([since_ms], erlmcp_circuit_breaker:node_stats()),
       shards => [ {Depth, Threshold, Admitted, IsOverloaded}
                   || Shard <- Shards, {Depth, Threshold, Admitted, IsOverloaded, _Age} <- [erlmcp_nif:admission_stats(Shard)] ],
       refused => [ erlmcp_nif:refused(Shard) || Shard <- Shards ],
@@ -399,7 +423,7 @@ explains_in_every_mode(_Config) ->
     %% Without buckets, where the native registry has no transports.
     ok = erlmcp_rollout:set(current),
     #{transport := Entry} = erlmcp_native:explain(1),
-    ?assertEqual([binding, config_bytes, decided_by, pid, registered, registry, route, shard], lists:sort(maps:keys(Entry))),
+    ?assertEqual([binding, config_bytes, decided_by, pid, registered, registry, route, routed_by, shard], lists:sort(maps:keys(Entry))),
     ?assertEqual({ok, 1}, maps:get(binding, Entry)).
 
 
@@ -418,7 +442,7 @@ agree(Mode, Ids) ->
                           end || {Namespace, Entry} <- [{server, Server}, {transport, Transport}] ],
                     ?assertEqual(maps:get(registry, Server), maps:get(registry, Transport)),
                     case Server of
-                        #{registered := true, registry := native} -> 1;
+                        #{registered := true, routed_by := caller} -> 1;
                         _ -> 0
                     end
                 end || Id <- Ids ]).

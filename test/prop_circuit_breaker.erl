@@ -1,7 +1,7 @@
 %%% The named circuit breaker against a model, by random histories of calls, some of which run while
 %%% others come and go, with resets, forced states, killed callers, and the end of the open state.
 %%%
-%%% Time. The breaker's own timeout is an hour; the history fires its timer where it likes.
+%%% Time. The breaker's own timeout is an hour; the history ends it where it likes.
 %%%
 %%% Model. The state, the outcomes since the last time that it was closed, and the calls that run.
 %%% Every figure is computed from lists of outcomes when it is asked for.
@@ -163,8 +163,7 @@ perform({kill, W}, Breaker, Workers, #model{running = Running}) when is_map_key(
     exit(Pid, kill),
     {none, Workers#{W := spawn_link(fun() -> worker(Breaker) end)}};
 perform(elapse, Breaker, Workers, #model{state = open}) ->
-    [Timer] = [ T || T <- tuple_to_list(sys:get_state(Breaker)), is_reference(T), erlang:read_timer(T) =/= false ],
-    Breaker ! {timeout, Timer, half_open},
+    ok = erlmcp_circuit_breaker:force_half_open(Breaker),
     {none, Workers};
 perform(Force, Breaker, Workers, _Model) when Force =:= reset; Force =:= force_open; Force =:= force_close ->
     {erlmcp_circuit_breaker:Force(Breaker), Workers};

@@ -1,5 +1,5 @@
-%%% Stateful properties of the registry: one model, run unchanged against the native registry
-%%% (`erlmcp_registry') and the one in pure Erlang (`erlmcp_registry_classic').
+%%% Stateful properties of the registry: one model, run unchanged against `erlmcp_registry' with the native
+%%% store (`native'), with the one in pure Erlang (`classic'), and while it switches between them.
 %%%
 %%% Model. A map of entries, a map of bindings, and the messages that every process is owed. It
 %%% states the contract of erlmcp's registry and knows nothing of how a registry is built.
@@ -132,7 +132,6 @@
 %% may be switched all the time.
 -type face() :: requests | functions | switching.
 -type world() :: #{
-                   module := module(),
                    face := requests | functions,
                    registry := pid(),
                    processes := #{name() => {pid(), reference()}},
@@ -166,23 +165,23 @@
 %%%=============================================================================
 
 
-prop_sequential_native() -> sequential(erlmcp_registry, face()).
+prop_sequential_native() -> sequential('100x', face()).
 
 
-prop_sequential_classic() -> sequential(erlmcp_registry_classic, face()).
+prop_sequential_classic() -> sequential(current, face()).
 
 
 %% While one switch of the rollout follows the other.
-prop_sequential_switching() -> sequential(erlmcp_registry, switching).
+prop_sequential_switching() -> sequential('100x', switching).
 
 
-prop_parallel_switching() -> parallel(erlmcp_registry, switching).
+prop_parallel_switching() -> parallel('100x', switching).
 
 
-prop_parallel_native() -> parallel(erlmcp_registry, face()).
+prop_parallel_native() -> parallel('100x', face()).
 
 
-prop_parallel_classic() -> parallel(erlmcp_registry_classic, face()).
+prop_parallel_classic() -> parallel(current, face()).
 
 
 %% The outcomes that the last property made should have met and has not.
@@ -192,17 +191,17 @@ unseen() ->
     [ Outcome || Outcome <- Wanted, counters:get(Counters, position(Outcome)) =:= 0 ].
 
 
-sequential(Module, AnyFace) ->
+sequential(Mode, AnyFace) ->
     expect(?SEQUENTIAL_OUTCOMES),
     ?FORALL(Ids,
             ids(?SEQUENTIAL_IDS),
             ?FORALL({Face, Commands},
                     {AnyFace, commands(?MODULE, #state{ids = Ids})},
                     judged(Commands,
-                           in_world(Module, Face, sequential_run(Commands))))).
+                           in_world(Mode, Face, sequential_run(Commands))))).
 
 
-parallel(Module, AnyFace) ->
+parallel(Registry, AnyFace) ->
     expect(?PARALLEL_OUTCOMES),
     ?FORALL({Mode, Ids},
             {elements([deliveries, ends]), ids(?PARALLEL_IDS)},
@@ -210,7 +209,7 @@ parallel(Module, AnyFace) ->
                     {AnyFace, parallel_commands(?MODULE, #state{mode = Mode, ids = Ids})},
                     judged(Commands,
                            repeated(?PARALLEL_RUNS,
-                                    fun() -> in_world(Module, Face, parallel_run(Commands)) end)))).
+                                    fun() -> in_world(Registry, Face, parallel_run(Commands)) end)))).
 
 
 sequential_run([{init, #state{ids = Ids} = Initial} | _] = Commands) ->
@@ -877,8 +876,8 @@ settle(_World) -> ok.
 %%% The two faces of a registry
 
 
-request(#{face := functions, module := Module} = World, Name, Arguments) ->
-    attempt(World, fun() -> apply(Module, Name, Arguments) end);
+request(#{face := functions} = World, Name, Arguments) ->
+    attempt(World, fun() -> apply(erlmcp_registry, Name, Arguments) end);
 request(#{face := requests, registry := Registry} = World, Name, []) ->
     attempt(World, fun() -> gen_server:call(Registry, Name) end);
 request(#{face := requests, registry := Registry} = World, Name, Arguments) ->
@@ -974,10 +973,10 @@ name_of(Process, #{processes := Processes}) ->
 
 %% An exception is a failure like any other, with its reason: this PropEr cannot report one on
 %% later versions of OTP.
--spec in_world(module(), face(), fun((world()) -> run())) -> run().
-in_world(Module, Face, Run) ->
+-spec in_world(erlmcp_rollout:mode(), face(), fun((world()) -> run())) -> run().
+in_world(Mode, Face, Run) ->
     try
-        World = start(Module, Face),
+        World = start(Mode, Face),
         try
             Run(World)
         after
@@ -994,17 +993,16 @@ in_world(Module, Face, Run) ->
     end.
 
 
--spec start(module(), face()) -> world().
-start(Module, switching) ->
-    World = start(Module, functions),
+-spec start(erlmcp_rollout:mode(), face()) -> world().
+start(Mode, switching) ->
+    World = start(Mode, functions),
     World#{switcher => start_switcher()};
-start(Module, Face) ->
+start(Mode, Face) ->
     Processes = maps:from_list([ {Name, spawn_monitor(fun() -> record([]) end)}
                                  || Name <- ?NAMES ]),
     #{
-      module => Module,
       face => Face,
-      registry => start_registry(Face, Module),
+      registry => start_registry(Face, Mode),
       processes => Processes,
       bystander => start_bystander([ Process || {Process, _} <- maps:values(Processes) ]),
       owner => self(),
@@ -1012,12 +1010,16 @@ start(Module, Face) ->
      }.
 
 
-start_registry(requests, Module) ->
-    {ok, Registry} = gen_server:start(Module, [], []),
+start_registry(requests, Mode) ->
+    ok = erlmcp_rollout:set(Mode),
+    {ok, Registry} = gen_server:start(erlmcp_registry, [], []),
     Registry;
-start_registry(functions, Module) ->
-    {ok, Registry} = Module:start_link(),
+start_registry(functions, Mode) ->
+    ok = erlmcp_rollout:set(Mode),
+    {ok, Registry} = erlmcp_registry:start_link(),
     true = unlink(Registry),
+    %% The process switches after its start.
+    ok = erlmcp_rollout:set(Mode),
     Registry.
 
 
@@ -1036,11 +1038,6 @@ switch(Random0) ->
             Modes = {current, {percent, 0}, {percent, 30}, {percent, 70}, {percent, 100}, '100x'},
             {Nth, Random} = rand:uniform_s(tuple_size(Modes), Random0),
             ok = erlmcp_rollout:set(element(Nth, Modes)),
-            %% Only this process switches. What was copied has been kept equal since.
-            case erlmcp_rollout:status() of
-                #{last_switch := none} -> ok;
-                #{last_switch := #{repaired := 0}} -> ok
-            end,
             switch(Random)
     end.
 

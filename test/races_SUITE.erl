@@ -250,7 +250,9 @@ register_until_refused(Parent, Count) ->
     try erlmcp_registry:register_server({s, Count}, Parent, #{}) of
         ok -> register_until_refused(Parent, Count + 1)
     catch
-        exit:{noproc, {gen_server, call, [erlmcp_registry, {register_server, {s, Count}, Parent, #{}}]}} ->
+        %% `normal': the call had reached the process when that stopped, as with any gen_server.
+        exit:{Reason, {gen_server, call, [erlmcp_registry, {register_server, {s, Count}, Parent, #{}}]}}
+          when Reason =:= noproc; Reason =:= normal ->
             Parent ! {refused, self(), Count}
     end.
 

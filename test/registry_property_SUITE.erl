@@ -38,6 +38,10 @@ init_per_suite(Config) ->
 
 
 end_per_suite(Config) ->
+    ok = erlmcp_rollout:set('100x'),
+    {ok, Registry} = gen_server:start({local, erlmcp_registry}, erlmcp_registry, [], []),
+    ok = erlmcp_rollout:set('100x'),
+    ok = gen_server:stop(Registry),
     ok = logger:set_primary_config(level, proplists:get_value(logger_level, Config)).
 
 

@@ -49,14 +49,6 @@
 -define(SLOW,  1 / 3600).
 -define(SHARD, 5).
 %% Not over within a case.
--define(CIRCUIT,
-        #{
-          failure_threshold => 5,
-          window_ms => 60_000,
-          success_threshold => 3,
-          timeout_ms => 100,
-          probe_limit => 2
-         }).
 
 
 suite() ->
@@ -104,15 +96,14 @@ init_per_testcase(_Case, Config) ->
     ok = application:start(erlmcp_native),
     {ok, Registry} = gen_server:start({local, erlmcp_registry}, erlmcp_registry, [], []),
     _ = erlmcp_nif:breaker_set(closed),
-    IsSampled = fun(Shard) -> maps:get(sample_age_ms, ?A:get_shard_stats(Shard)) =/= infinity end,
-    test_support:await(fun() -> lists:all(IsSampled, lists:seq(0, 63)) end),
+    ok = test_support:await_samplers(),
     [{registry, Registry} | Config].
 
 
 end_per_testcase(_Case, Config) ->
     ok = gen_server:stop(proplists:get_value(registry, Config)),
     _ = [ application:unset_env(erlmcp_native, Key) || Key <- [backpressure, token_bucket, admission, circuit_breaker] ],
-    ok = erlmcp_backpressure:configure(),
+    ok = erlmcp_native_config:configure(),
     _ = erlmcp_nif:breaker_set(closed),
     ok = application:stop(erlmcp_native),
     _ = [ erlmcp_shard_registry:unregister_connection(Id)
@@ -177,9 +168,9 @@ route_batch(_Config) ->
     ?assertEqual(Messages, test_support:flush()).
 
 
-%% Of all lengths around the slices that it is cut into.
+%% Of all lengths around the slices that it is cut into, and the groups that are looked up together.
 route_batch_of_thousands(_Config) ->
-    ok = erlmcp_backpressure:set(token_bucket, infinity),
+    ok = erlmcp_native:set(token_bucket, infinity),
     Self = self(),
     Pids = list_to_tuple([ spawn_link(fun() -> forward(Self) end) || _ <- lists:seq(1, 7) ]),
     _ = [ ok = erlmcp_shard_registry:register_connection({c, N}, element(N, Pids), #{}) || N <- lists:seq(1, 7) ],
@@ -192,7 +183,7 @@ route_batch_of_thousands(_Config) ->
                                          forwarded(element(Of, Pids)))
                             || Of <- lists:seq(1, 7) ]
                   end,
-                  [1, 255, 256, 257, 511, 512, 513, 10_000]).
+                  [1, 15, 16, 17, 255, 256, 257, 511, 512, 513, 10_000]).
 
 
 %% The bucket has two tokens, and the third and fourth message are refused in the middle.
@@ -239,8 +230,8 @@ wrong_batches_send_nothing(_Config) ->
 
 %% Single messages and batches of one sender, beside other senders.
 order_of_one_sender(_Config) ->
-    ok = erlmcp_backpressure:set(token_bucket, infinity),
-    ok = erlmcp_backpressure:set(admission, infinity),
+    ok = erlmcp_native:set(token_bucket, infinity),
+    ok = erlmcp_native:set(admission, infinity),
     Receiver = spawn_link(fun() -> check_order(#{}) end),
     ok = erlmcp_shard_registry:register_connection(c, Receiver, #{}),
     ok = ?R:register_server(c, Receiver, #{}),
@@ -336,7 +327,7 @@ open_circuit(_Config) ->
 
 
 half_open() ->
-    ok = erlmcp_backpressure:set(circuit_breaker, ?CIRCUIT),
+    ok = erlmcp_native:set(circuit_breaker, circuit()),
     _ = erlmcp_nif:breaker_set(open),
     test_support:await_value(half_open, fun erlmcp_nif:breaker_state/0).
 
@@ -359,7 +350,7 @@ probes_that_are_admitted_close_it(_Config) ->
 %% Of two changes by one message both are told, in their order.
 probe_that_closes_it_at_once(_Config) ->
     ok = erlmcp_shard_registry:register_connection(c, self(), #{}),
-    ok = erlmcp_backpressure:set(circuit_breaker, ?CIRCUIT#{success_threshold => 1, timeout_ms => 0}),
+    ok = erlmcp_native:set(circuit_breaker, (circuit())#{success_threshold => 1, timeout_ms => 0}),
     _ = erlmcp_nif:breaker_set(open),
     {Pid, Events} = erlmcp_nif:route_connection(c),
     ?assertEqual(self(), Pid),
@@ -376,7 +367,7 @@ probe_that_its_shard_refuses(_Config) ->
     ?assertEqual(open, erlmcp_nif:breaker_state()),
     ?assertEqual({error, circuit_open}, ?M:route_message(c, 2)),
     %% As the first probe too.
-    timer:sleep(150),
+    ok = test_support:await_value(half_open, fun() -> erlmcp_nif:breaker_state() end),
     ?assertEqual({error, shard_overloaded}, ?M:route_message(Id, x)),
     ?assertEqual(open, erlmcp_nif:breaker_state()),
     end_all(Receivers).
@@ -399,7 +390,7 @@ probe_that_is_rate_limited(_Config) ->
 
 %% Each shard that enters overload is a failure.
 overload_of_many_shards_opens_it(_Config) ->
-    ok = erlmcp_backpressure:set(circuit_breaker, ?CIRCUIT#{timeout_ms => 60_000}),
+    ok = erlmcp_native:set(circuit_breaker, (circuit())#{timeout_ms => 60_000}),
     Receivers = lists:append([ overloaded(Shard) || Shard <- lists:seq(0, 3) ]),
     ?assertMatch(#{state := closed, failures := 4}, erlmcp_nif:breaker_stats()),
     More = overloaded(4),
@@ -409,8 +400,8 @@ overload_of_many_shards_opens_it(_Config) ->
 
 %% However often it is refused, and however often it comes and goes within a second.
 overload_of_one_shard_does_not_open_it(_Config) ->
-    ok = erlmcp_backpressure:set(circuit_breaker, ?CIRCUIT),
-    ok = erlmcp_backpressure:set(admission, #{threshold => 20, sample_interval_ms => 10}),
+    ok = erlmcp_native:set(circuit_breaker, circuit()),
+    ok = erlmcp_native:set(admission, #{threshold => 20, sample_interval_ms => 10}),
     Receivers = [{Id, _} | _] = receivers(?SHARD, 1),
     ok = ?B:set_limits(Id, infinity),
     Began = now_ms(),
@@ -477,14 +468,14 @@ transports_pay_for_requests(_Config) ->
     %% A message that goes nowhere costs nothing.
     ok = ?B:set_limits(transport, t2, default),
     ok = ?R:route_to_server(unknown, t2, x),
-    timer:sleep(150),
-    ?assertMatch(#{tokens := 1000}, ?B:get_state(transport, t2)),
+    Tokens = fun() -> maps:get(tokens, ?B:get_state(transport, t2)) end,
+    ok = test_support:await_value(1000, Tokens),
     ?assertEqual([], test_support:flush()).
 
 
 %% Three messages each; together they are far more than any one of them may send.
 thousands_of_transports_of_one_server(_Config) ->
-    ok = erlmcp_backpressure:set(token_bucket, #{capacity => 2, rate_per_second => ?SLOW}),
+    ok = erlmcp_native:set(token_bucket, #{capacity => 2, rate_per_second => ?SLOW}),
     ok = ?R:register_server(s, self(), #{}),
     Ids = [ <<"transport ", N:32>> || N <- lists:seq(1, 3000) ],
     _ = [ ok = ?R:register_transport(Id, self(), #{server_id => s}) || Id <- Ids ],
@@ -552,22 +543,22 @@ backpressure_off(_Config) ->
              end,
     ?assertEqual([{error, circuit_open}], lists:usort(Routes())),
     Before = queue(Pid),
-    ok = erlmcp_backpressure:set(backpressure, off),
+    ok = erlmcp_native:set(backpressure, off),
     ?assertEqual([ok], lists:usort(lists:append([ Routes() || _ <- lists:seq(1, 500) ]))),
     ?assertEqual(Before + 8 * 500, queue(Pid)),
     ?assertEqual(ok, ?A:check_admission(?SHARD)),
     %% Other settings are noted and not in force.
-    ok = erlmcp_backpressure:set(admission, #{threshold => 1}),
-    ok = erlmcp_backpressure:set(token_bucket, #{capacity => 1, rate_per_second => ?SLOW}),
-    ok = erlmcp_backpressure:set(circuit_breaker, ?CIRCUIT),
+    ok = erlmcp_native:set(admission, #{threshold => 1}),
+    ok = erlmcp_native:set(token_bucket, #{capacity => 1, rate_per_second => ?SLOW}),
+    ok = erlmcp_native:set(circuit_breaker, circuit()),
     _ = erlmcp_nif:breaker_set(open),
     ?assertEqual([ok], lists:usort(lists:append([ Routes() || _ <- lists:seq(1, 100) ]))),
     ?assertEqual({error, not_found}, ?M:route_message(unknown, x)),
     %% And on again, with all that.
-    ok = erlmcp_backpressure:set(backpressure, on),
+    ok = erlmcp_native:set(backpressure, on),
     ?assertMatch(#{threshold := 1}, ?A:get_shard_stats(?SHARD)),
     test_support:await(fun() -> ?M:route_message(Id, x) =:= {error, shard_overloaded} end),
-    ?assertMatch({error, {bad_option, backpressure, sometimes, _}}, erlmcp_backpressure:set(backpressure, sometimes)),
+    ?assertMatch({error, {bad_option, backpressure, sometimes, _}}, erlmcp_native:set(backpressure, sometimes)),
     end_all(Receivers).
 
 
@@ -613,11 +604,11 @@ in_without_application() ->
     Results = [ ?M:route_message(c, x) || _ <- lists:seq(1, 3000) ],
     true = lists:member({error, rate_limited}, Results),
     %% The same settings can be changed.
-    ok = erlmcp_backpressure:set(token_bucket, infinity),
+    ok = erlmcp_native:set(token_bucket, infinity),
     [ok] = lists:usort([ ?M:route_message(c, x) || _ <- lists:seq(1, 3000) ]),
-    ok = erlmcp_backpressure:set(admission, #{threshold => 10}),
+    ok = erlmcp_native:set(admission, #{threshold => 10}),
     [ok] = lists:usort([ ?M:route_message(c, x) || _ <- lists:seq(1, 3000) ]),
-    ok = erlmcp_backpressure:set(backpressure, off),
+    ok = erlmcp_native:set(backpressure, off),
     [ok] = lists:usort([ ?M:route_message(c, x) || _ <- lists:seq(1, 3000) ]),
     ok.
 
@@ -725,3 +716,13 @@ forwarded(Pid) ->
 
 now_ms() ->
     erlang:monotonic_time(millisecond).
+
+
+circuit() ->
+    #{
+      failure_threshold => 5,
+      window_ms => 60_000,
+      success_threshold => 3,
+      timeout_ms => 100,
+      probe_limit => 2
+     }.

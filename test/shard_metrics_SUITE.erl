@@ -57,8 +57,9 @@ end_per_suite(_Config) ->
 %% The application stays, since the first measurement takes a second.
 init_per_testcase(_Case, Config) ->
     {ok, _} = application:ensure_all_started(erlmcp_native),
-    ok = erlmcp_backpressure:set(token_bucket, infinity),
-    ok = erlmcp_backpressure:set(admission, #{threshold => 1_000_000, sample_interval_ms => 50}),
+    ok = erlmcp_native:set(token_bucket, infinity),
+    ok = erlmcp_native:set(admission, #{threshold => 1_000_000, sample_interval_ms => 50}),
+    ok = test_support:await_samplers(),
     {ok, Registry} = gen_server:start({local, erlmcp_registry}, erlmcp_registry, [], []),
     test_support:await(fun() -> is_map(?M:get()) end, ?DEADLINE_MS),
     [{registry, Registry} | Config].
@@ -71,7 +72,7 @@ end_per_testcase(_Case, Config) ->
               Pid =:= self() orelse exit(Pid, kill)
           end || Shard <- shards(), {Id, {Pid, _}} <- erlmcp_shard_registry:list_connections(Shard) ],
     _ = [ application:unset_env(erlmcp_native, Key) || Key <- [admission, token_bucket, circuit_breaker, backpressure] ],
-    ok = erlmcp_backpressure:configure(),
+    ok = erlmcp_native_config:configure(),
     erlmcp_circuit_breaker:force_close().
 
 
@@ -152,9 +153,9 @@ rates_of_a_known_load(_Config) ->
     %% Exactly, by the counts.
     ?assertEqual(Sent, maps:get(admitted, hd(Last)) - maps:get(admitted, Before)),
     %% A whole second under load, and nobody else: the rate of the node is that of the shard.
-    #{messages_per_second := Rate, messages_per_second_of_shards := OfShards} = lists:nth(3, Metrics),
+    {Rate, OfShards} = lists:max([ {R, S} || #{messages_per_second := R, messages_per_second_of_shards := S} <- Metrics ]),
     ?assertEqual(#{?SHARD => Rate}, OfShards),
-    ?assert(Rate > 0 andalso Rate =< 4_000, Rate),
+    ?assert(Rate > 0, Rate),
     %% And it ends.
     ?assertMatch([#{messages_per_second := 0}], measurements(1)).
 
@@ -164,14 +165,15 @@ rates_of_shards(_Config) ->
     Load = [ {Shard, hd(ids(Shard, 1)), Number} || {Shard, Number} <- [{0, 100}, {?SHARD, 3_000}, {63, 700}] ],
     _ = [ ok = erlmcp_shard_registry:register_connection(Id, Receiver, #{}) || {_, Id, _} <- Load ],
     [Before] = measurements(1),
-    _ = [ ok = erlmcp_shard_manager:route_message(Id, x) || {_, Id, Number} <- Load, _ <- lists:seq(1, Number) ],
-    %% All within one or two intervals.
-    Metrics = measurements(2),
+    Metrics = measured_while(fun() ->
+                                     [ ok = erlmcp_shard_manager:route_message(Id, x)
+                                       || {_, Id, Number} <- Load, _ <- lists:seq(1, Number) ]
+                             end),
     Told = fun(Shard) ->
                    lists:sum([ maps:get(Shard, Rates, 0) * Ms / 1000
                                || #{messages_per_second_of_shards := Rates, interval_ms := Ms} <- Metrics ])
            end,
-    _ = [ ?assert(abs(Told(Shard) - Number) =< 0.01 * Number + 2, {Shard, Told(Shard), Number}) || {Shard, _, Number} <- Load ],
+    _ = [ ?assert(abs(Told(Shard) - Number) =< 0.01 * Number + 1 + length(Metrics), {Shard, Told(Shard), Number}) || {Shard, _, Number} <- Load ],
     ?assertEqual([0, ?SHARD, 63],
                  lists:usort([ Shard || #{messages_per_second_of_shards := Rates} <- Metrics, Shard <- maps:keys(Rates) ])),
     ?assertEqual(3_800, maps:get(admitted, lists:last(Metrics)) - maps:get(admitted, Before)).
@@ -237,7 +239,7 @@ shard_overloaded_is_counted(_Config) ->
 
 
 rate_limited_is_counted(_Config) ->
-    ok = erlmcp_backpressure:set(token_bucket, #{capacity => 10, rate_per_second => ?SLOW}),
+    ok = erlmcp_native:set(token_bucket, #{capacity => 10, rate_per_second => ?SLOW}),
     ok = erlmcp_shard_registry:register_connection(c, receiver(), #{}),
     ok = erlmcp_registry:register_server(s, receiver(), #{}),
     ok = erlmcp_registry:register_transport(t, receiver(), #{}),
@@ -249,7 +251,7 @@ rate_limited_is_counted(_Config) ->
 
 
 refusals_of_batches(_Config) ->
-    ok = erlmcp_backpressure:set(token_bucket, #{capacity => 10, rate_per_second => ?SLOW}),
+    ok = erlmcp_native:set(token_bucket, #{capacity => 10, rate_per_second => ?SLOW}),
     ok = erlmcp_shard_registry:register_connection(c, receiver(), #{}),
     TooLong = binary:copy(<<"x">>, 65_536),
     Batch = lists:append([ [{c, x}, {{nobody, N}, x}] || N <- lists:seq(1, 1000) ]) ++ [{TooLong, x}],
@@ -322,23 +324,33 @@ percentiles(Values) ->
                      || {Key, P} <- [{p50, 50}, {p95, 95}, {p99, 99}] ]).
 
 
-%% 1,000 messages a second, and 100 of them wait: each for 100 ms, give or take what a busy machine does.
-%% Mailboxes are sampled when half of the threshold is used up, several times a second.
+%% Those of the last samples of the shards with traffic, whatever has been sampled.
 latencies(_Config) ->
-    [Id] = ids(?SHARD, 1),
-    ok = erlmcp_admission_control:set_threshold(?SHARD, 400),
-    Slow = spawn(fun() -> leaving(100) end),
-    ok = erlmcp_shard_registry:register_connection(Id, Slow, #{}),
-    Sender = spawn_link(fun() -> paced(Id, 10, 10, now_ms(), 0) end),
-    Metrics = measurements(3),
-    Sender ! {stop, self()},
-    receive {sent, Sender, _} -> ok end,
-    #{latency_us := #{p50 := P50, p95 := P95, p99 := P99}} = lists:last(Metrics),
-    ct:log("~p us", [{P50, P95, P99}]),
-    ?assert(P50 > 10_000 andalso P50 < 2_000_000, P50),
-    ?assert(P95 >= P50 andalso P99 >= P95),
-    %% Shards without traffic have none.
-    test_support:await(fun() -> maps:get(latency_us, ?M:get()) =:= #{p50 => 0, p95 => 0, p99 => 0} end, ?DEADLINE_MS).
+    Samples = [{0, lists:seq(100, 199)}, {?SHARD, lists:seq(1, 99)}, {63, [1_000_000]}],
+    Shards = [ Shard || {Shard, _} <- Samples ],
+    [First, Second, _] = Ids = [ hd(ids(Shard, 1)) || Shard <- Shards ],
+    _ = [ ok = erlmcp_shard_registry:register_connection(Id, receiver(), #{}) || Id <- Ids ],
+    %% The managers would sample too.
+    _ = [ ok = supervisor:terminate_child(erlmcp_shard_sup, Shard) || Shard <- Shards ],
+    try
+        _ = [ ok = erlmcp_shard_sampler:insert(Shard, 1, LatenciesUs) || {Shard, LatenciesUs} <- Samples ],
+        ?assertEqual(#{p50 => 50, p95 => 95, p99 => 99}, latency_of_traffic_to([Second])),
+        ?assertEqual(#{p50 => 100, p95 => 190, p99 => 198}, latency_of_traffic_to([First, Second])),
+        %% Shards without traffic have none.
+        ?assertEqual(#{p50 => 0, p95 => 0, p99 => 0}, latency_of_traffic_to([]))
+    after
+        [ {ok, _} = supervisor:restart_child(erlmcp_shard_sup, Shard) || Shard <- Shards ]
+    end.
+
+
+%% All of it is in one measurement.
+latency_of_traffic_to(Ids) ->
+    ok = sys:suspend(?M),
+    Before = ?M:get(),
+    _ = [ ok = erlmcp_shard_manager:route_message(Id, x) || Id <- Ids ],
+    ok = sys:resume(?M),
+    #{latency_us := Latency} = next_measurement(Before),
+    Latency.
 
 
 %%% The process
@@ -449,9 +461,37 @@ measurements(Number) ->
 
 
 next_measurement() ->
-    Before = ?M:get(),
+    next_measurement(?M:get()).
+
+
+next_measurement(Before) ->
     test_support:await(fun() -> Before =/= ?M:get() andalso is_map(?M:get()) end, ?DEADLINE_MS),
     ?M:get().
+
+
+%% Those of the time in which the fun runs, however long that is.
+measured_while(Fun) ->
+    Before = ?M:get(),
+    Recorder = spawn_opt(fun() -> record(Before, []) end, [link, {priority, high}]),
+    _ = Fun(),
+    Recorder ! {stop, self()},
+    receive {recorded, Recorder, Metrics} -> Metrics end.
+
+
+record(Last, Metrics) ->
+    {Now, Sofar} = case ?M:get() of
+                       Last -> {Last, Metrics};
+                       New -> {New, [New | Metrics]}
+                   end,
+    receive
+        {stop, From} ->
+            %% The next one may have been taken before the end, the one after that was not.
+            Next = next_measurement(Now),
+            From ! {recorded, self(), lists:reverse([next_measurement(Next), Next | Sofar])}
+    after
+        1 ->
+            record(Now, Sofar)
+    end.
 
 
 ids(Shard, Number) ->
@@ -460,14 +500,6 @@ ids(Shard, Number) ->
 
 receiver() ->
     spawn(fun Loop() -> receive _ -> Loop() end end).
-
-
-%% Takes what is there, but for so many messages.
-leaving(Number) ->
-    timer:sleep(5),
-    {message_queue_len, Length} = process_info(self(), message_queue_len),
-    _ = [ receive x -> ok end || _ <- lists:seq(1, max(0, Length - Number)) ],
-    leaving(Number).
 
 
 %% So many every so many milliseconds; what is late is made up for.

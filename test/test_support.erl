@@ -1,12 +1,15 @@
 %%% What several suites need and none of them is about: functions that run in a node of their own, waiting
-%%% for what becomes true, the end of processes, and what the environment says.
+%%% for what becomes true, processes and their end, and what the environment says.
 -module(test_support).
 
 -include_lib("stdlib/include/assert.hrl").
 
--export([in_peer/2, in_peer/4, start_peer/2]).
+-export([in_peer/2, in_peer/4, start_peer/2, freeze/1, thaw/1]).
 -export([await/1, await/2, await_value/2, await_value/3]).
--export([kill/1, await_end/1, flush/0, sleep_until/1]).
+-export([await_samplers/0]).
+-export([process/0, stop/1, in_process/1, on_every_scheduler/1]).
+-export([kill/1, await_end/1, await_received/3, flush/0, sleep_until/1, result/1]).
+-export([shown_error/1]).
 -export([positive_integer/2, seed/1]).
 
 %% flags are arguments of the emulator; timeout_ms is for the function and not for the start of its node.
@@ -46,6 +49,26 @@ start_peer(Module, Options) ->
                                    wait_boot => ?BOOT_MS,
                                    args => maps:get(args, Options, []) ++ ["-pa" | Paths ++ Own]
                                   }).
+
+
+%% Stops all threads of an operating system process. The signal alone stops each as it is scheduled next, which
+%% takes a busy machine many milliseconds.
+-spec freeze(OsPid :: string()) -> ok.
+freeze(OsPid) ->
+    "" = os:cmd("kill -STOP " ++ OsPid),
+    await(fun() -> lists:all(fun is_stopped/1, filelib:wildcard("/proc/" ++ OsPid ++ "/task/*/stat")) end).
+
+
+%% By the state, the first field after the name of the thread, which stands in parentheses.
+is_stopped(Stat) ->
+    {ok, Fields} = file:read_file(Stat),
+    lists:prefix(") T", string:find(binary_to_list(Fields), ")", trailing)).
+
+
+-spec thaw(OsPid :: string()) -> ok.
+thaw(OsPid) ->
+    "" = os:cmd("kill -CONT " ++ OsPid),
+    ok.
 
 
 %%% Conditions
@@ -99,7 +122,86 @@ now_ms() ->
     erlang:monotonic_time(millisecond).
 
 
+%%% Shards
+
+
+%% Every manager of the default registry has sampled, and nothing that cases before have sent counts any more. The
+%% shards outlive the application. If it is not so in time, the error says where.
+-spec await_samplers() -> ok.
+await_samplers() ->
+    #{shards := Shards} = erlmcp_shard_registry:limits(),
+    await_value([],
+                fun() ->
+                        [ {Shard, has_sampled(Shard), erlmcp_admission_control:load(Shard), erlmcp_nif:sample_counts(Shard)}
+                          || Shard <- lists:seq(0, Shards - 1),
+                             not has_sampled(Shard) orelse element(1, erlmcp_admission_control:load(Shard)) > 0 ]
+                end,
+                ?CALL_MS).
+
+
+has_sampled(Shard) ->
+    Manager = whereis(erlmcp_shard_sampler:name(Shard)),
+    case erlmcp_shard_sampler:first_sample(Shard) of
+        {Manager, _Us} -> is_pid(Manager);
+        _ -> false
+    end.
+
+
 %%% Processes
+
+
+%% A process that answers pings, and ends with its parent at the latest.
+-spec process() -> pid().
+process() ->
+    Parent = self(),
+    Pid = spawn(fun() ->
+                        _ = monitor(process, Parent),
+                        Parent ! {self(), ready},
+                        served()
+                end),
+    receive {Pid, ready} -> Pid end.
+
+
+served() ->
+    receive
+        {From, ping} -> From ! {self(), pong}, served();
+        {mcp_message, _, {From, ping}} -> From ! {self(), pong}, served();
+        crash -> exit(crashed);
+        stop -> ok;
+        {'DOWN', _, process, _, _} -> ok
+    end.
+
+
+-spec stop(pid()) -> ok.
+stop(Pid) ->
+    Monitor = monitor(process, Pid),
+    Pid ! stop,
+    receive {'DOWN', Monitor, process, Pid, _} -> ok end.
+
+
+%% The fun's result, from a process that is gone, and with it what it referred to.
+-spec in_process(fun(() -> Result)) -> Result.
+in_process(Fun) ->
+    Parent = self(),
+    {Pid, Monitor} = spawn_monitor(fun() -> Parent ! {self(), Fun()} end),
+    receive
+        {Pid, Result} ->
+            receive {'DOWN', Monitor, process, Pid, normal} -> Result end;
+        {'DOWN', Monitor, process, Pid, Reason} ->
+            error(Reason)
+    end.
+
+
+%% Runs the fun once on each scheduler, with the scheduler's number.
+-spec on_every_scheduler(fun((pos_integer()) -> term())) -> ok.
+on_every_scheduler(Fun) ->
+    Monitors = [ Monitor
+                 || N <- lists:seq(1, erlang:system_info(schedulers_online)),
+                    {_, Monitor} <- [spawn_opt(fun() -> Fun(N) end, [monitor, {scheduler, N}])] ],
+    lists:foreach(fun(Monitor) ->
+                          receive {'DOWN', Monitor, process, _, Reason} -> normal = Reason end
+                  end,
+                  Monitors).
 
 
 %% The reason of its end, which is another one than `killed' if it was ending already. The caller may be
@@ -119,6 +221,30 @@ await_end(Pid) ->
     receive {'DOWN', Monitor, process, Pid, Reason} -> Reason end.
 
 
+%% Waits until whoever has a name has received a message so many times, and handled it; how often it was in the
+%% end. Whoever has it is a `gen_server', and is not traced otherwise.
+-spec await_received(atom(), term(), pos_integer()) -> pos_integer().
+await_received(Name, Message, Number) ->
+    ok = await(fun() -> is_pid(whereis(Name)) end, ?CALL_MS),
+    Pid = whereis(Name),
+    1 = erlang:trace(Pid, true, ['receive']),
+    _ = [ receive
+              {trace, Pid, 'receive', Message} -> ok
+          after
+              ?CALL_MS ->
+                  error({not_received, Message})
+          end || _ <- lists:seq(1, Number) ],
+    _ = sys:get_state(Pid),
+    1 = erlang:trace(Pid, false, ['receive']),
+    Delivered = erlang:trace_delivered(Pid),
+    receive {trace_delivered, Pid, Delivered} -> ok end,
+    Number + length([ Trace || Trace <- traces(), Trace =:= {trace, Pid, 'receive', Message} ]).
+
+
+traces() ->
+    receive Trace when element(1, Trace) =:= trace -> [Trace | traces()] after 0 -> [] end.
+
+
 %% All messages of the caller, in the order in which they came.
 -spec flush() -> [term()].
 flush() ->
@@ -134,6 +260,16 @@ sleep_until(DueUs) ->
             sleep_until(DueUs);
         _ ->
             ok
+    end.
+
+
+%% The fun's result, or the reason of the error that it raises.
+-spec result(fun(() -> term())) -> term().
+result(Fun) ->
+    try
+        Fun()
+    catch
+        error:Reason -> Reason
     end.
 
 
@@ -163,3 +299,14 @@ seed(Variable) ->
            end,
     ct:pal("~s=~b", [Variable, Seed]),
     Seed.
+
+
+%% What the shell shows of the error that a function raises.
+-spec shown_error(fun(() -> term())) -> string().
+shown_error(Function) ->
+    try
+        _ = Function(),
+        error(no_error)
+    catch
+        error:Reason:Stacktrace -> lists:flatten(erl_error:format_exception(error, Reason, Stacktrace))
+    end.

@@ -89,6 +89,14 @@ impl Model {
         now_ms.saturating_sub(self.since_ms)
     }
 
+    /// Whoever looks at a time that is still to come takes it for now.
+    fn look(&mut self, now_ms: u64) {
+        self.since_ms = self.since_ms.min(now_ms);
+        for failed in &mut self.failures {
+            *failed = now_ms.min(*failed);
+        }
+    }
+
     fn recent(&self, now_ms: u64) -> usize {
         let is_recent = |failed: &&u64| now_ms.saturating_sub(**failed) < self.config.window_ms;
         self.failures.iter().filter(is_recent).count()
@@ -247,6 +255,7 @@ fn run(config: Config, start_ms: u64, steps: Vec<Step>) {
             }
         }
         let is_on = model.state != State::Off;
+        model.look(clock.now_ms());
         let (state, age_ms) = model.seen(clock.now_ms());
         assert_eq!(circuit.state(&clock), state);
         assert_eq!(circuit.config(), is_on.then_some(model.config));
@@ -326,6 +335,49 @@ fn an_open_circuit_becomes_half_open_by_itself() {
     assert_eq!(circuit.state(&clock), State::HalfOpen);
     let first = Permit::Probe { is_first: true };
     assert_eq!(circuit.check(&clock), Ok(first));
+}
+
+/// A virtual machine that is restored from a snapshot of an hour ago.
+#[test]
+fn nothing_waits_for_a_clock_that_went_back() {
+    const HOUR_MS: u64 = 3_600_000;
+    let clock = FakeClock::at_ns(HOUR_MS * MS);
+    let config = Config {
+        failure_threshold: 3,
+        success_threshold: 2,
+        probe_limit: 1,
+        ..Config::default()
+    };
+    let circuit = CircuitBreaker::new(Some(config), &clock).unwrap();
+    let first = Permit::Probe { is_first: true };
+    // Open.
+    circuit.force(true, &clock);
+    clock.set_ns(0);
+    assert_eq!(circuit.check(&clock), Err(CircuitOpen));
+    clock.set_ns(29_999 * MS);
+    assert_eq!(circuit.state(&clock), State::Open);
+    clock.set_ns(30_000 * MS);
+    assert_eq!(circuit.check(&clock), Ok(first));
+    // Half open, with a probe that is never answered.
+    clock.set_ns(5 * MS);
+    assert_eq!(circuit.check(&clock), Err(CircuitOpen));
+    clock.set_ns(30_005 * MS);
+    let other = Permit::Probe { is_first: false };
+    assert_eq!(circuit.check(&clock), Ok(other));
+    // Closed: the failures of before are forgotten a window later.
+    circuit.force(false, &clock);
+    clock.set_ns(HOUR_MS * MS);
+    assert!(!circuit.record_failure(&clock));
+    assert!(!circuit.record_failure(&clock));
+    clock.set_ns(0);
+    assert_eq!(circuit.stats(&clock).failures, 2);
+    clock.set_ns(9_999 * MS);
+    assert_eq!(circuit.stats(&clock).failures, 2);
+    clock.set_ns(10_000 * MS);
+    assert_eq!(circuit.stats(&clock).failures, 0);
+    assert!(!circuit.record_failure(&clock));
+    assert!(!circuit.record_failure(&clock));
+    assert_eq!(circuit.state(&clock), State::Closed);
 }
 
 #[test]

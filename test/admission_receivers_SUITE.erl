@@ -1,0 +1,337 @@
+%%% What admission control charges receivers with, and how often it looks at them.
+%%%
+%%% The contract: with the threshold `auto' a shard takes 43 messages a receiver, and one receiver that takes
+%%% nothing stops at 10,000 while the others are refused nothing; a process counts once whatever number of ids it
+%%% has; looks go by messages and not by connections; what was sent counts until its process was seen to have
+%%% taken it, whatever becomes of its id or of the sampler; and then nothing is left of it.
+-module(admission_receivers_SUITE).
+
+-include_lib("stdlib/include/assert.hrl").
+
+-export([all/0, suite/0]).
+-export([stalled_receiver_among_many/1,
+         process_with_many_ids/1,
+         trickle_to_a_large_shard/1,
+         unregistered_with_messages_waiting/1,
+         samplers_killed_at_random/1,
+         automatic_threshold/1,
+         receivers_that_cooperate/1]).
+%% Called in peer nodes
+-export([in_stalled_receiver_among_many/0,
+         in_process_with_many_ids/0,
+         in_trickle/0,
+         in_unregistered/0,
+         in_killed_samplers/0,
+         in_automatic_threshold/0,
+         in_cooperating/0]).
+
+-define(A, erlmcp_admission_control).
+-define(M, erlmcp_shard_manager).
+%% The design point's connections, in one shard.
+-define(MANY,  15_000).
+-define(LIMIT, 10_000).
+
+
+suite() ->
+    [{timetrap, {minutes, 3}}].
+
+
+all() ->
+    [stalled_receiver_among_many,
+     process_with_many_ids,
+     trickle_to_a_large_shard,
+     unregistered_with_messages_waiting,
+     samplers_killed_at_random,
+     automatic_threshold,
+     receivers_that_cooperate].
+
+
+in_peer(Function) ->
+    ?assertEqual(ok, test_support:in_peer(?MODULE, Function, [], #{timeout_ms => 120_000})).
+
+
+%% One shard. Only admission control is on.
+start(Admission) ->
+    ok = logger:set_primary_config(level, error),
+    ok = application:load(erlmcp_native),
+    _ = [ ok = application:set_env(erlmcp_native, Key, Value)
+          || {Key, Value} <- [{shards, 1}, {admission, Admission}, {token_bucket, infinity}, {circuit_breaker, off}] ],
+    {ok, _} = application:ensure_all_started(erlmcp_native),
+    test_support:await(fun() -> maps:get(sample_age_ms, ?A:get_shard_stats(0)) =/= infinity end).
+
+
+%%% One receiver and the others
+
+
+stalled_receiver_among_many(_Config) ->
+    in_peer(in_stalled_receiver_among_many).
+
+
+in_stalled_receiver_among_many() ->
+    ok = start(#{threshold => auto, sample_interval_ms => 50}),
+    Ids = [ {receiver, N} || N <- lists:seq(1, ?MANY) ],
+    _ = [ connect(Id, spawn(fun taking/0)) || Id <- Ids ],
+    Stalled = spawn(fun stalled/0),
+    ok = connect(stalled, Stalled),
+    #{threshold := 645_043, threshold_mode := auto} = ?A:get_shard_stats(0),
+    %% As long as the others get theirs.
+    Results = [ {?M:route_message(stalled, x), ?M:route_message(Id, x)} || Id <- Ids ],
+    {Stalls, Others} = lists:unzip(Results),
+    [ok] = lists:usort(Others),
+    [ok, {error, shard_overloaded}] = lists:usort(Stalls),
+    ok = is_filled_to_the_limit(stalled, Stalled),
+    %% That is no overload of the shard.
+    #{is_overloaded := false} = ?A:get_shard_stats(0),
+    ok = ?A:check_admission(0),
+    %% When it takes them it gets more.
+    Stalled ! take,
+    test_support:await(fun() -> ?M:route_message(stalled, x) =:= ok end),
+    ok.
+
+
+process_with_many_ids(_Config) ->
+    in_peer(in_process_with_many_ids).
+
+
+in_process_with_many_ids() ->
+    ok = start(#{threshold => auto, sample_interval_ms => 50}),
+    %% So that the shard takes more than one of them.
+    _ = [ connect({receiver, N}, spawn(fun taking/0)) || N <- lists:seq(1, 1_000) ],
+    Pid = spawn(fun stalled/0),
+    Ids = [ {many, N} || N <- lists:seq(1, 1_000) ],
+    _ = [ ok = connect(Id, Pid) || Id <- Ids ],
+    #{threshold := 43_043, connections := 2_000} = ?A:get_shard_stats(0),
+    Results = [ ?M:route_message(Id, x) || _ <- lists:seq(1, 12), Id <- Ids ],
+    [ok, {error, shard_overloaded}] = lists:usort(Results),
+    ok = is_filled_to_the_limit(hd(Ids), Pid),
+    %% One record of it; with nothing else to look at, each pass looks once.
+    {_, 1} = erlmcp_nif:sample_counts(0),
+    #{queue_depth := Depth} = ?A:get_shard_stats(0),
+    ok = is_limit(Depth),
+    %% Without any of its ids it counts on.
+    _ = [ ok = erlmcp_shard_registry:unregister_connection(Id) || Id <- Ids ],
+    #{queue_depth := Left, threshold := 43_000} = ?A:get_shard_stats(0),
+    ok = is_limit(Left),
+    exit(Pid, kill),
+    test_support:await_value(0, fun() -> maps:get(queue_depth, ?A:get_shard_stats(0)) end),
+    ok.
+
+
+%% What is sent while its receiver is looked at counts twice until the next look.
+is_filled_to_the_limit(Id, Pid) ->
+    Fill = fun Fill() ->
+                   case ?M:route_message(Id, x) of
+                       ok -> Fill();
+                       {error, shard_overloaded} -> element(2, process_info(Pid, message_queue_len)) >= ?LIMIT
+                   end
+           end,
+    test_support:await(Fill),
+    {message_queue_len, Messages} = process_info(Pid, message_queue_len),
+    is_limit(Messages).
+
+
+%% One more where a look fell between the admission of a message and its sending.
+is_limit(Messages) when Messages =:= ?LIMIT; Messages =:= ?LIMIT + 1 -> ok;
+is_limit(Messages) -> error({not_the_limit, Messages}).
+
+
+%%% Looks
+
+
+trickle_to_a_large_shard(_Config) ->
+    in_peer(in_trickle).
+
+
+in_trickle() ->
+    ok = start(#{threshold => auto, sample_interval_ms => 20}),
+    _ = [ ok = connect({receiver, N}, spawn(fun taking/0)) || N <- lists:seq(1, ?MANY) ],
+    {Before, 0} = erlmcp_nif:sample_counts(0),
+    Messages = 20,
+    _ = [ begin
+              ok = ?M:route_message({receiver, N * 100}, x),
+              %% It is looked at until it was seen empty twice, and forgotten.
+              test_support:await(fun() -> element(2, erlmcp_nif:sample_counts(0)) =:= 0 end)
+          end || N <- lists:seq(1, Messages) ],
+    {After, 0} = erlmcp_nif:sample_counts(0),
+    Looks = After - Before,
+    true = Looks =< 3 * Messages orelse error({looks, Looks}),
+    ok.
+
+
+%%% What was sent counts until it was taken
+
+
+unregistered_with_messages_waiting(_Config) ->
+    in_peer(in_unregistered).
+
+
+in_unregistered() ->
+    ok = start(#{threshold => 100, sample_interval_ms => 20}),
+    Pid = spawn(fun stalled/0),
+    ok = connect(a, Pid),
+    ok = fill(a),
+    {message_queue_len, Waiting} = process_info(Pid, message_queue_len),
+    ok = erlmcp_shard_registry:unregister_connection(a),
+    ok = connect(b, spawn(fun taking/0)),
+    ok = connect(c, Pid),
+    %% For longer than nobody would be refused for want of a sampler.
+    ok = await_looks(20),
+    [{error, shard_overloaded}] = lists:usort([ ?M:route_message(Id, x) || Id <- [b, c] ]),
+    {message_queue_len, Waiting} = process_info(Pid, message_queue_len),
+    exit(Pid, kill),
+    test_support:await(fun() -> ?M:route_message(b, x) =:= ok end),
+    ok.
+
+
+samplers_killed_at_random(_Config) ->
+    in_peer(in_killed_samplers).
+
+
+in_killed_samplers() ->
+    ok = start(#{threshold => 500, sample_interval_ms => 5}),
+    Ids = lists:seq(1, 50),
+    Pids = [ begin Pid = spawn(fun taking/0), ok = connect(Id, Pid), Pid end || Id <- Ids ],
+    Stalled = spawn(fun stalled/0),
+    ok = connect(stalled, Stalled),
+    _ = [ ok = ?M:route_message(stalled, x) || _ <- lists:seq(1, 100) ],
+    Sent = counters:new(1, []),
+    Sender = spawn_link(fun() -> send_until_told(Ids, Sent) end),
+    ok = kill_samplers(200, 5_000, Sent),
+    ok = test_support:stop(Sender),
+    %% Nothing was lost: what the stalled one has counts. Nothing is left of the others.
+    test_support:await_value(100, fun() -> maps:get(queue_depth, ?A:get_shard_stats(0)) end),
+    Stalled ! take,
+    test_support:await_value({0, 0},
+                             fun() ->
+                                     {_, Active} = erlmcp_nif:sample_counts(0),
+                                     {maps:get(queue_depth, ?A:get_shard_stats(0)), Active}
+                             end),
+    true = lists:all(fun is_process_alive/1, Pids),
+    ok.
+
+
+%% So many at least, and until so many messages have been sent meanwhile.
+kill_samplers(Left, Messages, Sent) ->
+    case Left > 0 orelse counters:get(Sent, 1) < Messages of
+        true -> kill_samplers(kill_sampler(Left), Messages, Sent);
+        false -> ok
+    end.
+
+
+kill_sampler(Left) ->
+    Manager = whereis(erlmcp_shard_manager_0),
+    case process_info(Manager, monitors) of
+        {monitors, [{process, Sampler} | _]} when is_pid(Sampler) ->
+            exit(Sampler, kill),
+            Left - 1;
+        _None ->
+            erlang:yield(),
+            Left
+    end.
+
+
+send_until_told([Id | Ids], Sent) ->
+    receive
+        stop -> ok
+    after
+        0 ->
+            case ?M:route_message(Id, x) of
+                ok -> counters:add(Sent, 1, 1);
+                {error, shard_overloaded} -> erlang:yield()
+            end,
+            send_until_told(Ids ++ [Id], Sent)
+    end.
+
+
+%%% Thresholds
+
+
+automatic_threshold(_Config) ->
+    in_peer(in_automatic_threshold).
+
+
+in_automatic_threshold() ->
+    Default = erlmcp_native_config:default(admission),
+    #{threshold := auto} = Default,
+    ok = start(Default),
+    Stats = fun() -> maps:with([threshold, threshold_mode], ?A:get_shard_stats(0)) end,
+    #{threshold := 10_000, threshold_mode := auto} = Stats(),
+    Pids = [ spawn(fun taking/0) || _ <- lists:seq(1, 300) ],
+    _ = [ ok = connect({c, N}, Pid) || {N, Pid} <- lists:zip(lists:seq(1, 300), Pids) ],
+    #{threshold := 12_900} = Stats(),
+    %% The same processes once more are no more receivers.
+    _ = [ ok = connect({d, N}, Pid) || {N, Pid} <- lists:zip(lists:seq(1, 300), Pids) ],
+    #{threshold := 12_900} = Stats(),
+    _ = [ exit(Pid, kill) || Pid <- lists:nthtail(250, Pids) ],
+    test_support:await_value(#{threshold => 10_750, threshold_mode => auto}, Stats),
+    %% An integer is exact, and `auto' can be set again.
+    ok = ?A:set_threshold(0, 77),
+    #{threshold := 77, threshold_mode := 77} = Stats(),
+    ok = ?A:set_threshold(0, infinity),
+    #{threshold := infinity, threshold_mode := infinity} = Stats(),
+    ok = ?A:set_threshold(0, auto),
+    #{threshold := 10_750, threshold_mode := auto} = Stats(),
+    ok = ?A:set_threshold(500),
+    #{threshold := 500, threshold_mode := 500} = Stats(),
+    ok = ?A:set_threshold(auto),
+    #{threshold := 10_750, threshold_mode := auto} = Stats(),
+    ok.
+
+
+%% What a receiver says that it has taken makes room at once, and counts once.
+receivers_that_cooperate(_Config) ->
+    in_peer(in_cooperating).
+
+
+in_cooperating() ->
+    ok = start(#{threshold => 100, sample_interval_ms => 20}),
+    Depth = fun() -> maps:get(queue_depth, ?A:get_shard_stats(0)) end,
+    ok = connect(me, self()),
+    ok = fill(me),
+    _ = [ receive x -> ok end || _ <- lists:seq(1, 40) ],
+    ok = ?A:update_queue_depth(0, -40),
+    {message_queue_len, Waiting} = process_info(self(), message_queue_len),
+    test_support:await_value(Waiting, Depth),
+    ok = await_looks(3),
+    Waiting = Depth(),
+    ok = ?M:route_message(me, x),
+    %% What it had otherwise is not in its mailbox, and does not count for long.
+    ok = ?A:update_queue_depth(0, 10),
+    test_support:await_value(Waiting + 1, Depth),
+    ok.
+
+
+%%% Receivers
+
+
+connect(Id, Pid) ->
+    erlmcp_shard_registry:register_connection(Id, Pid, #{}).
+
+
+taking() ->
+    receive _ -> taking() end.
+
+
+stalled() ->
+    receive take -> taking() end.
+
+
+%% Until it is refused for good.
+fill(Id) ->
+    case fill_once(Id, 0) of
+        0 -> ok;
+        _More -> ok = await_looks(3), fill(Id)
+    end.
+
+
+fill_once(Id, Accepted) ->
+    case ?M:route_message(Id, x) of
+        ok -> fill_once(Id, Accepted + 1);
+        {error, shard_overloaded} -> Accepted
+    end.
+
+
+%% Until so many more mailboxes were looked at.
+await_looks(More) ->
+    {Looks, _} = erlmcp_nif:sample_counts(0),
+    test_support:await(fun() -> element(1, erlmcp_nif:sample_counts(0)) >= Looks + More end).

@@ -1,0 +1,209 @@
+%%% No call of the native library takes longer than a millisecond on a normal scheduler, however large the
+%%% registry is or was. nif_calls says how calls are measured.
+-module(nif_time_SUITE).
+
+-include_lib("stdlib/include/assert.hrl").
+
+-export([all/0, suite/0, init_per_suite/1, end_per_suite/1]).
+-export([calls_are_short_among_a_million_entries/1,
+         growth_to_a_million_entries_is_gradual/1,
+         listing_where_many_entries_were_is_short/1,
+         listing_servers_among_dangling_names_is_short/1]).
+
+%% Called in peer nodes
+-export([in_growth/0, million/0, shrunk_lists/0, dangling_lists/0]).
+
+-import(nif_calls, [fill/4, in_peer/4, pick/1, quickest/1, short/2, shortest/1, sleeper/0, time_us/1]).
+-import(nif_specs, [specs/0]).
+-import(test_support, [result/1]).
+
+-define(NIF,        erlmcp_nif).
+-define(NAMESPACES, [server, transport, connection]).
+-define(LIMIT_US,   1000).
+
+
+suite() ->
+    [{timetrap, {minutes, 10}}].
+
+
+all() ->
+    [calls_are_short_among_a_million_entries,
+     growth_to_a_million_entries_is_gradual,
+     listing_where_many_entries_were_is_short,
+     listing_servers_among_dangling_names_is_short].
+
+
+init_per_suite(Config) ->
+    none = erlmcp_nif:load_error(),
+    Config.
+
+
+end_per_suite(_Config) ->
+    ok.
+
+
+%%% No call above a millisecond
+
+
+%% Right arguments of every function that is not always on a dirty scheduler.
+calls_are_short_among_a_million_entries(_Config) -> short(?MODULE, million).
+
+
+million() ->
+    Registry = ?NIF:new(64, 2_000_000, 65_535),
+    Pid = sleeper(),
+    ok = fill(Registry, connection, Pid, 1_000_000),
+    ok = fill(Registry, server, Pid, 100),
+    %% One server with as many transports as are listed on a normal scheduler, and one with more.
+    [ ok = ?NIF:register(Registry,
+                         transport,
+                         <<N:32>>,
+                         Pid,
+                         Pid,
+                         #{server_id => if N =< 400 -> <<1:32>>; true -> <<2:32>> end})
+      || N <- lists:seq(1, 50_000) ],
+    _ = rand:seed(exsss, {1, 2, 3}),
+    Ids = list_to_tuple([ <<(rand:uniform(1_000_000)):32>> || _ <- lists:seq(1, 500) ] ++
+                        [ <<N:32>> || N <- lists:seq(1, 100) ] ++
+                        [ {new, N} || N <- lists:seq(1, 400) ]),
+    Pools = #{
+              registry => {Registry},
+              namespace => list_to_tuple(?NAMESPACES),
+              term => Ids,
+              pid => {Pid},
+              number => {0, 1, 17, 63},
+              boolean => {true, false},
+              bucket => {?NIF:bucket_new({1000, 1.0e4})},
+              limits => {infinity, {1000, 1.0e4}},
+              named_breaker_config => {{5, 2, 60_000, 10, 0.5, 2}}
+             },
+    Functions = [ {Name, Kinds}
+                  || {{Name, _}, #{kinds := Kinds}} <- specs(),
+                     not is_dirty(Name),
+                     %% A new default registry can be made only once, and one registry is enough.
+                     Name =/= make_default,
+                     _ <- lists:seq(1, repetitions(Name)) ],
+    Measure = fun({Name, Kinds}, Calls) ->
+                      Arguments = [ pick(maps:get(Kind, Pools)) || Kind <- Kinds ],
+                      Us = quickest(fun() -> result(fun() -> apply(?NIF, Name, Arguments) end) end),
+                      [{{Name, Arguments}, Us} | Calls]
+              end,
+    %% With a stack that does not grow: a native call that raises is followed by a garbage collection, which walks it.
+    Calls = lists:foldl(Measure, [], Functions),
+    exit(Pid, kill),
+    Calls.
+
+
+is_dirty(Name) ->
+    lists:suffix("_dirty", atom_to_list(Name)) orelse lists:member(Name, [close, bindings, page]).
+
+
+%% A list of a million entries takes a second.
+repetitions(list) -> 10;
+repetitions(list_shard) -> 100;
+repetitions(bound_transports) -> 200;
+repetitions(_Name) -> 2000.
+
+
+%% The tables grow a little with each registration and never all at once. Of a million calls a busy
+%% machine makes one or two long; if growing did, it would be the last four or more of the fifteen
+%% times that the table grows.
+growth_to_a_million_entries_is_gradual(_Config) ->
+    Attempts = attempts(fun() -> in_peer(?MODULE, in_growth, [], ["+S", "1:1"]) end, 3),
+    ct:pal("in each attempt the long registrations {nth, us, ms of processor time}: ~0p", [Attempts]),
+    ?assert(is_gradual(lists:last(Attempts)), Attempts).
+
+
+is_gradual(Long) -> length(Long) =< 2.
+
+
+%% Up to the first that is gradual.
+attempts(Attempt, Left) ->
+    Long = Attempt(),
+    case is_gradual(Long) of
+        false when Left > 1 -> [Long | attempts(Attempt, Left - 1)];
+        _ -> [Long]
+    end.
+
+
+in_growth() ->
+    Registry = ?NIF:new(64, 2_000_000, 65_535),
+    grow(Registry, sleeper(), 1, 1_000_000, runtime_ms(), []).
+
+
+-define(BATCH, 20).
+
+
+%% A few registrations at a time, which take less than a tenth of a millisecond together. The
+%% processor's time is of all threads and in whole milliseconds, so that 2 are more than 1.
+grow(_Registry, _Pid, N, Last, _Runtime, Long) when N > Last ->
+    Long;
+grow(Registry, Pid, N, Last, Runtime, Long) ->
+    Us = time_us(fun() -> ok = register_from(Registry, Pid, N, N + ?BATCH - 1) end),
+    Now = runtime_ms(),
+    case Now - Runtime of
+        Ms when Ms >= 2, Us > ?LIMIT_US ->
+            grow(Registry, Pid, N + ?BATCH, Last, Now, [{N, Us, Ms} | Long]);
+        _ ->
+            grow(Registry, Pid, N + ?BATCH, Last, Now, Long)
+    end.
+
+
+register_from(_Registry, _Pid, N, Last) when N > Last ->
+    ok;
+register_from(Registry, Pid, N, Last) ->
+    ok = ?NIF:register(Registry, connection, <<N:32>>, Pid, Pid, none),
+    register_from(Registry, Pid, N + 1, Last).
+
+
+%% Of all threads of this node.
+runtime_ms() ->
+    {Total, _SinceLastCall} = erlang:statistics(runtime),
+    Total.
+
+
+%% The first listing counts: it may find a table that has not grown to its end.
+listing_where_many_entries_were_is_short(_Config) -> short(?MODULE, shrunk_lists).
+
+
+shrunk_lists() ->
+    [ {{list, NS, Most}, shortest(fun() -> list_shrunk(NS, Most) end)}
+      || NS <- ?NAMESPACES, Most <- [1500, 6200, 12_500, 19_900, 100_000] ] ++
+    [ {{list_shard, Most}, shortest(fun() -> list_shrunk_shard(Most) end)} || Most <- [480, 50_000] ].
+
+
+list_shrunk(NS, Most) ->
+    Registry = shrunk(NS, Most),
+    time_us(fun() -> ?NIF:list(Registry, NS) end).
+
+
+list_shrunk_shard(Most) ->
+    Registry = shrunk(connection, Most),
+    time_us(fun() -> ?NIF:list_shard(Registry, 0) end).
+
+
+shrunk(NS, Most) ->
+    Registry = ?NIF:new(1, 2_000_000, 65_535),
+    ok = fill(Registry, NS, self(), Most),
+    [ ok = ?NIF:unregister(Registry, NS, <<N:32>>) || N <- lists:seq(401, Most) ],
+    true = ?NIF:count(Registry, NS) =< 400,
+    Registry.
+
+
+%% Names of servers that only automatic bindings know are no servers.
+listing_servers_among_dangling_names_is_short(_Config) -> short(?MODULE, dangling_lists).
+
+
+dangling_lists() ->
+    [ {{list, server, Names}, shortest(fun() -> list_dangling(Names) end)}
+      || Names <- [1500, 6200, 12_500, 19_900, 100_000] ].
+
+
+list_dangling(Names) ->
+    Registry = ?NIF:new(64, 2_000_000, 65_535),
+    [ ok = ?NIF:register(Registry, transport, <<N:32>>, self(), self(), #{server_id => <<N:32>>})
+      || N <- lists:seq(1, Names) ],
+    0 = ?NIF:count(Registry, server),
+    Us = time_us(fun() -> ?NIF:list(Registry, server) end),
+    [] = ?NIF:list(Registry, server),
+    Us.

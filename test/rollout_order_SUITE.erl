@@ -1,0 +1,249 @@
+%%% Order and load across switches of the rollout.
+%%%
+%%% The contract: whatever is switched meanwhile, no message is lost or doubled, and what one process sends
+%%% through the registry to another one arrives in the order sent.
+%%%
+%%% ROLLOUT_SECONDS: how long the switches under load go on (5).
+-module(rollout_order_SUITE).
+
+-include_lib("stdlib/include/assert.hrl").
+
+-export([all/0, suite/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2, end_per_testcase/2]).
+-compile([export_all, nowarn_export_all]).
+
+-import(rollout_support,
+        [start_switcher/2, stop_switcher/1, rounds_under_switches/3, start_receiver/0, last_in_order/3, await/2, sleeper/0, end_all/1, now_ms/0]).
+
+-define(MODES, [current, {percent, 40}, '100x', {percent, 80}, {percent, 20}]).
+
+
+suite() ->
+    [{timetrap, {minutes, 10}}].
+
+
+all() ->
+    [registrations_race_a_switch,
+     nothing_overtakes_what_waits_in_the_mailbox,
+     broadcasts_keep_their_place,
+     switches_under_load].
+
+
+init_per_suite(Config) -> rollout_support:init_per_suite(Config).
+
+
+end_per_suite(Config) -> rollout_support:end_per_suite(Config).
+
+
+init_per_testcase(Case, Config) -> rollout_support:init_per_testcase(Case, Config).
+
+
+end_per_testcase(Case, Config) -> rollout_support:end_per_testcase(Case, Config).
+
+
+%% An id is registered from many processes while modes change: exactly one of them has it.
+registrations_race_a_switch(_Config) ->
+    rounds_under_switches(
+      200,
+      ?MODES,
+      fun(Round) ->
+              Racers = [ spawn_monitor(fun() ->
+                                               Won = erlmcp_registry:register_server({raced, Round}, self(), #{}),
+                                               exit({won, Won =:= ok andalso wait_found({raced, Round})})
+                                       end) || _ <- lists:seq(1, 16) ],
+              Won = [ Won || {Pid, Monitor} <- Racers,
+                             Won <- [receive {'DOWN', Monitor, process, Pid, {won, W}} -> W end],
+                             Won =/= false ],
+              ?assertMatch([_ | _], Won),
+              ?assertEqual([true], lists:usort(Won)),
+              %% A second one won only after the first one had ended.
+              ok = await({error, not_found}, fun() -> erlmcp_registry:find_server({raced, Round}) end)
+      end).
+
+
+%% A mailbox full of messages that were sent by `current', and a sender that goes on.
+nothing_overtakes_what_waits_in_the_mailbox(_Config) ->
+    %% More wait in one mailbox than the native registry admits.
+    ok = erlmcp_native:set(admission, infinity),
+    [ begin
+          ok = erlmcp_rollout:set(current),
+          Receiver = start_receiver(),
+          ok = erlmcp_registry:register_server(s, Receiver, #{}),
+          ok = erlmcp_registry:register_transport(t, Receiver, #{}),
+          ok = sys:suspend(erlmcp_registry),
+          Sent = 20_000,
+          [ ok = erlmcp_registry:route_to_server(s, me, {from, self(), N}) || N <- lists:seq(1, Sent) ],
+          {Setter, Monitor} = spawn_monitor(fun() -> exit({set, erlmcp_rollout:set(Mode)}) end),
+          ok = sys:resume(erlmcp_registry),
+          More = send_until_set(Setter, Monitor, Sent + 1),
+          [ ok = erlmcp_registry:route_to_transport(t, me, {from, self(), N}) || N <- lists:seq(More, More + 100) ],
+          ?assertEqual(More + 100, last_in_order(Receiver, self(), More + 100)),
+          ok = erlmcp_registry:unregister_server(s),
+          ok = erlmcp_registry:unregister_transport(t),
+          end_all([Receiver])
+      end || Mode <- ['100x', {percent, 50}, '100x', {percent, 100}] ],
+    ok = erlmcp_native:set(admission, #{threshold => auto}).
+
+
+broadcasts_keep_their_place(_Config) ->
+    Receivers = [ {Id, start_receiver()} || Id <- lists:seq(1, 20) ],
+    ok = erlmcp_registry:register_server(s, self(), #{}),
+    [ ok = erlmcp_registry:register_transport(Id, Pid, #{server_id => s}) || {Id, Pid} <- Receivers ],
+    Last = rounds_under_switches(
+             3000,
+             ?MODES,
+             fun(N) ->
+                     case N rem 3 of
+                         0 -> ok = erlmcp_registry:route_to_transport(broadcast, s, {from, self(), N});
+                         1 -> [ ok = erlmcp_registry:route_to_transport(Id, s, {from, self(), N}) || {Id, _} <- Receivers ];
+                         2 -> ok = erlmcp_registry:route_message({server, s}, {from, self(), N})
+                     end
+             end),
+    [ ?assertEqual(Last, last_in_order(Pid, self(), Last)) || {_, Pid} <- Receivers ],
+    end_all([ Pid || {_, Pid} <- Receivers ]).
+
+
+%% Senders with numbered messages, processes that register, bind, unregister and die, and one switch
+%% after the other.
+switches_under_load(_Config) ->
+    Seconds = test_support:positive_integer("ROLLOUT_SECONDS", 5),
+    End = now_ms() + Seconds * 1000,
+    Receivers = maps:from_list([ {N, start_receiver()} || N <- lists:seq(1, 64) ]),
+    maps:foreach(fun(N, Pid) ->
+                         ok = erlmcp_registry:register_server({s, N}, Pid, #{number => N}),
+                         ok = erlmcp_registry:register_transport({t, N}, Pid, #{server_id => {s, N}})
+                 end,
+                 Receivers),
+    Senders = [ spawn_monitor(fun() -> exit({sent, send_numbered(#{}, #{}, map_size(Receivers), End)}) end)
+                || _ <- lists:seq(1, 4) ],
+    Owners = [ spawn_monitor(fun() -> exit({owns, own(Owner, #{}, End)}) end) || Owner <- lists:seq(1, 4) ],
+    Switcher = start_switcher([current, {percent, 10}, {percent, 50}, '100x', current], 200),
+    Sent = [ {Pid, Counts} || {Pid, _} = Sender <- Senders, {sent, Counts} <- [result(Sender)] ],
+    ?assertEqual(4, length(Sent)),
+    Owned = lists:append([ maps:to_list(Own) || Owner <- Owners, {owns, Own} <- [result(Owner)] ]),
+    Switches = stop_switcher(Switcher),
+    ct:pal("~b switches in ~b s, ~b messages, ~b registrations in the end",
+           [Switches, Seconds, lists:sum([ N || {_, {Counts, _}} <- Sent, N <- maps:values(Counts) ]), length(Owned)]),
+    ?assert(Switches >= Seconds, Switches),
+    %% Nothing lost, nothing doubled, in order.
+    [ ?assertEqual({Number, Count}, {Number, last_in_order(maps:get(Number, Receivers), Sender, Count)})
+      || {Sender, {Counts, _Refused}} <- Sent, {Number, Count} <- maps:to_list(Counts) ],
+    ?assertEqual([], [ Refused || {_, {_, Refused}} <- Sent, Refused =/= #{} ]),
+    %% Every owner has what it has registered, in either store.
+    Expected = lists:sort([ {{s, N}, none} || N <- maps:keys(Receivers) ] ++
+                          [ {{t, N}, {s, N}} || N <- maps:keys(Receivers) ] ++
+                          [ {Id, Binding} || {Id, {_Pid, Binding}} <- Owned ]),
+    [ begin
+          ok = erlmcp_rollout:set(Mode),
+          ?assertEqual(Expected, present())
+      end || Mode <- [current, {percent, 50}, '100x'] ],
+    end_all(maps:values(Receivers)).
+
+
+wait_found(Id) ->
+    {ok, {Pid, #{}}} = erlmcp_registry:find_server(Id),
+    Pid =:= self().
+
+
+send_until_set(Setter, Monitor, N) ->
+    receive
+        {'DOWN', Monitor, process, Setter, Reason} ->
+            ?assertEqual({set, ok}, Reason),
+            N
+    after
+        0 ->
+            ok = case N rem 2 of
+                     0 -> erlmcp_registry:route_to_server(s, me, {from, self(), N});
+                     1 -> erlmcp_registry:route_to_transport(t, me, {from, self(), N})
+                 end,
+            send_until_set(Setter, Monitor, N + 1)
+    end.
+
+
+%% What a process has ended with: with an error, if it has not come to its end.
+result({Pid, Monitor}) ->
+    receive
+        {'DOWN', Monitor, process, Pid, {Kind, _} = Result} when Kind =:= sent; Kind =:= owns -> Result;
+        {'DOWN', Monitor, process, Pid, Reason} -> error({ended, Reason})
+    end.
+
+
+%% Servers with `none', transports with their bindings.
+present() ->
+    lists:sort([ {Id, none} || {Id, _} <- erlmcp_registry:list_servers() ] ++
+               [ {Id,
+                  case erlmcp_registry:get_server_for_transport(Id) of
+                      {ok, Server} -> Server;
+                      {error, not_found} -> unbound
+                  end} || {Id, _} <- erlmcp_registry:list_transports() ]).
+
+
+send_numbered(Counts0, Refused0, Receivers, End) ->
+    ok = keep_pace(),
+    Number = rand:uniform(Receivers),
+    N = maps:get(Number, Counts0, 0) + 1,
+    Content = {from, self(), N},
+    Result = case rand:uniform(3) of
+                 1 -> erlmcp_registry:route_to_server({s, Number}, {t, Number}, Content);
+                 2 -> erlmcp_registry:route_to_transport({t, Number}, {s, Number}, Content);
+                 3 -> erlmcp_registry:route_to_transport(broadcast, {s, Number}, Content)
+             end,
+    {Counts, Refused} =
+        case Result of
+            ok -> {Counts0#{Number => N}, Refused0};
+            {error, Reason} -> {Counts0, maps:update_with(Reason, fun(R) -> R + 1 end, 1, Refused0)}
+        end,
+    case now_ms() >= End of
+        true -> {Counts, Refused};
+        false -> send_numbered(Counts, Refused, Receivers, End)
+    end.
+
+
+%% The pure-Erlang registry takes any number of messages, and with a long queue requests time out.
+keep_pace() ->
+    case erlmcp_registry:get_queue_depth() > 1_000 of
+        true ->
+            timer:sleep(1),
+            keep_pace();
+        false ->
+            ok
+    end.
+
+
+%% Registers, binds and ends what is its own; returns what there must be in the end. Own servers
+%% live, so that the bindings to them are known.
+own(Owner, Own0, End) ->
+    Id = {owner, Owner, rand:uniform(50)},
+    Server = {s, rand:uniform(64)},
+    Own = case Own0 of
+              #{Id := {Pid, _}} ->
+                  case rand:uniform(5) of
+                      1 ->
+                          ok = erlmcp_registry:unregister_transport(Id),
+                          exit(Pid, kill),
+                          maps:remove(Id, Own0);
+                      2 ->
+                          test_support:kill(Pid),
+                          {error, not_found} = erlmcp_registry:find_transport(Id),
+                          maps:remove(Id, Own0);
+                      3 ->
+                          ok = erlmcp_registry:bind_transport_to_server(Id, Server),
+                          {ok, Server} = erlmcp_registry:get_server_for_transport(Id),
+                          Own0#{Id := {Pid, Server}};
+                      4 ->
+                          ok = erlmcp_registry:unbind_transport(Id),
+                          Own0#{Id := {Pid, unbound}};
+                      5 ->
+                          {ok, {Pid, Id}} = erlmcp_registry:find_transport(Id),
+                          {error, already_registered} = erlmcp_registry:register_transport(Id, self(), taken),
+                          Own0
+                  end;
+              _ ->
+                  Pid = sleeper(),
+                  ok = erlmcp_registry:register_transport(Id, Pid, Id),
+                  {ok, {Pid, Id}} = erlmcp_registry:find_transport(Id),
+                  Own0#{Id => {Pid, unbound}}
+          end,
+    case now_ms() >= End of
+        true -> Own;
+        false -> own(Owner, Own, End)
+    end.
