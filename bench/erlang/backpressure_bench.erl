@@ -11,8 +11,11 @@
 -module(backpressure_bench).
 
 -export([run/1]).
+-export([time/2]).
 
--type work() :: nothing | route | route_batch | lookup_element | lookup_element_of_pair.
+-export_type([work/0]).
+
+-type work() :: nothing | route | route_server | route_batch | lookup_element | lookup_element_of_pair.
 -type layers() :: on | off | no_tokens | no_room | circuit_open.
 
 %% Messages of a batch.
@@ -24,17 +27,23 @@ run(#{connections := Count, rounds := Rounds, lookups := Lookups, progress := Pr
     {_, Connections} = Population =
         bench_population:start(Count, fun receiver/0),
     Config = bench_population:small_config(),
-    lists:foreach(fun({Id, Pid}) -> ok = erlmcp_shard_registry:register_connection(Id, Pid, Config) end, Connections),
+    ok = bench_population:register_all(Population),
     Rows = bench_population:ets_table([ {Id, Pid, Config} || {Id, Pid} <- Connections ]),
     Pairs = bench_population:ets_table(Connections),
-    Ids = [ Id || {Id, _} <- Connections ],
+    Visited = bench_population:visited(Connections),
+    Ids = [ Id || {Id, _Pid, _Transport} <- Visited ],
+    Bound = [ {Id, Transport} || {Id, _Pid, Transport} <- Visited ],
     Passes = max(1, Lookups div Count),
     Measure = fun(Work, Layers) ->
                       Table = case Work of
                                   lookup_element_of_pair -> Pairs;
                                   _ -> Rows
                               end,
-                      {{Work, Layers}, fun() -> measure(Work, Layers, Connections, Ids, Table, Passes) end}
+                      List = case Work of
+                                 route_server -> Bound;
+                                 _ -> Ids
+                             end,
+                      {{Work, Layers}, fun() -> measure(Work, Layers, Connections, List, Table, Passes) end}
               end,
     Figures = bench_rounds:interleave(
                 Rounds,
@@ -43,6 +52,7 @@ run(#{connections := Count, rounds := Rounds, lookups := Lookups, progress := Pr
                                         {lookup_element_of_pair, on},
                                         {route, on},
                                         {route, off},
+                                        {route_server, on},
                                         {route_batch, on},
                                         {route, no_tokens},
                                         {route, no_room},
@@ -77,13 +87,14 @@ rows(Figures) ->
              "the same, rows without a config",
              {lookup_element_of_pair, on}),
      Against("route, all layers off", {route, off}, "ets:lookup_element/3", {lookup_element, on}),
+     Against("route to a server, all three layers", {route_server, on}, "ets:lookup_element/3", {lookup_element, on}),
      Against("route in batches of 500, a message", {route_batch, on}, "one by one", {route, on}),
      Refused("token bucket", no_tokens),
      Refused("shard", no_room),
      Refused("circuit", circuit_open)].
 
 
--spec measure(work(), layers(), [{binary(), pid()}], [binary()], ets:table(), pos_integer()) -> float().
+-spec measure(work(), layers(), [{binary(), pid()}], list(), ets:table(), pos_integer()) -> float().
 measure(Work, Layers, Connections, Ids, Table, Passes) ->
     ok = set(Layers, Connections),
     ok = expect(Work, Layers, hd(Ids)),
@@ -95,6 +106,18 @@ measure(Work, Layers, Connections, Ids, Table, Passes) ->
     ok = expect(Work, Layers, hd(Ids)),
     ok = reset(Layers, Connections),
     max(0.1, (Whole - Loop) / (length(Ids) * Passes)).
+
+
+%% Nanoseconds of `route' or `route_batch' for an id in the default registry, as it is set: the median of parts of
+%% 2,000 ids, so that samplers and what else is scheduled meanwhile do not count.
+-spec time(route | route_batch, [binary()]) -> float().
+time(Work, Ids) ->
+    bench_rounds:median([ begin
+                              Context = context(Work, Part, none),
+                              Loop = elapsed(nothing, Part, Context, 1),
+                              max(0.1, (elapsed(Work, Part, Context, 1) - Loop) / length(Part))
+                          end
+                          || Part <- parts(4 * ?BATCH, Ids) ]).
 
 
 %% Leaves messages where they are until it is told to take them.
@@ -117,9 +140,12 @@ take() ->
 
 
 %% The layers do what the case is about.
--spec expect(work(), layers(), binary()) -> ok.
+-spec expect(work(), layers(), binary() | {binary(), binary()}) -> ok.
 expect(lookup_element, _Layers, _Id) -> ok;
 expect(lookup_element_of_pair, _Layers, _Id) -> ok;
+expect(route_server, on, {Server, Transport}) ->
+    true = is_pid(route_of(erlmcp_nif:route_server(Server, Transport))),
+    ok;
 expect(_Work, no_tokens, Id) -> rate_limited = route_once(Id), ok;
 expect(_Work, no_room, Id) -> shard_overloaded = route_once(Id), ok;
 expect(_Work, circuit_open, Id) -> circuit_open = route_once(Id), ok;
@@ -132,23 +158,25 @@ expect(_Work, Layers, Id) ->
 
 -spec route_once(binary()) -> erlmcp_nif:route().
 route_once(Id) ->
-    case erlmcp_nif:route_connection(Id) of
-        {Route, _Events} -> Route;
-        Route -> Route
-    end.
+    route_of(erlmcp_nif:route_connection(Id)).
+
+
+-spec route_of(erlmcp_nif:routed() | diverted) -> erlmcp_nif:route() | diverted.
+route_of({Route, _Events}) -> Route;
+route_of(Route) -> Route.
 
 
 -spec set(layers(), [{binary(), pid()}]) -> ok.
 set(on, _Connections) ->
     ok;
 set(off, _Connections) ->
-    ok = erlmcp_backpressure:set(backpressure, off);
+    ok = erlmcp_native:set(backpressure, off);
 set(no_tokens, Connections) ->
-    ok = erlmcp_backpressure:set(token_bucket, #{capacity => 1, rate_per_second => 1 / 3600}),
+    ok = erlmcp_native:set(token_bucket, #{capacity => 1, rate_per_second => 1 / 3600}),
     spend(Connections);
 set(no_room, Connections) ->
     %% So many overloaded shards would open it.
-    ok = erlmcp_backpressure:set(circuit_breaker, off),
+    ok = erlmcp_native:set(circuit_breaker, off),
     lists:foreach(fun({_Id, Pid}) -> Pid ! waiting end, Connections),
     ok = erlmcp_admission_control:set_threshold(1),
     await_overload(Connections);
@@ -160,16 +188,16 @@ set(circuit_open, _Connections) ->
 reset(on, _Connections) ->
     ok;
 reset(off, _Connections) ->
-    ok = erlmcp_backpressure:set(backpressure, on);
+    ok = erlmcp_native:set(backpressure, on);
 reset(no_tokens, _Connections) ->
-    ok = erlmcp_backpressure:set(token_bucket, erlmcp_native_config:default(token_bucket)),
+    ok = erlmcp_native:set(token_bucket, erlmcp_native_config:default(token_bucket)),
     %% Until the buckets are full again.
     timer:sleep(150);
 reset(no_room, Connections) ->
     #{threshold := Threshold} = erlmcp_native_config:default(admission),
     lists:foreach(fun({_Id, Pid}) -> Pid ! take end, Connections),
     ok = erlmcp_admission_control:set_threshold(Threshold),
-    ok = erlmcp_backpressure:set(circuit_breaker, erlmcp_native_config:default(circuit_breaker));
+    ok = erlmcp_native:set(circuit_breaker, erlmcp_native_config:default(circuit_breaker));
 reset(circuit_open, _Connections) ->
     ok = erlmcp_circuit_breaker:reset().
 
@@ -199,33 +227,34 @@ await_refusal(Id) ->
     end.
 
 
--spec context(work(), [binary()], ets:table()) -> term().
-context(route_batch, Ids, _Table) -> batches([ {Id, message} || Id <- Ids ]);
+-spec context(work(), list(), ets:table() | none) -> term().
+context(route_batch, Ids, _Table) -> parts(?BATCH, [ {Id, message} || Id <- Ids ]);
 context(_Work, _Ids, Table) -> Table.
 
 
--spec batches([Element]) -> [[Element]].
-batches(List) when length(List) =< ?BATCH ->
-    [List];
-batches(List) ->
-    {Batch, Others} = lists:split(?BATCH, List),
-    [Batch | batches(Others)].
+-spec parts(pos_integer(), [Element]) -> [[Element]].
+parts(_Length, []) ->
+    [];
+parts(Length, List) ->
+    Part = lists:sublist(List, Length),
+    [Part | parts(Length, lists:nthtail(length(Part), List))].
 
 
--spec elapsed(work(), [binary()], term(), pos_integer()) -> integer().
+-spec elapsed(work(), list(), term(), pos_integer()) -> integer().
 elapsed(Work, Ids, Context, Passes) ->
     Start = erlang:monotonic_time(),
     ok = passes(Work, Ids, Context, Passes),
     erlang:convert_time_unit(erlang:monotonic_time() - Start, native, nanosecond).
 
 
--spec passes(work(), [binary()], term(), non_neg_integer()) -> ok.
+-spec passes(work(), list(), term(), non_neg_integer()) -> ok.
 passes(_Work, _Ids, _Context, 0) ->
     ok;
 passes(Work, Ids, Context, Left) ->
     ok = case Work of
              nothing -> nothing(Ids);
              route -> route(Ids);
+             route_server -> route_servers(Ids);
              route_batch -> route_batches(Context);
              lookup_element -> lookup_element(Ids, Context);
              lookup_element_of_pair -> lookup_element(Ids, Context)
@@ -233,7 +262,7 @@ passes(Work, Ids, Context, Left) ->
     passes(Work, Ids, Context, Left - 1).
 
 
--spec nothing([binary()]) -> ok.
+-spec nothing(list()) -> ok.
 nothing([_Id | Ids]) -> nothing(Ids);
 nothing([]) -> ok.
 
@@ -241,11 +270,23 @@ nothing([]) -> ok.
 -spec route([binary()]) -> ok.
 route([Id | Ids]) ->
     case erlmcp_nif:route_connection(Id) of
-        {_Route, Events} -> erlmcp_backpressure:notify(Events);
+        {_Route, Events} -> erlmcp_delivery:notify(Events);
         _Route -> ok
     end,
     route(Ids);
 route([]) ->
+    ok.
+
+
+%% The bucket of the registered transport pays.
+-spec route_servers([{binary(), binary()}]) -> ok.
+route_servers([{Server, Transport} | Others]) ->
+    case erlmcp_nif:route_server(Server, Transport) of
+        {_Route, Events} -> erlmcp_delivery:notify(Events);
+        _Route -> ok
+    end,
+    route_servers(Others);
+route_servers([]) ->
     ok.
 
 
@@ -262,7 +303,7 @@ route_batch([]) ->
     ok;
 route_batch(Messages) ->
     {Routed, Rest} = erlmcp_nif:route_batch(Messages),
-    _ = [ erlmcp_backpressure:notify(Events) || {_Route, Events} <- Routed ],
+    _ = [ erlmcp_delivery:notify(Events) || {_Route, Events} <- Routed ],
     route_batch(Rest).
 
 

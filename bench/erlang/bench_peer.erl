@@ -2,7 +2,7 @@
 %%% resident memory of a VM as the operating system sees it.
 -module(bench_peer).
 
--export([start/0, stop/1, call/4]).
+-export([start/0, start/1, stop/1, call/4]).
 -export([resident/0]).
 
 -export_type([peer/0]).
@@ -16,10 +16,16 @@
 %% With the application and both registries running.
 -spec start() -> peer().
 start() ->
+    start([]).
+
+
+%% With further arguments of the emulator.
+-spec start([string()]) -> peer().
+start(Arguments) ->
     Paths = [ filename:absname(Path) || Path <- code:get_path(), Path =/= "." ],
     {ok, Peer, _} = peer:start_link(#{
                                       connection => standard_io,
-                                      args => ["+P", ?PROCESSES, "-pa" | Paths]
+                                      args => ["+P", ?PROCESSES] ++ Arguments ++ ["-pa" | Paths]
                                      }),
     ok = call(Peer, registry_bench, start_registries, []),
     Peer.

@@ -1,20 +1,26 @@
 %%% What the benchmarks work on: ids, the processes that they stand for, and configs.
 %%%
 %%% An id is a binary of 24 bytes. It is made from a number, so that a million of them need not be
-%%% kept while memory is measured. All lists come in one shuffled order, the same in every run:
-%%% neighbours in a list are no neighbours in any table.
+%%% kept while memory is measured. Connections are registered in one shuffled order, and visited in
+%%% another one, with ids that are made anew ({@link visited/1}): what is visited one after the other
+%%% was not allocated one after the other. Both orders are the same in every run.
 -module(bench_population).
 
 -export([id/1, ids/1, shuffled/1]).
 -export([start/2, stop/1]).
+-export([register_all/1, visited/1, transport/1]).
 -export([ets_table/1]).
 -export([small_config/0, large_config/0]).
 -export([ranges/2, in_parallel/1, await/1]).
 
 -export_type([population/0]).
 
-%% The process that all others are linked to, and the connections in shuffled order.
--type population() :: {pid(), [{binary(), pid()}]}.
+%% The process that all others are linked to with those that hold transports, and the connections in the
+%% order in which they are to be registered.
+-type population() :: {{pid(), Holders :: [pid()]}, [{binary(), pid()}]}.
+
+%% Processes that hold transports.
+-define(HOLDERS, 16).
 
 %%% Ids
 
@@ -31,7 +37,12 @@ ids(Count) ->
 
 -spec shuffled([Element]) -> [Element].
 shuffled(List) ->
-    Seed = rand:seed_s(exsss, {24, 15000, 1000000}),
+    shuffled(List, {24, 15000, 1000000}).
+
+
+-spec shuffled([Element], {integer(), integer(), integer()}) -> [Element].
+shuffled(List, Order) ->
+    Seed = rand:seed_s(exsss, Order),
     {Keyed, _} = lists:mapfoldl(fun(Element, State0) ->
                                         {Key, State} = rand:uniform_s(1 bsl 58, State0),
                                         {{Key, Element}, State}
@@ -51,14 +62,14 @@ start(Count, Loop) ->
     {Hub, Monitor} =
         spawn_monitor(
           fun() ->
-                  Ids = ids(Count),
-                  Asking ! {self(), [ {Id, spawn_opt(Loop, [link])} || Id <- Ids ]},
+                  Holders = [ spawn_link(fun() -> receive stop -> ok end end) || _ <- lists:seq(1, ?HOLDERS) ],
+                  Asking ! {self(), Holders, [ {Id, spawn_opt(Loop, [link])} || Id <- ids(Count) ]},
                   receive stop -> exit(shutdown) end
           end),
     receive
-        {Hub, Connections} ->
+        {Hub, Holders, Connections} ->
             true = demonitor(Monitor, [flush]),
-            {Hub, Connections};
+            {{Hub, Holders}, Connections};
         {'DOWN', Monitor, process, Hub, Reason} ->
             error(Reason)
     end.
@@ -66,10 +77,37 @@ start(Count, Loop) ->
 
 %% Returns when all of them have ended.
 -spec stop(population()) -> ok.
-stop({Hub, Connections}) ->
-    Monitors = [ monitor(process, Pid) || {_, Pid} <- Connections ],
+stop({{Hub, Holders}, Connections}) ->
+    Monitors = [ monitor(process, Pid) || Pid <- Holders ++ [ Connection || {_, Connection} <- Connections ] ],
     Hub ! stop,
     lists:foreach(fun(Monitor) -> receive {'DOWN', Monitor, process, _, _} -> ok end end, Monitors).
+
+
+%% Registers each of them as a connection, as a server, and with a transport of its own, whose bucket pays
+%% for what is routed to the server. A few processes hold all transports: these are no receivers.
+-spec register_all(population()) -> ok.
+register_all({{_Hub, Holding}, Connections}) ->
+    Config = small_config(),
+    Holders = list_to_tuple(Holding),
+    Holder = fun(Id) -> element(erlang:phash2(Id, tuple_size(Holders)) + 1, Holders) end,
+    %% One kind after the other, as if each were the only one: its parts lie together in memory.
+    Each = fun(Register) -> lists:foreach(fun({Id, Pid}) -> ok = Register(Id, Pid) end, Connections) end,
+    ok = Each(fun(Id, Pid) -> erlmcp_shard_registry:register_connection(Id, Pid, Config) end),
+    ok = Each(fun(Id, Pid) -> erlmcp_registry:register_server(Id, Pid, Config) end),
+    Each(fun(Id, _Pid) -> erlmcp_registry:register_transport(transport(Id), Holder(Id), Config) end).
+
+
+%% The transport of a connection.
+-spec transport(binary()) -> binary().
+transport(<<Unique:16/binary, _/binary>>) ->
+    <<Unique/binary, "transprt">>.
+
+
+%% The connections in an order other than that of their registration, with ids of their own and the
+%% transports.
+-spec visited([{binary(), pid()}]) -> [bench_senders:connection()].
+visited(Connections) ->
+    [ {binary:copy(Id), Pid, transport(Id)} || {Id, Pid} <- shuffled(Connections, {2, 200, 500_000}) ].
 
 
 %%% ETS

@@ -6,7 +6,7 @@
 -module(bench_report).
 
 %% Rows
--export([time_row/5, rate_row/5, latency_row/5, size_row/6]).
+-export([time_row/5, rate_row/5, latency_row/6, size_row/6]).
 -export([floor/3, growth/1]).
 %% Output
 -export([print/2, json/1, missed/1]).
@@ -52,13 +52,13 @@ rate_row(Section, Name, Figures, Against, Others) ->
     compared(row(Section, Name, "msg/s", more), Figures, Against, Others).
 
 
-%% Milliseconds; one map a measurement, with the three percentiles.
--spec latency_row(string(), string(), [map()], string(), [map()]) -> row().
-latency_row(Section, Name, Native, Against, Others) ->
-    Row = compared(row(Section, Name, "ms", less),
-                   [ P95 || #{p95 := P95} <- Native ],
+%% Milliseconds at a percentile; one map a measurement, with all percentiles.
+-spec latency_row(string(), p95 | p99, string(), [map()], string(), [map()]) -> row().
+latency_row(Section, Percentile, At, Native, Against, Others) ->
+    Row = compared(row(Section, atom_to_list(Percentile) ++ " at " ++ At, "ms", less),
+                   [ map_get(Percentile, Result) || Result <- Native ],
                    Against,
-                   [ P95 || #{p95 := P95} <- Others ]),
+                   [ map_get(Percentile, Result) || Result <- Others ]),
     Row#{latency => #{native => medians(Native), against => medians(Others)}}.
 
 
@@ -211,25 +211,27 @@ verdict(_) -> "".
 
 -spec print_latencies([#{native := map(), against := map()}]) -> ok.
 print_latencies(Latencies) ->
-    io:format("~n~-34ts ~10ts ~12ts ~9ts ~9ts ~9ts~n",
-              ["latency, ms", "offered/s", "delivered/s", "p50", "p95", "p99"]),
+    io:format("~n~-34ts ~10ts ~12ts ~9ts ~9ts ~9ts ~9ts ~9ts~n",
+              ["latency, ms", "offered/s", "delivered/s", "p50", "p95", "p99", "p99.9", "max"]),
     Results = lists:usort(
                 [ {Offered, Way, Result}
                   || Latency <- Latencies,
                      #{offered := Offered, way := Way} = Result <- maps:values(Latency) ]),
     lists:foreach(
-      fun({Offered, Way, #{delivered := Delivered, p50 := P50, p95 := P95, p99 := P99} = Result}) ->
+      fun({Offered, Way, #{delivered := Delivered, p50 := P50, p95 := P95, p99 := P99, p999 := P999, max := Max} = Result}) ->
               Note = case Result of
                          #{saturated := true} -> "  saturated";
                          _ -> ""
                      end,
-              io:format("~-34ts ~10ts ~12ts ~9.2f ~9.2f ~9.2f~ts~n",
+              io:format("~-34ts ~10ts ~12ts ~9.2f ~9.2f ~9.2f ~9.2f ~9.2f~ts~n",
                         [bench_senders:name(Way),
                          thousands(Offered),
                          thousands(round(Delivered)),
                          P50,
                          P95,
                          P99,
+                         P999,
+                         Max,
                          Note])
       end,
       Results).

@@ -2,22 +2,23 @@
 %%% in batches, through the registry as one gen_server, and with the pid in hand.
 %%%
 %%% All deliver the same term, `{mcp_message, Transport, Message}', and are called with the
-%%% same list of `{Id, Pid}'.
+%%% same list of `{Id, Pid, Transport}'.
 -module(bench_senders).
 
--export([send/4, ways/0, name/1]).
+-export([prepare/1, send/3, ways/0, name/1]).
 -export([connection_ways/0]).
 
--export_type([way/0]).
+-export_type([way/0, connection/0]).
 
 -type way() :: native | connection | batch | classic | bare.
+-type connection() :: {Id :: binary(), pid(), Transport :: binary()}.
 
 
 -spec ways() -> [way()].
 ways() -> [native, classic, bare].
 
 
-%% To connections, past all three layers of backpressure.
+%% To connections.
 -spec connection_ways() -> [way()].
 connection_ways() -> [connection, batch].
 
@@ -30,50 +31,57 @@ name(classic) -> "classic route_to_server/3";
 name(bare) -> "Pid ! Msg, pids in hand".
 
 
+%% Before a way is measured: one without admission control must not pay for what a former way has left to the
+%% samplers.
+-spec prepare(way()) -> ok.
+prepare(Way) when Way =:= bare; Way =:= classic -> bench_samplers:await_idle();
+prepare(_Guarded) -> ok.
+
+
 %% Sends `Message' to every one of the list. A route that is refused is an error here.
--spec send(way(), [{binary(), pid()}], binary(), term()) -> ok.
-send(native, Connections, Transport, Message) -> native(Connections, Transport, Message);
-send(connection, Connections, Transport, Message) -> connection(Connections, Transport, Message);
-send(batch, Connections, Transport, Message) -> batch(Connections, Transport, Message);
-send(classic, Connections, Transport, Message) -> classic(Connections, Transport, Message);
-send(bare, Connections, Transport, Message) -> bare(Connections, Transport, Message).
+-spec send(way(), [connection()], term()) -> ok.
+send(native, Connections, Message) -> native(Connections, Message);
+send(connection, Connections, Message) -> connection(Connections, Message);
+send(batch, Connections, Message) -> batch(Connections, Message);
+send(classic, Connections, Message) -> classic(Connections, Message);
+send(bare, Connections, Message) -> bare(Connections, Message).
 
 
--spec native([{binary(), pid()}], binary(), term()) -> ok.
-native([{Id, _Pid} | Others], Transport, Message) ->
+-spec native([connection()], term()) -> ok.
+native([{Id, _Pid, Transport} | Others], Message) ->
     ok = erlmcp_registry:route_to_server(Id, Transport, Message),
-    native(Others, Transport, Message);
-native([], _Transport, _Message) ->
+    native(Others, Message);
+native([], _Message) ->
     ok.
 
 
--spec connection([{binary(), pid()}], binary(), term()) -> ok.
-connection([{Id, _Pid} | Others], Transport, Message) ->
+-spec connection([connection()], term()) -> ok.
+connection([{Id, _Pid, Transport} | Others], Message) ->
     ok = erlmcp_shard_manager:route_message(Id, {mcp_message, Transport, Message}),
-    connection(Others, Transport, Message);
-connection([], _Transport, _Message) ->
+    connection(Others, Message);
+connection([], _Message) ->
     ok.
 
 
 %% Making the list is part of it.
--spec batch([{binary(), pid()}], binary(), term()) -> ok.
-batch(Connections, Transport, Message) ->
-    Messages = [ {Id, {mcp_message, Transport, Message}} || {Id, _Pid} <- Connections ],
+-spec batch([connection()], term()) -> ok.
+batch(Connections, Message) ->
+    Messages = [ {Id, {mcp_message, Transport, Message}} || {Id, _Pid, Transport} <- Connections ],
     true = lists:all(fun(Result) -> Result =:= ok end, erlmcp_shard_manager:route_batch(Messages)),
     ok.
 
 
--spec classic([{binary(), pid()}], binary(), term()) -> ok.
-classic([{Id, _Pid} | Others], Transport, Message) ->
-    ok = erlmcp_registry_classic:route_to_server(Id, Transport, Message),
-    classic(Others, Transport, Message);
-classic([], _Transport, _Message) ->
+-spec classic([connection()], term()) -> ok.
+classic([{Id, _Pid, Transport} | Others], Message) ->
+    ok = bench_baseline:route_to_server(Id, Transport, Message),
+    classic(Others, Message);
+classic([], _Message) ->
     ok.
 
 
--spec bare([{binary(), pid()}], binary(), term()) -> ok.
-bare([{_Id, Pid} | Others], Transport, Message) ->
+-spec bare([connection()], term()) -> ok.
+bare([{_Id, Pid, Transport} | Others], Message) ->
     Pid ! {mcp_message, Transport, Message},
-    bare(Others, Transport, Message);
-bare([], _Transport, _Message) ->
+    bare(Others, Message);
+bare([], _Message) ->
     ok.

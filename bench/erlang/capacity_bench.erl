@@ -11,12 +11,15 @@
 %%%
 %%% *Look-ups among many*: two VMs, one with 1,000 entries and one with all of them, both in the
 %%% default registry; their rounds are interleaved. All ids are looked up in shuffled order, so
-%%% that each look-up finds its entry as cold as the caches leave it.
+%%% that each look-up finds its entry as cold as the caches leave it. In the same order messages are routed to
+%%% all of them, one by one and in batches, in the default configuration and without the sending.
 -module(capacity_bench).
 
 -export([run/1]).
 %% In the peer
 -export([fill/1, fill_ets/1, share_configs/1, host/1, measure/3]).
+
+-type work() :: lookup_bench:lookup() | route | route_batch.
 
 -define(FEW,      1000).
 -define(ID_BYTES, 24).
@@ -46,8 +49,12 @@ run(#{
                fun() ->
                        bench_peer:call(Peer, ?MODULE, measure, [Lookup, Number, Lookups])
                end}
-              || Lookup <- [whereis_connection, lookup_element],
-                 {Size, Peer, Number} <- [{few, Small, ?FEW}, {many, Large, Entries}] ],
+              || {Lookup, Sizes} <- [{whereis_connection, [few, many]},
+                                     {lookup_element, [few, many]},
+                                     {route, [many]},
+                                     {route_batch, [many]}],
+                 {Size, Peer, Number} <- [{few, Small, ?FEW}, {many, Large, Entries}],
+                 lists:member(Size, Sizes) ],
     Figures = bench_rounds:interleave(max(3, Rounds div 2), Cases, Progress),
     ok = bench_peer:stop(Small),
     ok = bench_peer:stop(Large),
@@ -96,7 +103,7 @@ sharing_rows(Connections, Shared, Distinct, ConfigBytes) ->
 
 
 -spec lookup_rows(pos_integer(),
-                  #{{lookup_bench:lookup(), few | many} => bench_rounds:figures()}) ->
+                  #{{work(), few | many} => bench_rounds:figures()}) ->
           [bench_report:row()].
 lookup_rows(Entries, Figures) ->
     Name = fun(Lookup, Number) -> Lookup ++ " of " ++ bench_report:thousands(Number) end,
@@ -116,7 +123,14 @@ lookup_rows(Entries, Figures) ->
                         5.0,
                         bench_report:growth(Row(whereis_connection, "whereis_connection/1"))),
      bench_report:growth(Row(lookup_element, "ets:lookup_element/3")),
-     Against].
+     Against,
+     bench_report:floor(ratio,
+                        0.5,
+                        bench_report:time_row("size",
+                                              Name("route in batches, cold ids", Entries),
+                                              map_get({route_batch, many}, Figures),
+                                              "one by one",
+                                              map_get({route, many}, Figures)))].
 
 
 %%% In the peer
@@ -228,13 +242,18 @@ host(Entries) ->
 serve(Ids) ->
     receive
         {measure, From, Lookup, Passes} ->
-            From ! {measured, lookup_bench:time(Lookup, ?MODULE, Ids, Passes)},
+            From ! {measured, time(Lookup, Ids, Passes)},
             serve(Ids)
     end.
 
 
-%% Nanoseconds a look-up.
--spec measure(lookup_bench:lookup(), pos_integer(), pos_integer()) -> float().
+-spec time(work(), [binary()], pos_integer()) -> float().
+time(Work, Ids, _Passes) when Work =:= route; Work =:= route_batch -> backpressure_bench:time(Work, Ids);
+time(Lookup, Ids, Passes) -> lookup_bench:time(Lookup, ?MODULE, Ids, Passes).
+
+
+%% Nanoseconds a look-up, or a message.
+-spec measure(work(), pos_integer(), pos_integer()) -> float().
 measure(Lookup, Entries, Lookups) ->
     ?HOST ! {measure, self(), Lookup, max(1, Lookups div Entries)},
     receive {measured, Figure} -> Figure end.

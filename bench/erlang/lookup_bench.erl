@@ -2,8 +2,8 @@
 %%%
 %%% Every case is its own loop over the same list of ids with the call spelled out in it, so that
 %%% no case pays for calling a fun. The time of a loop that does nothing is taken off. Each
-%%% connection is a process of its own; the list is in shuffled order and is gone through as often
-%%% as it takes for `lookups' look-ups a round.
+%%% connection is a process of its own; the list is in an order other than that of the registrations, its
+%%% ids are copies, and it is gone through as often as it takes for `lookups' look-ups a round.
 %%%
 %%% ETS is one table `[set, public, {read_concurrency, true}]' of `{Id, Pid, Config}', what a registry in ETS
 %%% would have; beside it one of `{Id, Pid}', whose rows lie closer together.
@@ -41,13 +41,15 @@ run(#{connections := Count, rounds := Rounds, lookups := Lookups, progress := Pr
     ok = Fill(fun erlmcp_shard_registry:register_connection/3),
     ok = Fill(fun(Id, Pid, _) -> erlmcp_shard_registry:register_connection(Own, Id, Pid, Config) end),
     ok = Fill(fun erlmcp_registry:register_server/3),
-    ok = Fill(fun erlmcp_registry_classic:register_server/3),
+    ok = Fill(fun bench_baseline:register_server/3),
     Rows = bench_population:ets_table([ {Id, Pid, Config} || {Id, Pid} <- Connections ]),
     Pairs = bench_population:ets_table(Connections),
-    Names = [ register_name(Id, Pid) || {Id, Pid} <- Connections ],
-    Found = [ {Id, erlmcp_shard_registry:whereis_connection(Id)} || {Id, _} <- Connections ],
-    Found = Connections,
-    Ids = [ Id || {Id, _} <- Connections ],
+    ok = lists:foreach(fun({Id, Pid}) -> true = register(name(Id), Pid) end, Connections),
+    Ids = [ Id || {Id, Pid, _} <- bench_population:visited(Connections),
+                  %% Each is found.
+                  Pid =:= erlmcp_shard_registry:whereis_connection(Id) ],
+    Count = length(Ids),
+    Names = [ name(Id) || Id <- Ids ],
     Map = maps:from_list(Connections),
     Passes = max(1, Lookups div Count),
     Few = lists:sublist(Ids, max(1, Passes * Count div ?SLOWER)),
@@ -72,11 +74,9 @@ run(#{connections := Count, rounds := Rounds, lookups := Lookups, progress := Pr
     rows(Figures).
 
 
--spec register_name(binary(), pid()) -> atom().
-register_name(Id, Pid) ->
-    Name = binary_to_atom(binary:encode_hex(Id)),
-    true = register(Name, Pid),
-    Name.
+-spec name(binary()) -> atom().
+name(Id) ->
+    binary_to_atom(binary:encode_hex(Id)).
 
 
 -spec rows(#{lookup() => bench_rounds:figures()}) -> [bench_report:row()].
@@ -199,7 +199,7 @@ find_server([], _Context) ->
 
 -spec classic_find_server([term()], term()) -> ok.
 classic_find_server([Id | Ids], Context) ->
-    _ = erlmcp_registry_classic:find_server(Id),
+    _ = bench_baseline:find_server(Id),
     classic_find_server(Ids, Context);
 classic_find_server([], _Context) ->
     ok.

@@ -18,7 +18,6 @@
                 native_list |
                 classic_list |
                 fresh_list |
-                fresh_classic_list |
                 ets_list |
                 native_atom |
                 erlang_atom |
@@ -47,26 +46,23 @@ run(#{connections := Connections, rounds := Rounds, progress := Progress}) ->
                   Tuples),
     ok = fill_and_empty(Connections, Holder),
     {ok, Native} = gen_server:start_link(erlmcp_registry, [], []),
-    {ok, Classic} = gen_server:start_link(erlmcp_registry_classic, [], []),
     lists:foreach(fun(Id) ->
                           Config = bench_population:small_config(),
                           ok = erlmcp_registry:register_server(Id, Holder, Config),
-                          ok = erlmcp_registry_classic:register_server(Id, Holder, Config),
+                          ok = bench_baseline:register_server(Id, Holder, Config),
                           ok = gen_server:call(Native, {register_server, Id, Holder, Config}),
-                          ok = gen_server:call(Classic, {register_server, Id, Holder, Config}),
                           true = ets:insert(Few, {Id, Holder, Config})
                   end,
                   [weather, calendar, files]),
     3 = length(erlmcp_registry:list_servers()),
-    3 = length(erlmcp_registry_classic:list_servers()),
-    Context = {Table, Few, Holder, Native, Classic},
+    3 = length(bench_baseline:list_servers()),
+    Context = {Table, Few, Holder, Native},
     Figures = bench_rounds:interleave(
                 Rounds,
                 [ {Case, fun() -> time(Case, calls(Case), Tuples, Context) end}
                   || Case <- cases() ],
                 Progress),
     ok = gen_server:stop(Native),
-    ok = gen_server:stop(Classic),
     Holder ! stop,
     ok = await_end(Holder),
     _ = persistent_term:erase(?TERM),
@@ -96,7 +92,7 @@ comparisons() ->
      {native_large, "lookup_connection/1, 50 KB config", term_large, "persistent_term:get/1"},
      {native_tuple, "whereis_connection/1, tuple id", ets_tuple, "ets:lookup_element/3, tuple id"},
      {native_list, "list_servers/0 of 3 after many", classic_list, "classic, the same"},
-     {fresh_list, "list_servers of 3, fresh, raw call", fresh_classic_list, "classic, the same"},
+     {fresh_list, "list_servers of 3, fresh, raw call", classic_list, "classic, the same"},
      {fresh_list, "list_servers of 3, fresh, raw call", ets_list, "ets:tab2list/1 of 3"},
      {native_atom, "whereis_connection/1, one atom", erlang_atom, "whereis/1, one atom"},
      {native_insert, "register + unregister a connection", ets_insert, "ets insert + delete"}].
@@ -122,7 +118,6 @@ calls(Case) when Case =:= native_large; Case =:= ets_large -> 300;
 calls(native_list) -> 300;
 calls(Case) when Case =:= classic_list;
                  Case =:= fresh_list;
-                 Case =:= fresh_classic_list;
                  Case =:= ets_list -> 3000;
 calls(Case) when Case =:= native_insert; Case =:= ets_insert -> 5000;
 calls(_) -> 100_000.
@@ -146,7 +141,7 @@ loop(_Case, 0, _Ids, _All, _Context) ->
     ok;
 loop(Case, Left, [], All, Context) ->
     loop(Case, Left, All, All, Context);
-loop(Case, Left, [Id | Ids], All, {Table, Few, Holder, Native, Classic} = Context) ->
+loop(Case, Left, [Id | Ids], All, {Table, Few, Holder, Native} = Context) ->
     _ = case Case of
             nothing -> Id;
             native_large -> erlmcp_shard_registry:lookup_connection(large);
@@ -155,9 +150,8 @@ loop(Case, Left, [Id | Ids], All, {Table, Few, Holder, Native, Classic} = Contex
             native_tuple -> erlmcp_shard_registry:whereis_connection(Id);
             ets_tuple -> ets:lookup_element(Table, Id, 2);
             native_list -> erlmcp_registry:list_servers();
-            classic_list -> erlmcp_registry_classic:list_servers();
+            classic_list -> bench_baseline:list_servers();
             fresh_list -> gen_server:call(Native, list_servers);
-            fresh_classic_list -> gen_server:call(Classic, list_servers);
             ets_list -> ets:tab2list(Few);
             native_atom -> erlmcp_shard_registry:whereis_connection(?MODULE);
             erlang_atom -> whereis(?MODULE);

@@ -15,6 +15,9 @@
                      % Rounds of what is compared by rounds.
                      rounds := pos_integer(),
                      connections := pos_integer(),
+                     % Receivers and senders of the growth part.
+                     sizes := default | [pos_integer()],
+                     senders := default | [pos_integer()],
                      % Look-ups a round.
                      lookups := pos_integer(),
                      % The greatest rate offered, messages a second, and for how long.
@@ -27,16 +30,21 @@
                      strict := boolean(),
                      progress := fun(() -> ok)
                     }.
--type section() :: lookup | guarded | routing | registration | latency | capacity | deaths | losses.
+-type section() :: lookup | guarded | breakers | routing | growth | registration | latency | capacity | deaths | losses | soak.
 
 -define(SECTIONS, [{lookup, lookup_bench},
                    {guarded, backpressure_bench},
+                   {breakers, breaker_bench},
                    {routing, routing_bench},
+                   {growth, growth_bench},
                    {registration, registration_bench},
                    {latency, latency_bench},
                    {capacity, capacity_bench},
                    {deaths, death_bench},
-                   {losses, losses_bench}]).
+                   {losses, losses_bench},
+                   {soak, soak_bench}]).
+%% Those that take minutes run by their names alone.
+-define(ON_REQUEST, [soak]).
 
 
 %% The first argument is the folder of the project.
@@ -59,8 +67,6 @@ main() ->
 
 -spec run(file:filename(), options()) -> 0 | 1.
 run(Root, #{sections := Sections, strict := Strict} = Options) ->
-    %% Overload and open circuits are among what is measured.
-    ok = logger:set_primary_config(level, error),
     ok = start_registries(),
     Machine = bench_machine:describe(Root),
     Started = erlang:monotonic_time(),
@@ -87,14 +93,16 @@ section(Section, Module, Options) ->
     Rows.
 
 
-%% The application, and both registries under their names. In a process that stays.
+%% The application, the baseline and the registry. In a process that stays.
 -spec start_registries() -> ok.
 start_registries() ->
+    %% Overload and open circuits are among what is measured.
+    ok = logger:set_primary_config(level, error),
     {ok, _} = application:ensure_all_started(erlmcp_native),
     Asking = self(),
     _ = spawn(fun() ->
+                      ok = bench_baseline:start_link(),
                       {ok, _} = erlmcp_registry:start_link(),
-                      {ok, _} = erlmcp_registry_classic:start_link(),
                       Asking ! registries_started,
                       receive stop -> ok end
               end),
@@ -119,7 +127,7 @@ write(Root, #{json := Json} = Options, Machine, Rows, Took) ->
     ok = file:write_file(File,
                          [bench_report:json(#{
                                               machine => maps:from_list(Machine),
-                                              options => maps:without([progress, json, sections],
+                                              options => maps:without([progress, json, sections, sizes, senders],
                                                                       Options),
                                               seconds => Took,
                                               rows => Rows
@@ -134,9 +142,11 @@ write(Root, #{json := Json} = Options, Machine, Rows, Took) ->
 -spec defaults() -> options().
 defaults() ->
     #{
-      sections => [ Section || {Section, _} <- ?SECTIONS ],
+      sections => [ Section || {Section, _} <- ?SECTIONS ] -- ?ON_REQUEST,
       rounds => 7,
       connections => 15_000,
+      sizes => default,
+      senders => default,
       lookups => 300_000,
       rate => 500_000,
       seconds => 1.0,
@@ -165,6 +175,10 @@ parse(["--quick" | Rest], Options) ->
 parse(["--only", Names | Rest], Options) ->
     Sections = [ section_named(Name) || Name <- string:lexemes(Names, ",") ],
     parse(Rest, Options#{sections => Sections});
+parse(["--sizes", Values | Rest], Options) ->
+    parse(Rest, Options#{sizes => numbers(Values, "--sizes")});
+parse(["--senders", Values | Rest], Options) ->
+    parse(Rest, Options#{senders => numbers(Values, "--senders")});
 parse(["--json", File | Rest], Options) ->
     parse(Rest, Options#{json => File});
 parse(["--seconds", Value | Rest], Options) ->
@@ -182,6 +196,14 @@ parse([Argument | _], _Options) ->
 numeric() ->
     [ {atom_to_list(Key), Key}
       || Key <- [rounds, connections, lookups, rate, entries, deaths] ].
+
+
+-spec numbers(string(), string()) -> [pos_integer(), ...].
+numbers(Values, Option) ->
+    case string:lexemes(Values, ",") of
+        [] -> throw({usage, Option ++ " takes positive numbers, not nothing"});
+        Numbers -> [ trunc(number(Value, Option)) || Value <- Numbers ]
+    end.
 
 
 -spec number(string(), string()) -> number().

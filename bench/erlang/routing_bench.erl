@@ -1,7 +1,8 @@
 %%% Messages routed and delivered a second, from senders on all cores to all connections.
 %%%
 %%% As many senders as schedulers go through all connections, each in a rotation of its own, and
-%%% send the same number of messages whichever way is measured. Receivers count what arrives; the
+%%% send the same number of messages whichever way is measured. Every connection has a registered
+%%% transport, so that `route_to_server/3' is charged by all three layers, as `route_message/2' is. Receivers count what arrives; the
 %%% clock stops when the last message has been received, so that what is still in a mailbox, that
 %%% of the gen_server included, is not counted as routed.
 %%%
@@ -19,25 +20,24 @@
 %% Messages a connection under way: more than receivers may leave unreported.
 -define(WINDOW, 8).
 %% Messages between two looks at the window.
--define(CHUNK,     500).
--define(MESSAGE,   <<"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"ping\"}">>).
--define(TRANSPORT, <<"transport-00000000000001">>).
+-define(CHUNK,   500).
+-define(MESSAGE, <<"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"ping\"}">>).
 
 
 -spec run(registry_bench:options()) -> [bench_report:row()].
 run(#{connections := Count, rounds := Rounds, progress := Progress}) ->
     Delivered = counters:new(1, [write_concurrency]),
     {_, Connections} = Population = bench_population:start(Count, fun() -> receiver(Delivered) end),
-    lists:foreach(fun({Id, Pid}) ->
-                          ok = erlmcp_registry:register_server(Id, Pid, #{}),
-                          ok = erlmcp_registry_classic:register_server(Id, Pid, #{}),
-                          ok = erlmcp_shard_registry:register_connection(Id, Pid, #{})
-                  end,
-                  Connections),
-    Senders = start_senders(Connections, Delivered),
+    ok = bench_population:register_all(Population),
+    lists:foreach(fun({Id, Pid}) -> ok = bench_baseline:register_server(Id, Pid, #{}) end, Connections),
+    Senders = start_senders(bench_population:visited(Connections), Delivered),
     Figures = bench_rounds:interleave(
                 Rounds,
-                [ {Way, fun() -> throughput(Way, Senders, Count, Delivered) end}
+                [ {Way,
+                   fun() ->
+                           ok = bench_senders:prepare(Way),
+                           throughput(Way, Senders, Count, Delivered)
+                   end}
                   || Way <- bench_senders:ways() ++ bench_senders:connection_ways() ],
                 Progress),
     lists:foreach(fun(Sender) -> Sender ! stop end, Senders),
@@ -127,7 +127,7 @@ receiver(Delivered, Left) ->
 %%% Senders
 
 
--spec start_senders([{binary(), pid()}], counters:counters_ref()) -> [pid()].
+-spec start_senders([bench_senders:connection()], counters:counters_ref()) -> [pid()].
 start_senders(Connections, Delivered) ->
     Number = erlang:system_info(schedulers_online),
     Count = length(Connections),
@@ -147,7 +147,7 @@ chunks(List) ->
     [Chunk | chunks(Others)].
 
 
--spec sender([[{binary(), pid()}]], pos_integer(), pos_integer(), counters:counters_ref()) -> ok.
+-spec sender([[bench_senders:connection()]], pos_integer(), pos_integer(), counters:counters_ref()) -> ok.
 sender(Chunks, Number, Window, Delivered) ->
     receive
         {send, Way, Passes} ->
@@ -159,7 +159,7 @@ sender(Chunks, Number, Window, Delivered) ->
     end.
 
 
--spec pass([[{binary(), pid()}]],
+-spec pass([[bench_senders:connection()]],
            bench_senders:way(),
            pos_integer(),
            pos_integer(),
@@ -168,7 +168,7 @@ sender(Chunks, Number, Window, Delivered) ->
 pass([], _Way, _Number, _Window, _Delivered, Sent) ->
     Sent;
 pass([Chunk | Chunks], Way, Number, Window, Delivered, Sent) ->
-    ok = bench_senders:send(Way, Chunk, ?TRANSPORT, ?MESSAGE),
+    ok = bench_senders:send(Way, Chunk, ?MESSAGE),
     Now = Sent + length(Chunk),
     ok = keep_to_window(Now * Number, Window, Delivered),
     pass(Chunks, Way, Number, Window, Delivered, Now).

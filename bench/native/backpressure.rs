@@ -13,7 +13,7 @@
 use std::hint::black_box;
 use std::num::NonZeroU32;
 use std::sync::Barrier;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -21,7 +21,7 @@ use criterion::measurement::WallTime;
 use criterion::{
     BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main,
 };
-use erlmcp_core::admission::{Admission, Sampling};
+use erlmcp_core::admission::{Admission, Pass, Sampling, Threshold};
 use erlmcp_core::circuit_breaker::{CircuitBreaker, Config};
 use erlmcp_core::clock::{Clock, TscClock};
 use erlmcp_core::token_bucket::{Limits, TokenBucket};
@@ -137,15 +137,16 @@ fn admission(c: &mut Criterion) {
     let clock = TscClock::new();
     let sampling = Sampling::new(100);
     let shard = Admission::new();
-    shard.set_threshold(Some(1 << 39));
-    shard.sampled(shard.begin_sample(), 0, false, clock.now_ms());
-    let counter = AtomicU64::new(0);
+    shard.set_threshold(Threshold::Exactly(1 << 39), 0);
+    shard.begin_pass(Pass::All, clock.now_ms());
+    let (counter, kept) = (AtomicU64::new(0), AtomicU32::new(0));
     let mut admitted = group(c, "admission");
     measure(&mut admitted, "check and admit", || {
+        let mut to = shard.receiver(1, &kept);
         shard
-            .check(&sampling, || clock.now_ms())
+            .check(&mut to, &sampling, || clock.now_ms(), || 1)
             .expect("room for all");
-        black_box(shard.admit(&sampling, || clock.now_ms()));
+        black_box(shard.admit(&to, &sampling, || clock.now_ms()));
     });
     measure(&mut admitted, "fetch_add", || {
         black_box(counter.fetch_add(1, Ordering::AcqRel));
@@ -155,10 +156,12 @@ fn admission(c: &mut Criterion) {
     // A sample counts for ten intervals.
     let patient = Sampling::new(86_400_000);
     let full = Admission::new();
-    full.set_threshold(Some(1));
-    full.sampled(full.begin_sample(), 1, false, clock.now_ms());
+    full.set_threshold(Threshold::Exactly(1), 0);
+    full.begin_pass(Pass::All, clock.now_ms());
+    full.adjust(1, 1);
     measure(&mut group(c, "admission refused"), "check", || {
-        black_box(full.check(&patient, || clock.now_ms())).expect_err("full");
+        let mut to = full.receiver(1, &kept);
+        black_box(full.check(&mut to, &patient, || clock.now_ms(), || 1)).expect_err("full");
     });
 }
 
