@@ -39,6 +39,7 @@ all() ->
      killed_while_the_watcher_stands_still,
      watcher_is_killed_too,
      killed_again_before_the_first_sample,
+     first_samples_that_find_another_sampler,
      subscriptions_survive_the_process,
      subscriptions_survive_the_supervisors,
      subscribing_needs_no_process,
@@ -377,6 +378,30 @@ killed_again_before_the_first_sample(_Config) ->
     ?assertEqual([?SHARD], lists:usort([ Shard || {Shard, _} <- Told ])),
     ?assert(Worst >= 100_000 andalso Worst =< now_us() - Before, Worst),
     ?assertEqual(Supervisor, whereis(erlmcp_shard_sup)).
+
+
+%% The sampler of a manager that was killed may hold what the first sample of the next one needs. No message comes that
+%% would make that manager sample later, so it tries again by itself.
+first_samples_that_find_another_sampler(_Config) ->
+    ok = ?M:subscribe(),
+    Rounds = 20,
+    Samplers = [ spawn_link(fun() -> sample_without_end(?SHARD) end) || _ <- lists:seq(1, 2) ],
+    _ = [ begin
+              _ = kill_manager(?SHARD),
+              ?assertMatch({?SHARD, _}, told())
+          end || _ <- lists:seq(1, Rounds) ],
+    lists:foreach(fun test_support:stop/1, Samplers),
+    ok = counted(Rounds).
+
+
+sample_without_end(Shard) ->
+    _ = erlmcp_nif:sample_take(Shard, false),
+    receive
+        stop -> ok
+    after
+        0 ->
+            sample_without_end(Shard)
+    end.
 
 
 subscriptions_survive_the_process(_Config) ->

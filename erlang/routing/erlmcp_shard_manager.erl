@@ -273,6 +273,9 @@ sample_if_due(#state{shard = Shard, ticked = {Before, BeforeMs}} = State0) ->
         #state{sampling = #sampling{}} ->
             ok = erlmcp_nif:sample_skip(Shard),
             start_timer(pass_over(State));
+        #state{has_sampled = false} ->
+            %% Another sampler was in the way, and recovery waits for the first sample.
+            start_timer(sample(all, State));
         #state{overload = none} when Threshold =:= infinity ->
             State;
         #state{overload = none} when Admitted =:= Before ->
