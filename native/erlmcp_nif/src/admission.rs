@@ -9,7 +9,7 @@ use crate::atoms;
 use crate::backpressure::clock;
 use crate::immediate;
 use crate::registry::shard_number;
-use crate::reschedule::{Outcome, Scheduler, Stopped, reschedulable};
+use crate::reschedule::{Outcome, Scheduler, reschedulable};
 use crate::resource::default_registry;
 
 fn admission(shard: Term<'_>) -> NifResult<&'static Admission> {
@@ -133,8 +133,8 @@ fn count_receivers<'a>(env: Env<'a>, [shard]: [Term<'a>; 1], scheduler: Schedule
     if registry.is_count_old(shard) {
         let places_of = |namespace| u64::from(registry.shard_high_water(namespace, shard));
         let places: u64 = Namespace::ALL.into_iter().map(places_of).sum();
-        if scheduler == Scheduler::Normal && places > MAX_COUNTED_ON_NORMAL_SCHEDULER {
-            return Err(Stopped::TooHeavy);
+        if places > MAX_COUNTED_ON_NORMAL_SCHEDULER {
+            scheduler.require_dirty()?;
         }
         registry.count_receivers(shard);
     }

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use ahash::RandomState;
 use erlmcp_core::call_breaker::{CallBreaker, Config, Outcome};
-use erlmcp_core::churn::{Churn, complete_resize};
+use erlmcp_core::churn::Churn;
 use erlmcp_core::circuit_breaker::State;
 use once_cell::race::OnceBox;
 use papaya::{Equivalent, HashMap};
@@ -25,7 +25,7 @@ use rustler::sys::{ErlNifEnv, ErlNifTerm, enif_make_badarg};
 use rustler::{Atom, Encoder, Env, Error, LocalPid, NifResult, Term};
 
 use crate::encoding::{self, Zeros};
-use crate::reschedule::{self, Scheduler, Stopped, reschedulable};
+use crate::reschedule::{self, Scheduler, reschedulable};
 use crate::routing::state_term;
 use crate::vm_clock::VmClock;
 use crate::{atoms, caller, id, immediate, resource};
@@ -204,11 +204,8 @@ fn named_breaker_register<'a>(
         return Ok(atoms::name_too_long().encode(env));
     };
     if is_churned(&Name { kind, bytes }) {
-        if scheduler == Scheduler::Normal {
-            return Err(Stopped::TooHeavy);
-        }
-        churn().0.begin_anew();
-        complete_resize(names());
+        scheduler.require_dirty()?;
+        churn().0.complete_resize(names());
     }
     let Ok(options) = encoding::encode(options, MAX_CONFIG_BYTES, Zeros::Exact) else {
         return Ok(atoms::config_too_large().encode(env));

@@ -22,6 +22,16 @@ pub(crate) enum Scheduler {
     Dirty,
 }
 
+impl Scheduler {
+    /// For work that takes longer than about a millisecond.
+    pub(crate) fn require_dirty(self) -> Result<(), TooHeavy> {
+        match self {
+            Self::Normal => Err(TooHeavy),
+            Self::Dirty => Ok(()),
+        }
+    }
+}
+
 /// The work must be done on a dirty scheduler.
 pub(crate) struct TooHeavy;
 

@@ -19,7 +19,7 @@ use crate::id;
 use crate::immediate;
 use crate::registry::lookup::REMOTE;
 use crate::registry::{MAX_LISTED_ON_NORMAL_SCHEDULER, live_entry, pid_term};
-use crate::reschedule::{Outcome, Scheduler, Stopped, reschedulable};
+use crate::reschedule::{Outcome, Scheduler, reschedulable};
 use crate::resource::{Registry, default_registry};
 use crate::tuple::first_of_pair;
 
@@ -188,10 +188,8 @@ fn route_bound<'a, const IS_EXCLUSIVE: bool>(
         return Ok(atoms::diverted().encode(env));
     }
     id::with(registry, server, |server| {
-        if scheduler == Scheduler::Normal
-            && u64::from(registry.bound_high_water(server)) > MAX_LISTED_ON_NORMAL_SCHEDULER
-        {
-            return Err(Stopped::TooHeavy);
+        if u64::from(registry.bound_high_water(server)) > MAX_LISTED_ON_NORMAL_SCHEDULER {
+            scheduler.require_dirty()?;
         }
         // The monitor of a server that has ended may not have fired yet.
         live_entry(env, registry, Namespace::Server, server);

@@ -63,7 +63,7 @@ pub use routing::{Charged, Events, ROUTED_TOGETHER, Refusal};
 use stored::with_map;
 
 use crate::admission::{Admission, Sampling, Threshold, UNSEEN};
-use crate::churn::{Churn, complete_resize};
+use crate::churn::Churn;
 use crate::clock::Clock;
 use crate::counter::Refused;
 use crate::diversion::Diversion;
@@ -263,10 +263,9 @@ where
     /// Completes the resizes of the maps that are under way: see [`crate::churn`]. Costs in proportion to their
     /// entries, inside one guard.
     pub fn complete_resizes(&self) {
-        self.churn.begin_anew();
-        complete_resize(&self.servers);
-        complete_resize(&self.transports);
-        complete_resize(&self.connections);
+        self.churn.complete_resize(&self.servers);
+        self.churn.complete_resize(&self.transports);
+        self.churn.complete_resize(&self.connections);
     }
 
     // ---- Look-up ----

@@ -27,11 +27,12 @@ use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, Weak};
 
-use rustler::{Env, LocalPid, Term};
+use rustler::{Encoder, Env, LocalPid, Term};
 
 use self::kept::{Content, Kept};
 use self::table::table;
 use self::weight::{Weighed, weigh};
+use crate::atoms;
 use crate::encoding;
 use crate::immediate;
 use crate::reschedule::{Scheduler, Stopped, TooHeavy};
@@ -69,10 +70,8 @@ impl Config {
         let Some(Weighed { weight, is_plain }) =
             weigh(term, MAX_WEIGHT_ON_NORMAL_SCHEDULER, scheduler)
         else {
-            return match scheduler {
-                Scheduler::Normal => Err(TooHeavy),
-                Scheduler::Dirty => table().keep_shared(term, usize::MAX, true, scheduler),
-            };
+            scheduler.require_dirty()?;
+            return table().keep_shared(term, usize::MAX, true, scheduler);
         };
         if let Some(immediate) = Self::immediate(term) {
             return Ok(immediate);
@@ -171,8 +170,8 @@ impl Config {
             // SAFETY: the word is that of an atom, an empty list or a local pid.
             Err(Immediate(word)) => return Ok(Some(unsafe { immediate::term(env, word) })),
         };
-        if scheduler == Scheduler::Normal && kept.weight > MAX_WEIGHT_ON_NORMAL_SCHEDULER {
-            return Err(Stopped::TooHeavy);
+        if kept.weight > MAX_WEIGHT_ON_NORMAL_SCHEDULER {
+            scheduler.require_dirty()?;
         }
         Ok(Some(match &kept.content {
             Content::Compact(bytes) => encoding::decode(env, bytes)?,
@@ -259,9 +258,10 @@ pub(crate) struct Remote {
 }
 
 impl Remote {
+    /// The pid; `undefined` if the VM did not read what it has written.
     pub(crate) fn pid<'a>(&self, env: Env<'a>) -> Term<'a> {
         // SAFETY: the bytes were written by the VM itself.
         let decoded = unsafe { env.binary_to_term_trusted(&self.pid) };
-        decoded.expect("the external format of a pid").0
+        decoded.map_or_else(|| atoms::undefined().encode(env), |(pid, _)| pid)
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ahash::RandomState;
-use erlmcp_core::churn::{Churn, complete_resize};
+use erlmcp_core::churn::Churn;
 use once_cell::race::OnceBox;
 use papaya::{Equivalent, Guard, HashMap};
 use rustler::Term;
@@ -113,11 +113,8 @@ impl Table {
                 self.forget(&stored.0);
             }
             if self.churn.is_due(query.hash, distinct) {
-                if scheduler == Scheduler::Normal {
-                    return Err(TooHeavy);
-                }
-                self.churn.begin_anew();
-                complete_resize(&self.terms);
+                scheduler.require_dirty()?;
+                self.churn.complete_resize(&self.terms);
             }
             let kept = kept.get_or_insert_with(|| Kept::new(query.hash, weight, content()));
             if self

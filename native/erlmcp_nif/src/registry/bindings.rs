@@ -9,7 +9,7 @@ use super::{
 };
 use crate::atoms;
 use crate::id;
-use crate::reschedule::{Outcome, Scheduler, Stopped, reschedulable};
+use crate::reschedule::{Outcome, Scheduler, reschedulable};
 use crate::resource::{Registry, diverts_changes, passage, registry, unless_diverted};
 
 #[rustler::nif]
@@ -114,10 +114,8 @@ fn bound_transports<'a>(
     let server = encode_id(registry, server)?;
     let server = as_id(registry, &server);
     live_entry(env, registry, Namespace::Server, &server);
-    if scheduler == Scheduler::Normal
-        && u64::from(registry.bound_high_water(&server)) > MAX_LISTED_ON_NORMAL_SCHEDULER
-    {
-        return Err(Stopped::TooHeavy);
+    if u64::from(registry.bound_high_water(&server)) > MAX_LISTED_ON_NORMAL_SCHEDULER {
+        scheduler.require_dirty()?;
     }
     let mut pids = Term::list_new_empty(env);
     registry.for_each_bound(&server, |entry| {

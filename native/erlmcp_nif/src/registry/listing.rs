@@ -49,8 +49,8 @@ impl<'a> Listing<'a> {
             .weight
             .saturating_add(config.weight())
             .saturating_add(id::weight(id.kind(), id.bytes()));
-        if self.scheduler == Scheduler::Normal && self.weight > MAX_WEIGHT_ON_NORMAL_SCHEDULER {
-            return Err(Stopped::TooHeavy);
+        if self.weight > MAX_WEIGHT_ON_NORMAL_SCHEDULER {
+            self.scheduler.require_dirty()?;
         }
         let Some(config) = config.load(self.env, self.scheduler)? else {
             // The entry was removed or its config replaced since it was found.
@@ -77,11 +77,10 @@ fn unless_stopped(result: Result<(), Stopped>) -> ControlFlow<Stopped> {
 fn list<'a>(env: Env<'a>, [of, ns]: [Term<'a>; 2], scheduler: Scheduler) -> Outcome<'a> {
     let registry = registry(of)?;
     let namespace = namespace(ns)?;
-    if scheduler == Scheduler::Normal
-        && (registry.count(namespace) > MAX_LISTED_ON_NORMAL_SCHEDULER
-            || registry.high_water_of(namespace) > MAX_WALKED_ON_NORMAL_SCHEDULER)
+    if registry.count(namespace) > MAX_LISTED_ON_NORMAL_SCHEDULER
+        || registry.high_water_of(namespace) > MAX_WALKED_ON_NORMAL_SCHEDULER
     {
-        return Err(Stopped::TooHeavy);
+        scheduler.require_dirty()?;
     }
     unless_diverted(env, of, namespace, || {
         let mut listing = Listing::new(env, scheduler);
@@ -99,11 +98,10 @@ reschedulable!(c"list", 2, list);
 fn list_shard<'a>(env: Env<'a>, [of, shard]: [Term<'a>; 2], scheduler: Scheduler) -> Outcome<'a> {
     let registry = registry(of)?;
     let shard = shard_number(registry, shard)?;
-    if scheduler == Scheduler::Normal
-        && u64::from(registry.shard_high_water(Namespace::Connection, shard))
-            > MAX_LISTED_ON_NORMAL_SCHEDULER
+    if u64::from(registry.shard_high_water(Namespace::Connection, shard))
+        > MAX_LISTED_ON_NORMAL_SCHEDULER
     {
-        return Err(Stopped::TooHeavy);
+        scheduler.require_dirty()?;
     }
     let mut listing = Listing::new(env, scheduler);
     match registry.try_for_each_connection_of(shard, |id, entry| {

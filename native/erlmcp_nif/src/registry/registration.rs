@@ -42,8 +42,8 @@ fn remove_exited(
     if !registry.may_search() {
         return Ok(false);
     }
-    if scheduler == Scheduler::Normal && registry.high_water() > MAX_LISTED_ON_NORMAL_SCHEDULER {
-        return Err(TooHeavy);
+    if registry.high_water() > MAX_LISTED_ON_NORMAL_SCHEDULER {
+        scheduler.require_dirty()?;
     }
     let mut alive = 0;
     registry.searching(|| {
@@ -87,10 +87,8 @@ fn register<'a>(
         .transpose()?;
     let bind_to = bind_to.as_ref().map(|server| as_id(registry, server));
     if registry.is_churned(&id) || bind_to.is_some_and(|server| registry.is_churned(&server)) {
-        match scheduler {
-            Scheduler::Normal => return Err(Stopped::TooHeavy),
-            Scheduler::Dirty => registry.complete_resizes(),
-        }
+        scheduler.require_dirty()?;
+        registry.complete_resizes();
     }
     let Ok(_passage) = passage(of, registry, namespace, &id) else {
         return Ok(atoms::diverted().encode(env));
