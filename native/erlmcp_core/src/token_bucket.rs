@@ -722,34 +722,24 @@ impl Limiter {
         })
     }
 
-    /// What a bucket holds, and the limits that say so: of the same terms. `None` if its word has become one that
-    /// `level_of` makes no level of.
-    pub(crate) fn state(
-        &self,
-        level: &Level,
-        clock: &impl Clock,
-        level_of: impl Fn(u64) -> Option<u64>,
-    ) -> Option<BucketState> {
+    /// What a bucket holds, and the limits that say so: of the same terms. `None` if the word was no level when it
+    /// was judged.
+    pub(crate) fn state(&self, level: &Level, clock: &impl Clock) -> Option<BucketState> {
         if self.is_off() {
             return Some(BucketState::UNLIMITED);
         }
-        let mut word = level_of(level.0.load(Ordering::Acquire))?;
-        loop {
-            let (is_former, state) =
-                self.judged(clock, (false, BucketState::UNLIMITED), |terms, now_ns| {
-                    let state = BucketState {
-                        tokens: Some(terms.decide(word, now_ns, 0).1.unwrap_or(0)),
-                        limits: Some(terms.limits),
-                    };
-                    (terms.is_former(word, now_ns), state)
-                });
-            // As in `take_slowly`.
-            let present = level_of(level.0.load(Ordering::Acquire))?;
-            if !is_former || present == word {
-                return Some(state);
-            }
-            word = present;
-        }
+        self.judged(
+            level,
+            clock,
+            BucketState::UNLIMITED,
+            |terms, word, now_ns| {
+                let state = BucketState {
+                    tokens: Some(terms.decide(word, now_ns, 0).1.unwrap_or(0)),
+                    limits: Some(terms.limits),
+                };
+                (word, state)
+            },
+        )
     }
 
     /// Whether there are no limits. One load.
@@ -826,12 +816,6 @@ impl Limiter {
         }
     }
 
-    /// The clock and the terms are read after each word, so they are not older than the word: a word that is
-    /// ahead of them was written before the clock went back.
-    ///
-    /// They may be much newer. If so many generations have begun meanwhile that the word's is forgotten, it is
-    /// judged as an unused one is. Then somebody has translated it, so a compare-and-swap confirms every verdict
-    /// on a word of a former generation, also where the word stays.
     #[cold]
     fn take_slowly(
         &self,
@@ -839,51 +823,59 @@ impl Limiter {
         clock: &impl Clock,
         tokens: u64,
     ) -> Option<Result<Option<u64>, Refused>> {
-        let mut word = level.0.load(Ordering::Acquire);
-        while word <= MASK {
-            let unlimited = (false, word, Ok(None));
-            let (is_former, next, taken) = self.judged(clock, unlimited, |terms, now_ns| {
-                let (next, taken) = terms.decide(word, now_ns, tokens);
-                (terms.is_former(word, now_ns), next, taken.map(Some))
-            });
-            if next == word && !is_former {
-                return Some(taken);
-            }
-            match level
-                .0
-                .compare_exchange(word, next, Ordering::AcqRel, Ordering::Acquire)
-            {
-                Ok(_) => return Some(taken),
-                Err(changed) => word = changed,
-            }
-        }
-        None
+        self.judged(level, clock, Ok(None), |terms, word, now_ns| {
+            let (next, taken) = terms.decide(word, now_ns, tokens);
+            (next, taken.map(Some))
+        })
     }
 
-    /// Gives `judge` the terms and the time, which is read before them (see [`Self::take_quickly`]); `unlimited`
-    /// if there are none.
+    /// The verdict of `judge` on a bucket's word, which it also gives the next value of; `unlimited` if there are no
+    /// terms, `None` if the word is no level.
     ///
-    /// A thread that sleeps between the two may find terms that begin later than the time it has read. It reads
-    /// both again: a repetition takes a change of limits and a millisecond of sleep.
+    /// The terms are read after each word, so they are not older than the word, and the clock before the terms (see
+    /// [`Self::take_quickly`]). A word that is ahead of them was written before the clock went back.
+    ///
+    /// A thread that sleeps between its readings goes round once more, which takes a change of limits meanwhile:
+    /// * Terms that begin later than the time it has read are no terms of that time.
+    /// * If so many generations have begun since the word was loaded that the word's is forgotten, the word is judged
+    ///   as an unused one is. Then somebody has translated it, so a compare-and-swap confirms every verdict on
+    ///   a word of a former generation, also where the word stays.
     fn judged<R: Copy>(
         &self,
+        level: &Level,
         clock: &impl Clock,
         unlimited: R,
-        judge: impl Fn(&Terms, u64) -> R,
-    ) -> R {
-        loop {
+        judge: impl Fn(&Terms, u64, u64) -> (u64, R),
+    ) -> Option<R> {
+        let mut word = level.0.load(Ordering::Acquire);
+        while word <= MASK {
             self.begin_now(clock);
             clock.renew();
             let now_ns = clock.now_ns();
             let judged = self.terms.read(|terms| match terms {
                 Some(terms) if terms.scale.is_ahead(now_ns) => None,
-                Some(terms) => Some(judge(terms, now_ns)),
-                None => Some(unlimited),
+                Some(terms) => {
+                    let (next, verdict) = judge(terms, word, now_ns);
+                    Some((terms.is_former(word, now_ns), next, verdict))
+                }
+                None => Some((false, word, unlimited)),
             });
-            if let Some(judged) = judged {
-                return judged;
+            let Some((is_former, next, verdict)) = judged else {
+                word = level.0.load(Ordering::Acquire);
+                continue;
+            };
+            if next == word && !is_former {
+                return Some(verdict);
+            }
+            match level
+                .0
+                .compare_exchange(word, next, Ordering::AcqRel, Ordering::Acquire)
+            {
+                Ok(_) => return Some(verdict),
+                Err(changed) => word = changed,
             }
         }
+        None
     }
 
     /// Where the clock has gone back behind the beginning of the terms, they begin anew, at the same position.
@@ -1013,10 +1005,14 @@ impl TokenBucket {
 
     /// What it holds, and its limits.
     pub fn state(&self, clock: &impl Clock) -> BucketState {
-        // What is frozen stays readable.
-        let level_of = |word| Some(word & MASK);
-        let state = self.limiter.state(&self.level.0, clock, level_of);
-        state.unwrap_or(BucketState::UNLIMITED)
+        // Only buckets of entries are ever frozen.
+        self.state_unless_frozen(clock)
+            .unwrap_or(BucketState::UNLIMITED)
+    }
+
+    /// As [`Self::state`]; `None` if it is frozen.
+    pub(crate) fn state_unless_frozen(&self, clock: &impl Clock) -> Option<BucketState> {
+        self.limiter.state(&self.level.0, clock)
     }
 
     /// Takes tokens, or none. Returns how many are left; `None` where there are no limits.

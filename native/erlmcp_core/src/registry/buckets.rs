@@ -213,18 +213,21 @@ impl Buckets {
                 return None;
             }
             if word < OWN {
-                let level_of = |word| (word < OWN).then_some(word);
-                let state = self.shared.state(level, clock, level_of);
+                let state = self.shared.state(level, clock);
                 if state.is_some() {
                     return state;
                 }
                 // It has just got limits of its own, or was removed.
                 continue;
             }
+            // None: shared again meanwhile.
             if let Some(bucket) = self.bucket(level, word, &guard) {
-                return Some(bucket.state(clock));
+                let state = bucket.state_unless_frozen(clock);
+                if state.is_some() {
+                    return state;
+                }
+                self.give_back(level, word, bucket, clock);
             }
-            // Shared again meanwhile.
         }
     }
 
