@@ -400,19 +400,11 @@ apply_setting(Key, Value) ->
             apply_layer(Key, Settings#{Key => Value});
         {none, _, {error, _}} ->
             %% A wrong value of the environment can be put right, also where another one is wrong.
-            apply_layer(Key, maps:from_list([{Key, Value} | [ {Other, in_force_or_default(Other)} || Other <- Others ]]));
+            apply_layer(Key, maps:from_list([{Key, Value} | [ {Other, element(1, in_force_and_last(Other))} || Other <- Others ]]));
         {none, Error, _} ->
             Error;
         {LoadError, _, _} ->
             {error, {nif_not_loaded, LoadError}}
-    end.
-
-
--spec in_force_or_default(live_key()) -> term().
-in_force_or_default(Key) ->
-    case in_force([Key]) of
-        {ok, #{Key := Value}} -> Value;
-        {error, _} -> default(Key)
     end.
 
 

@@ -157,7 +157,7 @@ register_connection(Registry, Id, NoPid, Capabilities) ->
 %% For the shell and for crash reports, as in {@link erlang:error/3}.
 -spec format_error(term(), [tuple()]) -> #{pos_integer() => string()}.
 format_error(_Reason, [{?MODULE, new, [_Options], _Info} | _]) ->
-    #{1 => "not a map, a property list or a keyword list"};
+    #{1 => "not " ++ erlmcp_native_config:map_expected()};
 format_error(_Reason, [{?MODULE, register_connection, [_Registry, _Id, _NoPid, _Capabilities], _Info} | _]) ->
     #{3 => "not a pid"};
 format_error(_Reason, _Stacktrace) ->

@@ -22,7 +22,6 @@
 %%% == Exits during the copy ==
 %%% Both stores monitor their processes by themselves, so an entry that has been copied is removed from both. Bindings
 %%% need care, since they end with their server too:
-%%% needs care is a binding, which ends with its server too:
 %%% <ul>
 %%% <li>Servers are copied before transports. So a server that a transport is bound to is in the target
 %%% already, unless it is not registered at all (a binding made ahead of it), has exited, or was registered
