@@ -1,10 +1,10 @@
-%%% Admission control through routes, with receivers that stall and real shard managers.
+%%% Admission control on real routes, with real shard managers and receivers that stall.
 %%%
-%%% The contract: no more than the threshold, and one message for each concurrent caller, wait in the
-%%% mailboxes of a shard; that shard refuses alone; receivers that take their messages make room
-%%% within an interval, and those that keep up are refused nothing; nobody is refused for want of a
-%%% sampler; nothing that was accepted is lost; transitions are logged, refusals are not; a shard
-%%% where nothing happens costs nothing.
+%%% The contract:
+%%% At most the threshold, and one message for each concurrent caller, waits in the mailboxes of a shard. Only that
+%%% shard refuses. Receivers that take their messages make room within an interval, and receivers that keep up are
+%%% refused nothing. No caller is refused for lack of a sampler. No accepted message is lost. Transitions are logged,
+%%% refusals are not. An idle shard costs nothing.
 -module(admission_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -33,7 +33,7 @@
          one_line_for_an_overload_that_comes_and_goes/1,
          wrong_arguments_change_nothing/1]).
 
-%% A handler of logger
+%% Logger handler
 -export([log/2]).
 
 -define(M,           erlmcp_admission_control).
@@ -116,7 +116,7 @@ refuses_at_the_threshold(_Config) ->
     RefusedBefore = refusals(?SHARD),
     Running = [ spawn_link(fun() -> send_until_told(ids(Receivers), 0, 0) end) || _ <- lists:seq(1, Callers) ],
     test_support:await(fun() -> refused(?SHARD) end),
-    %% While it refuses, samples are taken, and nothing is let through on that account.
+    %% Samples are taken while the shard refuses, and they admit nothing.
     _ = [ begin
               ?assert(queued(Receivers) =< ?THRESHOLD + Callers),
               [ ?assertEqual({Shard, ok}, {Shard, erlmcp_shard_manager:route_message(Id, x)}) || {Shard, Id} <- Others ],
@@ -129,15 +129,15 @@ refuses_at_the_threshold(_Config) ->
     ?assertEqual(Accepted, queued(Receivers)),
     ?assert(Accepted >= ?THRESHOLD, Accepted),
     ?assert(Accepted =< ?THRESHOLD + Callers, Accepted),
-    %% Each refusal was counted, once.
+    %% Each refusal was counted once.
     ?assertEqual(Refused, refusals(?SHARD) - RefusedBefore),
     ?assertEqual({error, shard_overloaded}, ?M:check_admission(?SHARD)),
     ?assertMatch(#{is_overloaded := true}, ?M:get_shard_stats(?SHARD)),
     ?assertEqual([], [ Shard || {Shard, _} <- Others, maps:get(is_overloaded, ?M:get_shard_stats(Shard)) ]).
 
 
-%% As soon as each has been seen to be empty. Once in some attempts, six at least, that is within one interval and 50 ms
-%% of the moment when they are; on a busy machine it takes more of them.
+%% The shard admits messages as soon as each mailbox was sampled empty. In at least one of six attempts, this is within
+%% one interval and 50 ms of the moment when they are empty; a busy machine needs more attempts.
 receivers_that_resume_make_room(_Config) ->
     Receivers = receivers(?SHARD, 4),
     IsShort = fun(Us) -> Us =< (?INTERVAL_MS + 50) * 1000 end,
@@ -146,18 +146,18 @@ receivers_that_resume_make_room(_Config) ->
     ok = test_support:await(fun() -> lists:any(IsShort, First) orelse IsShort(resume(Receivers)) end, ?DEADLINE_MS).
 
 
-%% The time from the moment when the mailboxes are empty to the first message that is accepted.
+%% The time from the moment when the mailboxes are empty to the first accepted message.
 resume([{Id, _} | _] = Receivers) ->
     Accepted = fill(Receivers),
     await_looks(?SHARD, 4),
     {error, shard_overloaded} = erlmcp_shard_manager:route_message(Id, x),
     ?assertEqual(Accepted, take_all(Receivers)),
     Empty = now_us(),
-    %% Those that were under way may have been at them before.
+    %% Samples that were under way may have read the mailboxes before that moment.
     Seen = looks(?SHARD) + 2 * length(Receivers),
     test_support:await(fun() -> is_accepted_if(looks(?SHARD) >= Seen, Id) end, ?DEADLINE_MS),
     Us = now_us() - Empty,
-    %% And for as many as there is room for.
+    %% The shard then accepts as many messages as it has room for.
     test_support:await(fun() -> not refused(?SHARD) end),
     More = fill(Receivers),
     ?assert(More > ?THRESHOLD div 2, More),
@@ -172,12 +172,12 @@ is_accepted_if(MustBe, Id) ->
     IsAccepted.
 
 
-%% Three times the threshold a second, and a third of it at once, for three seconds.
+%% Three times the threshold a second for three seconds, then bursts of a third of the threshold.
 receivers_that_keep_up_are_refused_nothing(_Config) ->
     Receivers = receivers(?SHARD, 10),
     _ = [ Pid ! keep_taking || {_, Pid} <- Receivers ],
     Ids = ids(Receivers),
-    %% A sender that catches up with its own delay does not keep a pace.
+    %% A sender that made up for its own delays would exceed the pace.
     Results = [ [ send_round(Ids, ?THRESHOLD * 3 div 100) || _ <- [timer:sleep(10)] ] || _ <- lists:seq(1, 300) ],
     Burst = [ [ send_round(Ids, ?THRESHOLD div 3) || _ <- [timer:sleep(100)] ] || _ <- lists:seq(1, 10) ],
     Sent = lists:flatten([Results, Burst]),
@@ -193,10 +193,10 @@ nobody_is_refused_for_want_of_a_sampler(_Config) ->
     Receivers = [{Id, _} | _] = receivers(?SHARD, 4),
     _ = fill(Receivers),
     ok = supervisor:terminate_child(erlmcp_shard_sup, ?SHARD),
-    %% It is not forgotten at once,
+    %% The shard still refuses at first,
     ?assertEqual({error, shard_overloaded}, erlmcp_shard_manager:route_message(Id, x)),
     test_support:await(fun() -> ?M:check_admission(?SHARD) =:= ok end),
-    %% and then everything is admitted, for good.
+    %% and then admits everything until a manager runs again.
     ?assertEqual([], [ R || R <- send_round(ids(Receivers), 3 * ?THRESHOLD), R =/= ok ]),
     ?assertEqual([], [ R || R <- send_round(ids(Receivers), 3 * ?THRESHOLD), R =/= ok ]),
     #{sample_age_ms := Age} = ?M:get_shard_stats(?SHARD),
@@ -208,7 +208,8 @@ nobody_is_refused_for_want_of_a_sampler(_Config) ->
     test_support:await(fun() -> not refused(?SHARD) end).
 
 
-%% Whatever is set meanwhile. When the application starts, the settings are in force and nothing has been used up.
+%% Without the application no message counts, whatever is set meanwhile. After its start the settings are in force and
+%% nothing is charged.
 nothing_counts_without_the_application(_Config) ->
     ok = application:stop(erlmcp_native),
     [{Id, _}] = Receivers = receivers(?SHARD, 1),
@@ -240,7 +241,7 @@ killed_manager_samples_again(_Config) ->
     test_support:await(fun() -> maps:get(sample_age_ms, ?M:get_shard_stats(?SHARD)) =< 2 * ?INTERVAL_MS end),
     ?assertEqual({error, shard_overloaded}, ?M:check_admission(?SHARD)),
     ?assertEqual(Accepted, queued(Receivers)),
-    %% It goes on doing so, without being asked.
+    %% It keeps sampling without being asked.
     await_looks(?SHARD, 12 * length(Receivers)),
     ?assertEqual({error, shard_overloaded}, ?M:check_admission(?SHARD)),
     test_support:await(fun() -> maps:get(sample_age_ms, ?M:get_shard_stats(?SHARD)) < 5 * ?INTERVAL_MS end),
@@ -248,7 +249,7 @@ killed_manager_samples_again(_Config) ->
     test_support:await(fun() -> not refused(?SHARD) end).
 
 
-%% Fifty a second at most: the supervisor stays, and what was accepted arrives in order.
+%% At most fifty kills a second: the supervisor survives, and every accepted message arrives.
 managers_killed_under_load(_Config) ->
     Supervisor = whereis(erlmcp_shard_sup),
     Receivers = [ {Id, Pid} || Shard <- lists:seq(0, 63), {Id, Pid} <- receivers(Shard, 1) ],
@@ -272,7 +273,7 @@ managers_killed_under_load(_Config) ->
 
 
 update_queue_depth(_Config) ->
-    %% Nobody samples this shard meanwhile.
+    %% No process samples this shard meanwhile.
     ok = supervisor:terminate_child(erlmcp_shard_sup, ?SHARD),
     ok = ?M:set_threshold(?SHARD, 100),
     Depth = fun() -> maps:get(queue_depth, ?M:get_shard_stats(?SHARD)) end,
@@ -287,17 +288,17 @@ update_queue_depth(_Config) ->
     ?assertEqual(0, Depth()),
     ok = ?M:update_queue_depth(?SHARD, -1_000_000),
     ?assertEqual(0, Depth()),
-    %% What was taken below zero is not owed.
+    %% What was subtracted below zero is not owed.
     ok = ?M:update_queue_depth(?SHARD, 1),
     ?assertEqual(1, Depth()),
-    %% What is routed counts with it.
+    %% Routed messages count in the same depth.
     [{Id, Pid}] = receivers(?SHARD, 1),
     _ = [ ok = erlmcp_shard_manager:route_message(Id, x) || _ <- lists:seq(1, 9) ],
     ?assertEqual(10, Depth()),
     ok = ?M:update_queue_depth(?SHARD, 1_000_000),
     ?assertEqual(1_000_010, Depth()),
     ?assertMatch([_, _ | _], [ S || S <- lists:seq(0, 63), S =/= ?SHARD, ?M:check_admission(S) =:= ok ]),
-    %% The next sample finds out what it really is.
+    %% The next sample finds the actual depth.
     {ok, _} = supervisor:restart_child(erlmcp_shard_sup, ?SHARD),
     test_support:await(fun() -> Depth() =:= 9 end),
     ok = ?M:update_queue_depth(?SHARD, 91),
@@ -315,25 +316,25 @@ set_threshold(_Config) ->
     ?assertEqual({50, ?THRESHOLD}, {Threshold(?SHARD), Threshold(?SHARD + 1)}),
     ok = check_filled(50, fill(Receivers)),
     ok = check_filled(?THRESHOLD, fill(Other)),
-    %% More room, at once.
+    %% A higher threshold makes room at once.
     ok = ?M:set_threshold(?SHARD, 80),
     ?assertEqual(ok, ?M:check_admission(?SHARD)),
     ok = check_filled(80, queued(Receivers) + fill(Receivers)),
-    %% Less: what waits stays.
+    %% A lower threshold leaves the waiting messages.
     ok = ?M:set_threshold(?SHARD, 10),
     ?assertEqual({error, shard_overloaded}, ?M:check_admission(?SHARD)),
     ok = check_filled(80, queued(Receivers)),
-    %% No bound, for this shard alone.
+    %% This shard alone has no bound.
     ok = ?M:set_threshold(?SHARD, infinity),
     ?assertEqual([], [ R || R <- send_round(ids(Receivers), 3000), R =/= ok ]),
     ?assertEqual({error, shard_overloaded}, ?M:check_admission(?SHARD + 1)),
-    %% For all, and in the configuration.
+    %% A threshold for all shards is also stored in the configuration.
     ok = ?M:set_threshold(600),
     ?assertEqual({ok, #{threshold => 600, sample_interval_ms => ?INTERVAL_MS}},
                  application:get_env(erlmcp_native, admission)),
     ?assertEqual([600], lists:usort([ Threshold(Shard) || Shard <- lists:seq(0, 63) ])),
     ok = check_filled(600, queued(Other) + fill(Other)),
-    %% What has come meanwhile is found with the first message.
+    %% The first message leads to a sample, which finds the messages routed without a bound.
     _ = erlmcp_shard_manager:route_message(element(1, hd(Receivers)), x),
     test_support:await(fun() -> refused(?SHARD) end),
     ok = ?M:set_threshold(infinity),
@@ -341,19 +342,19 @@ set_threshold(_Config) ->
     ?assertEqual([infinity], lists:usort([ Threshold(Shard) || Shard <- lists:seq(0, 63) ])),
     ?assertEqual([], [ R || R <- send_round(ids(Other), 3000), R =/= ok ]),
     ?assertEqual([ ok || _ <- lists:seq(0, 63) ], [ ?M:check_admission(Shard) || Shard <- lists:seq(0, 63) ]),
-    %% And on again, with the default interval.
+    %% On again, with the default interval.
     ok = ?M:set_threshold(700),
     ?assertEqual([700], lists:usort([ Threshold(Shard) || Shard <- lists:seq(0, 63) ])),
     _ = erlmcp_shard_manager:route_message(element(1, hd(Other)), x),
     test_support:await(fun() -> refused(?SHARD + 1) end).
 
 
-%% One more for the one caller, whose message was not there yet when a sample was taken.
+%% One above the threshold: the one caller's message may be admitted and not yet sent when a sample is taken.
 check_filled(Threshold, Queued) ->
     ?assert(Queued >= Threshold andalso Queued =< Threshold + 1, {Threshold, Queued}).
 
 
-%% The smallest one: works as any other does, and costs no more.
+%% The smallest threshold works as any other and costs no more.
 threshold_of_one(_Config) ->
     [{Id, _}] = Receivers = receivers(?SHARD, 1),
     ok = ?M:set_threshold(?SHARD, 1),
@@ -364,7 +365,7 @@ threshold_of_one(_Config) ->
               ?assertEqual({error, shard_overloaded}, erlmcp_shard_manager:route_message(Id, x)),
               ?assertEqual(1, take_all(Receivers))
           end || _ <- lists:seq(1, 5) ],
-    %% Some samples in half a second, and not as many as the processor can do: with room for one,
+    %% Half a second has some samples, and not as many as the processor can do: with room for one,
     _ = ?assert(reductions_in(?SHARD, 500) < 100_000),
     %% with one place left,
     ok = ?M:set_threshold(?SHARD, 2),
@@ -375,14 +376,14 @@ threshold_of_one(_Config) ->
     ?assert(reductions_in(?SHARD, 500) < 100_000).
 
 
-%% A manager does not wait for the end of an interval that is none any more.
+%% A manager does not wait for the end of an interval that has been replaced.
 interval_changes_live(_Config) ->
     Receivers = receivers(?SHARD, 2),
     ok = erlmcp_native:set(admission, #{threshold => ?THRESHOLD, sample_interval_ms => 600_000}),
     _ = fill_once(ids(Receivers), 0),
     ok = erlmcp_native:set(admission, #{threshold => ?THRESHOLD, sample_interval_ms => ?INTERVAL_MS}),
     await_looks(?SHARD, 12 * length(Receivers)),
-    %% It samples: the bound holds, and room is found.
+    %% The manager samples: the bound holds, and emptied mailboxes make room.
     _ = fill(Receivers),
     ?assertEqual({error, shard_overloaded}, ?M:check_admission(?SHARD)),
     test_support:await(fun() -> maps:get(sample_age_ms, ?M:get_shard_stats(?SHARD)) < 10 * ?INTERVAL_MS end),
@@ -390,7 +391,7 @@ interval_changes_live(_Config) ->
     test_support:await(fun() -> not refused(?SHARD) end).
 
 
-%% What is not checked takes effect with the next start, if that finds it right.
+%% A value that is set without validation takes effect at the next start, if it is valid.
 environment_alone_changes_nothing(_Config) ->
     Receivers = receivers(?SHARD, 2),
     Managers = [ manager(Shard) || Shard <- lists:seq(0, 63) ],
@@ -400,12 +401,12 @@ environment_alone_changes_nothing(_Config) ->
     _ = take_all(Receivers),
     test_support:await(fun() -> not refused(?SHARD) end),
     _ = [ erlmcp_shard_manager:route_message(Id, x) || Shard <- lists:seq(0, 63), {Id, _} <- receivers(Shard, 1) ],
-    %% One sees that they have taken nothing.
+    %% Mailboxes are still sampled, and no manager has been restarted.
     await_looks(?SHARD + 1, 3),
     ?assertEqual(Managers, [ manager(Shard) || Shard <- lists:seq(0, 63) ]).
 
 
-%%% What is told
+%%% Statistics
 
 
 stats(_Config) ->
@@ -446,23 +447,23 @@ stats(_Config) ->
     %% Refused messages are not counted.
     More = fill(Receivers),
     ?assertEqual(Before + 30 + More, maps:get(admitted, ?M:get_shard_stats(?SHARD))),
-    %% Asking leaves no trace.
+    %% A check changes no statistics.
     Overloaded = maps:with([queue_depth, admitted, is_overloaded], ?M:get_shard_stats(?SHARD)),
     _ = [ ?M:check_admission(?SHARD) || _ <- lists:seq(1, 1000) ],
     ?assertEqual(Overloaded, maps:with([queue_depth, admitted, is_overloaded], ?M:get_shard_stats(?SHARD))).
 
 
-%% By Little's law, from a rate over a time that the case bounds on both sides.
+%% The latency follows by Little's law from a rate. The case bounds the time behind this rate on both sides.
 stats_show_rate_and_latency(_Config) ->
     [{Id, _}] = Receivers = receivers(?SHARD, 1),
     Manager = manager(?SHARD),
     Number = ?THRESHOLD div 2,
-    %% They come within one tick.
+    %% The messages arrive within one tick.
     ok = sys:suspend(Manager),
     ?assertEqual([ok], lists:usort(send_round([Id], Number))),
     Resumed = now_us(),
     ok = sys:resume(Manager),
-    %% The receiver takes nothing, so all samples that follow are equal.
+    %% The receiver takes nothing, so all later samples are equal.
     Stats = fun() -> maps:with([messages_per_second, latency_us, queue_depth], ?M:get_shard_stats(?SHARD)) end,
     test_support:await(fun() -> maps:get(p50, maps:get(latency_us, Stats())) > 0 end),
     Ms = (now_us() - Resumed) div 1000 + 1,
@@ -473,12 +474,12 @@ stats_show_rate_and_latency(_Config) ->
     ?assertEqual(Expected, Stats()),
     await_looks(?SHARD, 3),
     ?assertEqual(Expected, Stats()),
-    %% When nothing comes any more and nothing waits the rate is zero.
+    %% Without new and waiting messages the rate is zero.
     ?assertEqual(Number, take_all(Receivers)),
     test_support:await(fun() -> maps:get(messages_per_second, ?M:get_shard_stats(?SHARD)) =:= 0 end).
 
 
-%% The rate is that of the time since the messages came, and not of the pause before them.
+%% The rate covers the time since the messages arrived, and not the pause before them.
 first_rate_after_a_pause(_Config) ->
     [{Id, _}] = Receivers = receivers(?SHARD, 1),
     Rate = fun() -> maps:get(messages_per_second, ?M:get_shard_stats(?SHARD)) end,
@@ -487,12 +488,12 @@ first_rate_after_a_pause(_Config) ->
     await_sleep([?SHARD]),
     ?assertEqual(0, Rate()),
     ok = test_support:sleep_until(now_us() + 3_000_000),
-    %% They come within one tick; together with the pause they would be 33 a second.
+    %% The messages arrive within one tick; averaged over the pause they would be 33 a second.
     ok = sys:suspend(manager(?SHARD)),
     _ = [ ok = erlmcp_shard_manager:route_message(Id, x) || _ <- lists:seq(1, 100) ],
     Resumed = now_us(),
     ok = sys:resume(manager(?SHARD)),
-    %% The receiver takes nothing, so it stays.
+    %% The receiver takes nothing, so the rate stays.
     test_support:await(fun() -> Rate() > 0 end, ?DEADLINE_MS),
     Ms = (now_us() - Resumed) div 1000 + 1,
     First = Rate(),
@@ -500,25 +501,25 @@ first_rate_after_a_pause(_Config) ->
 
 
 idle_shards_cost_nothing(_Config) ->
-    %% They have had something to do.
+    %% Every shard has routed messages before.
     Receivers = [ R || Shard <- lists:seq(0, 63), R <- receivers(Shard, 2) ],
     _ = [ Pid ! keep_taking || {_, Pid} <- Receivers ],
     _ = send_round(ids(Receivers), 5000),
     ?assertEqual(5000, taken(Receivers)),
     await_sleep(lists:seq(0, 63)),
-    %% On a busy machine some need longer than others to get there.
+    %% On a busy machine some managers take longer to become idle.
     Before = await_idle_window(20),
-    %% A single message wakes one up, and soon it sleeps again.
+    %% A single message wakes one manager, which soon hibernates again.
     [{Id, _} | _] = [ R || {I, _} = R <- Receivers, erlmcp_shard_registry:get_shard_id(I) =:= ?SHARD ],
     ok = erlmcp_shard_manager:route_message(Id, x),
     test_support:await(fun() -> reductions(?SHARD) > proplists:get_value(?SHARD, Before) end),
-    %% Asking the others would cost them reductions.
+    %% Calls to the other managers would cost them reductions.
     await_sleep([?SHARD]),
     Between = all_reductions(),
     ?assertEqual([?SHARD], [ Shard || {{Shard, Was}, {Shard, Is}} <- lists:zip(Before, Between), Was =/= Is ]).
 
 
-%% No manager waits for a timer.
+%% Waits until these managers hibernate with no mailbox left to sample: none of them waits for a timer.
 await_sleep(Shards) ->
     IsAsleep = fun(Shard) ->
                        is_hibernated(manager(Shard)) andalso
@@ -536,7 +537,7 @@ is_hibernated(Process) ->
     end.
 
 
-%% No manager runs for half a second.
+%% Waits for half a second in which no manager runs.
 await_idle_window(Attempts) ->
     Before = all_reductions(),
     timer:sleep(500),
@@ -575,7 +576,7 @@ one_line_for_overload_and_recovery(_Config) ->
     end.
 
 
-%% A shard that is overloaded again as soon as it has recovered; meanwhile its manager is killed.
+%% A shard that is overloaded again after each recovery logs one overload, even if its manager is killed meanwhile.
 one_line_for_an_overload_that_comes_and_goes(_Config) ->
     ok = logger:add_handler(?MODULE, ?MODULE, #{config => self(), level => all}),
     #{level := Level} = logger:get_primary_config(),
@@ -589,7 +590,7 @@ one_line_for_an_overload_that_comes_and_goes(_Config) ->
     end.
 
 
-%% False if the machine was busy for so long that they are two overloads by right.
+%% False if the machine was so busy that two overloads are correct.
 is_one_overload(Receivers) ->
     Times = [ begin
                   _ = fill(Receivers),
@@ -602,7 +603,7 @@ is_one_overload(Receivers) ->
     Pauses = [ After - Before || {Before, After} <- lists:zip(lists:droplast(Times), tl(Times)) ],
     IsOne = lists:max(Pauses) < 1000,
     Lines = logged_until(shard_recovered),
-    %% A manager that sleeps logs nothing more.
+    %% A hibernated manager logs nothing more.
     await_sleep([?SHARD]),
     IsOne andalso
     ?assertMatch([{warning, #{event := shard_overloaded}}, {notice, #{event := shard_recovered}}], Lines ++ logged()),
@@ -610,7 +611,7 @@ is_one_overload(Receivers) ->
     IsOne.
 
 
-%% Health has lines of its own about an overload, if a check falls into it.
+%% Health logs lines of its own about an overload, if a check falls into it. They are ignored.
 log(#{level := Level, msg := {report, #{shard_id := _} = Report}, meta := #{application := erlmcp_native}}, #{config := Pid}) ->
     Pid ! {logged, Level, Report};
 log(_Event, _Config) ->
@@ -631,13 +632,13 @@ logged() ->
     receive {logged, Level, Meta} -> [{Level, Meta} | logged()] after 0 -> [] end.
 
 
-%% A shard's own threshold holds where the others have none.
+%% A shard's own threshold holds while the others have none.
 threshold_of_one_shard_alone(_Config) ->
     ok = ?M:set_threshold(infinity),
     ok = ?M:set_threshold(?SHARD, 100),
     Receivers = receivers(?SHARD, 2),
     ok = check_filled(100, fill(Receivers)),
-    %% For longer than it takes to be forgotten.
+    %% Waits for longer than a shard without samples would refuse.
     await_looks(?SHARD, 30 * length(Receivers)),
     ?assertEqual({error, shard_overloaded}, ?M:check_admission(?SHARD)),
     _ = take_all(Receivers),
@@ -674,7 +675,7 @@ wrong_thresholds() ->
 %%% Receivers
 
 
-%% Connections of one shard, whose processes take nothing until they are told.
+%% Connections of one shard, whose processes take nothing until they are asked to.
 receivers(Shard, Number) ->
     [ begin
           Pid = spawn(fun() -> stalled(0) end),
@@ -687,7 +688,7 @@ ids(Receivers) ->
     [ Id || {Id, _} <- Receivers ].
 
 
-%% Ids of a shard that are not registered.
+%% Unregistered ids of a shard.
 free_ids(Shard, Number) ->
     free_ids(Shard, Number, 1).
 
@@ -721,7 +722,7 @@ taking(Taken) ->
     end.
 
 
-%% What waits in their mailboxes.
+%% The number of messages that wait in the receivers' mailboxes.
 queued(Receivers) ->
     lists:sum([ Length || {_, Pid} <- Receivers, {message_queue_len, Length} <- [process_info(Pid, message_queue_len)] ]).
 
@@ -730,7 +731,7 @@ take_all(Receivers) ->
     answers(take, Receivers).
 
 
-%% What receivers that keep taking have taken.
+%% The number of messages that receivers have taken since `keep_taking'.
 taken(Receivers) ->
     answers(how_many, Receivers).
 
@@ -743,8 +744,8 @@ answers(Question, Receivers) ->
 %%% Senders
 
 
-%% Until they are refused for good: what was admitted while a sample was taken counts twice until
-%% the next one. How many were accepted.
+%% Sends until the shard refuses even after new samples, and returns the number of accepted messages. Messages admitted
+%% while a sample was taken count twice until the next sample.
 fill(Receivers) ->
     case fill_once(ids(Receivers), 0) of
         0 -> 0;
@@ -755,13 +756,13 @@ fill(Receivers) ->
     end.
 
 
-%% Until so many more mailboxes were looked at.
+%% Waits until so many more mailboxes were sampled.
 await_looks(Shard, More) ->
     Looks = looks(Shard),
     test_support:await(fun() -> looks(Shard) >= Looks + More end).
 
 
-%% At mailboxes, so far.
+%% The number of mailboxes sampled so far.
 looks(Shard) ->
     element(1, erlmcp_nif:sample_counts(Shard)).
 
@@ -802,7 +803,7 @@ stop_senders(Pids) ->
 %%% Instruments
 
 
-%% By admission control, so far.
+%% The number of refusals by admission control so far.
 refusals(Shard) ->
     {_NotFound, _CircuitOpen, Overloaded, _RateLimited} = erlmcp_nif:refused(Shard),
     Overloaded.
@@ -821,7 +822,7 @@ reductions(Shard) ->
     Reductions.
 
 
-%% In so much time, from what there were in that time or longer.
+%% The reductions in this time, scaled down from the time that was measured.
 reductions_in(Shard, Ms) ->
     Began = now_us(),
     Before = reductions(Shard),

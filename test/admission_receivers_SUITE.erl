@@ -1,9 +1,10 @@
-%%% What admission control charges receivers with, and how often it looks at them.
+%%% What admission control charges to receivers, and how often it samples their mailboxes.
 %%%
-%%% The contract: with the threshold `auto' a shard takes 43 messages a receiver, and one receiver that takes
-%%% nothing stops at 10,000 while the others are refused nothing; a process counts once whatever number of ids it
-%%% has; looks go by messages and not by connections; what was sent counts until its process was seen to have
-%%% taken it, whatever becomes of its id or of the sampler; and then nothing is left of it.
+%%% The contract:
+%%% With the threshold `auto' a shard admits 43 messages for each receiver. One receiver that takes nothing is refused
+%%% at 10,000 messages, while the others are refused nothing. A process counts once, whatever the number of its ids. The
+%%% number of samples depends on messages and not on connections. A sent message counts until its process was seen to
+%%% have taken it, whatever happens to its id or to the sampler. Then nothing is left of it.
 -module(admission_receivers_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -27,7 +28,7 @@
 
 -define(A, erlmcp_admission_control).
 -define(M, erlmcp_shard_manager).
-%% The design point's connections, in one shard.
+%% All connections of the design point in one shard.
 -define(MANY,  15_000).
 -define(LIMIT, 10_000).
 
@@ -74,16 +75,16 @@ in_stalled_receiver_among_many() ->
     Stalled = spawn(fun stalled/0),
     ok = connect(stalled, Stalled),
     #{threshold := 645_043, threshold_mode := auto} = ?A:get_shard_stats(0),
-    %% As long as the others get theirs.
+    %% Messages to the others are routed in between.
     Results = [ {?M:route_message(stalled, x), ?M:route_message(Id, x)} || Id <- Ids ],
     {Stalls, Others} = lists:unzip(Results),
     [ok] = lists:usort(Others),
     [ok, {error, shard_overloaded}] = lists:usort(Stalls),
     ok = is_filled_to_the_limit(stalled, Stalled),
-    %% That is no overload of the shard.
+    %% The shard is not overloaded.
     #{is_overloaded := false} = ?A:get_shard_stats(0),
     ok = ?A:check_admission(0),
-    %% When it takes them it gets more.
+    %% A receiver that takes its messages gets more.
     Stalled ! take,
     test_support:await(fun() -> ?M:route_message(stalled, x) =:= ok end),
     ok.
@@ -95,7 +96,7 @@ process_with_many_ids(_Config) ->
 
 in_process_with_many_ids() ->
     ok = start(#{threshold => auto, sample_interval_ms => 50}),
-    %% So that the shard takes more than one of them.
+    %% These raise the threshold of the shard above the limit of one process.
     _ = [ connect({receiver, N}, spawn(fun taking/0)) || N <- lists:seq(1, 1_000) ],
     Pid = spawn(fun stalled/0),
     Ids = [ {many, N} || N <- lists:seq(1, 1_000) ],
@@ -104,11 +105,11 @@ in_process_with_many_ids() ->
     Results = [ ?M:route_message(Id, x) || _ <- lists:seq(1, 12), Id <- Ids ],
     [ok, {error, shard_overloaded}] = lists:usort(Results),
     ok = is_filled_to_the_limit(hd(Ids), Pid),
-    %% One record of it; with nothing else to look at, each pass looks once.
+    %% The process has one record. With nothing else to sample, each pass takes one sample.
     {_, 1} = erlmcp_nif:sample_counts(0),
     #{queue_depth := Depth} = ?A:get_shard_stats(0),
     ok = is_limit(Depth),
-    %% Without any of its ids it counts on.
+    %% Its messages count even without any of its ids.
     _ = [ ok = erlmcp_shard_registry:unregister_connection(Id) || Id <- Ids ],
     #{queue_depth := Left, threshold := 43_000} = ?A:get_shard_stats(0),
     ok = is_limit(Left),
@@ -117,7 +118,7 @@ in_process_with_many_ids() ->
     ok.
 
 
-%% What is sent while its receiver is looked at counts twice until the next look.
+%% Messages sent while their receiver is sampled count twice until its next sample.
 is_filled_to_the_limit(Id, Pid) ->
     Fill = fun Fill() ->
                    case ?M:route_message(Id, x) of
@@ -130,12 +131,12 @@ is_filled_to_the_limit(Id, Pid) ->
     is_limit(Messages).
 
 
-%% One more where a look fell between the admission of a message and its sending.
+%% One above the limit if a sample fell between the admission of a message and its sending.
 is_limit(Messages) when Messages =:= ?LIMIT; Messages =:= ?LIMIT + 1 -> ok;
 is_limit(Messages) -> error({not_the_limit, Messages}).
 
 
-%%% Looks
+%%% Samples
 
 
 trickle_to_a_large_shard(_Config) ->
@@ -149,7 +150,7 @@ in_trickle() ->
     Messages = 20,
     _ = [ begin
               ok = ?M:route_message({receiver, N * 100}, x),
-              %% It is looked at until it was seen empty twice, and forgotten.
+              %% A receiver is sampled until it was seen empty twice. Then its record is freed.
               test_support:await(fun() -> element(2, erlmcp_nif:sample_counts(0)) =:= 0 end)
           end || N <- lists:seq(1, Messages) ],
     {After, 0} = erlmcp_nif:sample_counts(0),
@@ -158,7 +159,7 @@ in_trickle() ->
     ok.
 
 
-%%% What was sent counts until it was taken
+%%% Messages count until they are taken
 
 
 unregistered_with_messages_waiting(_Config) ->
@@ -174,7 +175,7 @@ in_unregistered() ->
     ok = erlmcp_shard_registry:unregister_connection(a),
     ok = connect(b, spawn(fun taking/0)),
     ok = connect(c, Pid),
-    %% For longer than nobody would be refused for want of a sampler.
+    %% Waits for longer than a shard without a sampler would refuse.
     ok = await_looks(20),
     [{error, shard_overloaded}] = lists:usort([ ?M:route_message(Id, x) || Id <- [b, c] ]),
     {message_queue_len, Waiting} = process_info(Pid, message_queue_len),
@@ -198,7 +199,7 @@ in_killed_samplers() ->
     Sender = spawn_link(fun() -> send_until_told(Ids, Sent) end),
     ok = kill_samplers(200, 5_000, Sent),
     ok = test_support:stop(Sender),
-    %% Nothing was lost: what the stalled one has counts. Nothing is left of the others.
+    %% No charge was lost: the messages of the stalled receiver count. No charge is left of the others.
     test_support:await_value(100, fun() -> maps:get(queue_depth, ?A:get_shard_stats(0)) end),
     Stalled ! take,
     test_support:await_value({0, 0},
@@ -210,7 +211,7 @@ in_killed_samplers() ->
     ok.
 
 
-%% So many at least, and until so many messages have been sent meanwhile.
+%% Kills at least `Left' samplers, and continues until so many messages have been sent.
 kill_samplers(Left, Messages, Sent) ->
     case Left > 0 orelse counters:get(Sent, 1) < Messages of
         true -> kill_samplers(kill_sampler(Left), Messages, Sent);
@@ -259,7 +260,7 @@ in_automatic_threshold() ->
     Pids = [ spawn(fun taking/0) || _ <- lists:seq(1, 300) ],
     _ = [ ok = connect({c, N}, Pid) || {N, Pid} <- lists:zip(lists:seq(1, 300), Pids) ],
     #{threshold := 12_900} = Stats(),
-    %% The same processes once more are no more receivers.
+    %% Further ids of the same processes add no receivers.
     _ = [ ok = connect({d, N}, Pid) || {N, Pid} <- lists:zip(lists:seq(1, 300), Pids) ],
     #{threshold := 12_900} = Stats(),
     _ = [ exit(Pid, kill) || Pid <- lists:nthtail(250, Pids) ],
@@ -278,7 +279,7 @@ in_automatic_threshold() ->
     ok.
 
 
-%% What a receiver says that it has taken makes room at once, and counts once.
+%% Messages that a receiver reports as taken make room at once, and are subtracted once.
 receivers_that_cooperate(_Config) ->
     in_peer(in_cooperating).
 
@@ -295,7 +296,7 @@ in_cooperating() ->
     ok = await_looks(3),
     Waiting = Depth(),
     ok = ?M:route_message(me, x),
-    %% What it had otherwise is not in its mailbox, and does not count for long.
+    %% Messages that it reports from other sources are not in its mailbox, and soon stop counting.
     ok = ?A:update_queue_depth(0, 10),
     test_support:await_value(Waiting + 1, Depth),
     ok.
@@ -316,7 +317,7 @@ stalled() ->
     receive take -> taking() end.
 
 
-%% Until it is refused for good.
+%% Sends until the receiver is refused even after new samples.
 fill(Id) ->
     case fill_once(Id, 0) of
         0 -> ok;
@@ -331,7 +332,7 @@ fill_once(Id, Accepted) ->
     end.
 
 
-%% Until so many more mailboxes were looked at.
+%% Waits until so many more mailboxes were sampled.
 await_looks(More) ->
     {Looks, _} = erlmcp_nif:sample_counts(0),
     test_support:await(fun() -> element(1, erlmcp_nif:sample_counts(0)) >= Looks + More end).

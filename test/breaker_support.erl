@@ -1,4 +1,4 @@
-%%% What the suites of circuit breakers have in common.
+%%% Functions that the suites of circuit breakers share.
 -module(breaker_support).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -26,7 +26,7 @@ refused(Breaker) ->
     ?assertEqual({error, circuit_breaker_open}, ?CB:call(Breaker, fun() -> error(ran) end)).
 
 
-%% A process whose call is let through, and runs until `finish'.
+%% A process whose call was let through and runs until `finish'.
 blocked_call(Breaker) ->
     Parent = self(),
     Pid = spawn(fun() ->
@@ -50,7 +50,7 @@ await_state(State, Breaker) ->
     test_support:await(fun() -> State =:= ?CB:get_state(Breaker) end, ?DEADLINE_MS).
 
 
-%% Runs a fun in many processes that begin together, and returns what they returned.
+%% Runs a fun in many processes that start together, and returns their results.
 at_once(Number, Fun) ->
     Parent = self(),
     Pids = [ spawn_link(fun() ->
@@ -68,7 +68,7 @@ remove_all() ->
     lists:foreach(fun(Name) -> ok = ?CB:unregister_breaker(Name) end, maps:keys(?CB:get_all_states())).
 
 
-%% Runs cases in a node that has a copy of the application without the native library.
+%% Runs cases in a node with a copy of the application that lacks the native library.
 without_library(Suite, Cases, Config) ->
     From = filename:dirname(code:which(erlmcp_nif)),
     Ebin = filename:join([proplists:get_value(priv_dir, Config), "erlmcp_native", "ebin"]),

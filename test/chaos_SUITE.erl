@@ -1,10 +1,11 @@
-%%% Processes of the application, killed again and again while messages are routed.
+%%% Processes of the application are killed again and again while messages are routed.
 %%%
-%%% The contract: whatever is killed, a message that was accepted is delivered, once and in the order of
-%%% its sender; what was not accepted is not delivered; no registration and no binding is lost; nobody
-%%% restarts but who was killed; and afterwards all is well again.
+%%% The contract:
+%%% Whatever is killed, an accepted message is delivered once and in the order of its sender. A message that was not
+%%% accepted is not delivered. No registration and no binding is lost. Only killed processes are restarted. Afterwards
+%%% the application is healthy.
 %%%
-%%% The load, and what is compared in the end: chaos_load.
+%%% chaos_load makes the load and compares, when it stops, what was sent with what has arrived.
 %%%
 %%% CHAOS_SECONDS: how long each kind of process is killed, every 100 ms (5).
 -module(chaos_SUITE).
@@ -44,7 +45,7 @@ all() ->
      documented_rates_are_borne].
 
 
-%% Supervisors report each restart.
+%% Suppresses the supervisors' report of each restart.
 init_per_suite(Config) ->
     none = erlmcp_nif:load_error(),
     #{level := Level} = logger:get_primary_config(),
@@ -76,7 +77,8 @@ end_per_testcase(_Case, _Config) ->
 %%% Shard managers
 
 
-%% A manager is killed again only after its last recovery was told. So each kill is told exactly once.
+%% A manager is killed again only after the notification of its last recovery. So each kill has exactly one
+%% notification.
 managers_are_killed(_Config) ->
     ok = ?RECOVERY:subscribe(),
     Load = chaos_load:start(),
@@ -87,8 +89,7 @@ managers_are_killed(_Config) ->
     Sent = chaos_load:stop(Load),
     report("shard managers", Kills, Sent),
     ?assertEqual(Kills, length(Told)),
-    %% Nothing more is told, and nobody else has been restarted: not another manager, nor the killed one
-    %% once more.
+    %% There is no further notification, and nothing else was restarted: no other manager, and no killed one once more.
     ?assertEqual([], told()),
     ?assertEqual(Managers, managers()),
     ?assertEqual(Others, pids([erlmcp_native_sup, erlmcp_shard_sup | ?CONTROL_PLANE])),
@@ -99,7 +100,7 @@ managers_are_killed(_Config) ->
       unobserved_worst_us := WorstBoundUs,
       down := []
      } = ?RECOVERY:downtimes(),
-    %% Some are over before the news of their beginning is there.
+    %% Some downtimes are over before erlmcp_shard_recovery is notified of their start.
     ?assertEqual(Kills, Count + Unobserved),
     ?assert(Unobserved * 4 < Kills, {Unobserved, Kills}),
     ?assert(WorstUs < 1_000_000, WorstUs),
@@ -114,7 +115,7 @@ kill_a_manager({Managers0, Recovering0, Told0}) ->
         Ready ->
             Shard = one_of(Ready),
             Manager = maps:get(Shard, Managers),
-            %% Nobody has restarted it since.
+            %% It was not restarted since.
             ?assertEqual(Manager, whereis(manager(Shard))),
             killed = test_support:kill(Manager),
             {1, {Managers, Recovering#{Shard => Manager}, Told}}
@@ -144,8 +145,8 @@ await_recoveries(Managers0, Recovering0, Told0) ->
     end.
 
 
-%% Several managers in a row make one downtime if those in between were killed before they had sampled. Each
-%% downtime is told exactly once.
+%% Consecutive kills make one downtime if each manager in between was killed before its first sample. Each downtime has
+%% exactly one notification.
 manager_is_killed_before_it_has_recovered(_Config) ->
     ok = ?RECOVERY:subscribe(),
     Supervisor = whereis(erlmcp_shard_sup),
@@ -164,7 +165,7 @@ manager_is_killed_before_it_has_recovered(_Config) ->
              end || _ <- lists:seq(1, Rounds) ],
     ?assertEqual([], told()),
     ?assertEqual(Supervisor, whereis(erlmcp_shard_sup)),
-    %% The end of one may be told when its successor has sampled already.
+    %% The exit of a manager may be reported after the first sample of its successor.
     #{count := Observed, unobserved_count := Unobserved} = ?RECOVERY:downtimes(),
     ?assert(Unobserved < Observed, {Unobserved, Observed}),
     ct:pal("~b managers killed in ~b rows: ~b downtimes, ~b of them unobserved",
@@ -180,7 +181,7 @@ all_downtimes() ->
 %%% The control plane
 
 
-%% Nobody tells of managers that have not ended, and subscriptions stay.
+%% There is no notification for managers that have not exited, and subscriptions are kept.
 control_plane_is_killed(_Config) ->
     ok = ?RECOVERY:subscribe(),
     Load = chaos_load:start(),
@@ -195,7 +196,7 @@ control_plane_is_killed(_Config) ->
     ?assertMatch(#{count := 0, unobserved_count := 0, down := []}, ?RECOVERY:downtimes()),
     ?assertEqual([], told()),
     ok = has_its_children(erlmcp_control_plane_sup),
-    %% Now nobody kills the one who tells.
+    %% From here on erlmcp_shard_recovery is not killed.
     [ begin
           killed = test_support:kill(whereis(manager(Shard))),
           receive {erlmcp_shard_recovered, Told, _Ms} -> ?assertEqual(Shard, Told) after ?DEADLINE_MS -> error(not_told) end
@@ -203,16 +204,16 @@ control_plane_is_killed(_Config) ->
     ?assertEqual([], told()).
 
 
-%% Whoever tells of a recovery may be killed before he does. Then the next one tells of it, or a second
-%% time: each downtime at least once, and in the end of every shard what came after its last kill.
+%% erlmcp_shard_recovery may be killed before it notifies of a recovery. Its successor then does so, possibly for the
+%% second time: each downtime has at least one notification, and each shard has one after its last kill.
 managers_and_control_plane_are_killed(_Config) ->
     ok = ?RECOVERY:subscribe(),
     Load = chaos_load:start(),
     Others = pids([erlmcp_native_sup, erlmcp_shard_sup]),
     Managers = managers(),
-    %% Most often the one who tells, in any order, at once or with up to a millisecond in between: before the
-    %% manager's end, after it, and while he tells of it.
-    %% The supervisor often enough for its successor to count few restarts.
+    %% erlmcp_shard_recovery is killed most often, before or after a manager, at once or with up to a millisecond in
+    %% between: before the manager's exit, after it, and while it notifies.
+    %% The supervisor is killed often enough for its successor to count few restarts.
     Names = lists:duplicate(3, erlmcp_shard_recovery) ++ [erlmcp_control_plane_sup | ?CONTROL_PLANE],
     Kill = fun(State0) ->
                    Both = [one_of(Names), one_of(maps:keys(Managers))],
@@ -241,7 +242,7 @@ managers_and_control_plane_are_killed(_Config) ->
     ?assert(Unseen > 0).
 
 
-%% Of each name, how often its recovery had been told when it was killed last.
+%% Keeps for each name the number of its notifications at its last kill.
 kill_one(Name, {Kills, {Killed, Told0}}) ->
     Told = told() ++ Told0,
     case test_support:kill(live(name(Name))) of
@@ -262,16 +263,15 @@ times_told(Shard, Told) ->
 %%% The registry's process
 
 
-%% In the mode '100x' routes do not need the process: those that were begun before it was killed, those
-%% that were made while there is none, and those after that are delivered alike. Any other function
-%% either has its effect or exits with `noproc' and has none.
+%% In the mode '100x' routes do not need the process: messages are delivered alike if they are sent before it is killed,
+%% while it is absent, or afterwards. Any other function either has its effect, or exits with `noproc' and has none.
 registry_process_is_killed(_Config) ->
     Load = chaos_load:start(),
     Others = pids([erlmcp_native_sup, erlmcp_shard_sup, erlmcp_control_plane_sup]),
     Managers = managers(),
     Kill = fun(Sent0) -> {1, kill_registry(Load, Sent0)} end,
     {Kills, Own} = kill_for(seconds(), Kill, chaos_load:nothing_sent()),
-    %% These were sent while there was no process.
+    %% These were sent while the process was absent.
     ?assertMatch(#{server := _, transport := _, broadcast := _, single := _, batch := _}, chaos_load:routes(Own)),
     Sent = chaos_load:stop(Load, #{self() => Own}),
     report("processes of the registry", Kills, Sent),
@@ -279,8 +279,8 @@ registry_process_is_killed(_Config) ->
     ?assertEqual(Managers, managers()).
 
 
-%% The host's supervisor ends the sibling of the process before it restarts both, and the sibling waits
-%% for this function: so long there is no process.
+%% The host's supervisor shuts down the sibling before it restarts both processes, and the sibling waits for this
+%% function. Until then there is no registry process.
 kill_registry(Load, Sent0) ->
     Sibling = receive {up, Pid} -> Pid after ?DEADLINE_MS -> error(host_is_not_up) end,
     Registry = whereis(?R),
@@ -317,10 +317,10 @@ supervisors_are_killed(_Config) ->
     ?assertEqual(lists:sort(Names), lists:sort(maps:keys(Killed))),
     ?assertEqual(Top, whereis(erlmcp_native_sup)),
     ok = lists:foreach(fun has_its_children/1, [erlmcp_native_sup | Names]),
-    %% Nobody has been left behind.
+    %% No manager was left behind.
     is(?SHARDS, fun() -> length([ Pid || Pid <- processes(), is_manager(Pid) ]) end),
     ?assertEqual([], [ Shard || {Shard, Manager} <- maps:to_list(Managers), whereis(manager(Shard)) =:= Manager ]),
-    %% Of every shard at least one recovery is told; of each downtime, once at least.
+    %% Each shard and each downtime has at least one notification.
     is([], fun() -> maps:get(down, ?RECOVERY:downtimes()) end),
     Told = await_told(fun(Told) ->
                               #{count := Count, unobserved_count := Unobserved} = ?RECOVERY:downtimes(),
@@ -343,20 +343,19 @@ is_manager(Pid) ->
 %%% Restart intensities
 
 
-%% As many kills within ten seconds as the supervisors say that they were made for. None of them gives
-%% up.
+%% As many kills within ten seconds as the supervisors document that they bear. None of them gives up.
 documented_rates_are_borne(_Config) ->
     Top = whereis(erlmcp_native_sup),
     Names = [erlmcp_shard_sup, erlmcp_control_plane_sup],
-    %% Two that are each killed ten times a second.
+    %% Two supervisors, each killed ten times a second.
     ok = kill_within_ten_seconds(200, Names),
-    %% A supervisor that is still starting would end with a child.
+    %% A supervisor that is still starting would exit with a child.
     ok = lists:foreach(fun has_its_children/1, [erlmcp_native_sup | Names]),
     ?assertEqual(Top, whereis(erlmcp_native_sup)),
     Supervisors = pids(Names),
-    %% 13 of each process of the control plane.
+    %% 13 kills of each process of the control plane.
     ok = kill_within_ten_seconds(39, ?CONTROL_PLANE -- Names),
-    %% Ten managers a second, and all at once.
+    %% Ten managers a second, and then all at once.
     ok = kill_within_ten_seconds(100, [ manager(Shard) || Shard <- lists:seq(0, ?SHARDS - 1) ]),
     Managers = managers(),
     _ = [ exit(Manager, kill) || Manager <- maps:values(Managers) ],
@@ -366,7 +365,7 @@ documented_rates_are_borne(_Config) ->
     is(ok, fun erlmcp_native:health/0).
 
 
-%% Kills them by turns until so many kills were made within the ten seconds that supervisors look at.
+%% Kills the processes in turn until so many kills fall within the ten seconds that supervisors consider.
 kill_within_ten_seconds(Number, Names) ->
     kill_within_ten_seconds(Number, Names, Names, [], now_ms() + ?DEADLINE_MS).
 
@@ -388,7 +387,7 @@ kill_within_ten_seconds(Number, [Name | Others], Names, Times0, Deadline) ->
 %%% Killing
 
 
-%% Until the time is over, every KILL_MS; Kill returns how many it has killed.
+%% Calls Kill every KILL_MS until the time is over. Kill returns how many processes it has killed.
 kill_for(Seconds, Kill, State) ->
     Now = now_ms(),
     kill_for(Now, Now + Seconds * 1000, Kill, 0, State).
@@ -406,7 +405,7 @@ kill_one_of(Names, Killed) ->
     Name = one_of(Names),
     case test_support:kill(live(Name)) of
         killed -> {1, plus(Name, 1, Killed)};
-        %% It was ending already, since its supervisor had.
+        %% It was exiting already, since its supervisor had exited.
         _Ending -> {0, Killed}
     end.
 
@@ -418,7 +417,7 @@ kill_in_a_row(Name, Times) ->
     kill_in_a_row(Name, Times - 1).
 
 
-%% Who has a name, as soon as somebody has it.
+%% The process with this name, as soon as there is one.
 live(Name) ->
     live(Name, now_ms() + ?DEADLINE_MS).
 
@@ -446,7 +445,7 @@ managers() ->
     maps:from_list([ {Shard, live(manager(Shard))} || Shard <- lists:seq(0, ?SHARDS - 1) ]).
 
 
-%% The names belong to the children of the supervisor, and it is linked to nobody else but its own one.
+%% The names belong to the supervisor's children, and its only other link is to its own supervisor.
 has_its_children(Supervisor) ->
     is({[], 1},
        fun() ->
@@ -457,7 +456,7 @@ has_its_children(Supervisor) ->
        end).
 
 
-%% A shard's is the supervisor of its manager.
+%% The child of a shard is the supervisor of its manager.
 has_name(Shard, Pid) when is_integer(Shard) ->
     [{_, Manager, worker, _}] = supervisor:which_children(Pid),
     is_pid(Manager) andalso whereis(manager(Shard)) =:= Manager;
@@ -469,7 +468,7 @@ name(Shard) when is_integer(Shard) -> manager(Shard);
 name(Name) -> Name.
 
 
-%% What has been told by now.
+%% The notifications received so far.
 told() ->
     receive
         {erlmcp_shard_recovered, Shard, Ms} -> [{Shard, Ms} | told()]
@@ -523,14 +522,14 @@ report(What, Kills, #{attempts := Attempts, delivered := Delivered, refused := R
             WorstUs,
             Unobserved,
             UnobservedUs]),
-    %% Of ten each second.
+    %% Of ten due each second.
     ?assert(Kills >= 3 * seconds(), Kills).
 
 
 %%% Tools
 
 
-%% Waits until it is.
+%% Waits until Look returns Expected.
 is(Expected, Look) ->
     test_support:await_value(Expected, Look, ?DEADLINE_MS).
 

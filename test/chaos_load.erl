@@ -1,14 +1,13 @@
-%%% The load of chaos_SUITE, and what is compared in the end.
+%%% The load of chaos_SUITE, and the comparison at its end.
 %%%
-%%% The load: 5,000 connections, the servers and transports of a host, and senders that use every kind
-%%% of route. Each sender numbers its messages. Sender and receiver keep, each for itself, how many of
-%%% them were accepted or delivered and a hash over their numbers in order, and both are compared in the
-%%% end. One connection and one transport have small buckets, some messages go to connections that are
-%%% not there, and some receivers take nothing until the load is over, so that their shard is overloaded:
-%%% part of what is sent is refused, for each of the reasons but an open circuit.
+%%% The load: 5,000 connections, the servers and transports of a host, and senders that use every kind of route. Each
+%%% sender numbers its messages. Senders count the accepted messages and receivers the delivered ones, and both keep a
+%%% hash over the numbers in order; these are compared at the end. One connection and one transport have small buckets,
+%%% some messages go to missing connections, and some receivers take nothing until the load is over, so that their shard
+%%% is overloaded. So part of the messages is refused, for every reason except an open circuit.
 %%%
-%%% What changes meanwhile: owners register, bind, unregister and end connections, servers and
-%%% transports. Each result says what there must be from then on.
+%%% Meanwhile owners register, bind, unregister and kill connections, servers and transports. The result of each change
+%%% determines what must be registered from then on.
 -module(chaos_load).
 
 -behaviour(supervisor).
@@ -34,11 +33,11 @@
 -define(TRANSPORTS, 5).
 -define(SENDERS,    3).
 -define(OWNERS,     2).
-%% Receivers that take nothing, and what their shard admits.
+%% Receivers that take nothing, and the threshold of their shard.
 -define(STALLED,        5).
 -define(STALLED_ADMITS, 200).
 
-%% What messages are sent to.
+%% Targets of messages.
 -record(targets, {
           %% Ids, in tuples to choose from.
           connections :: tuple(),
@@ -51,7 +50,7 @@
           missing :: term(),
           %% A transport.
           limited_transport :: term(),
-          %% Of all but the stalled ones, for pings.
+          %% Processes of all but the stalled receivers, for pings.
           awake :: tuple()
          }).
 %% What a sender has sent.
@@ -73,7 +72,7 @@
 %%% The host
 
 
-%% In erlmcp's shape, the registry first; with an intensity for a registry that is killed on purpose.
+%% In the shape of erlmcp, with the registry first. The intensity allows for a registry that is killed on purpose.
 init(Killer) ->
     {ok, {#{strategy => one_for_all, intensity => 1_000, period => 10},
           [#{id => ?R, start => {?R, start_link, []}},
@@ -84,7 +83,7 @@ start_host() ->
     {ok, _Pid} = supervisor:start_link({local, chaos_host}, ?MODULE, self()).
 
 
-%% Clears servers and transports.
+%% Stops the host, which clears servers and transports.
 stop_host() ->
     case whereis(chaos_host) of
         undefined ->
@@ -111,7 +110,7 @@ start_sibling(Killer) ->
     proc_lib:start_link(?MODULE, sibling, [Killer]).
 
 
-%% A server of the host, under one id in each of its lives.
+%% A server of the host, registered under the same id after each restart.
 sibling(Killer) ->
     process_flag(trap_exit, true),
     ok = ?R:register_server(sibling, self(), #{id => sibling}),
@@ -150,7 +149,7 @@ start_receivers() ->
     Slow = ?S:get_shard_id(OneStalled),
     Stalled = lists:sublist([ Id || Id <- Connections, ?S:get_shard_id(Id) =:= Slow, Id =/= Limited ], ?STALLED),
     Servers = [ {server, N} || N <- lists:seq(1, ?SERVERS) ],
-    %% Broadcasts must be admitted, since their result says not whom they have reached.
+    %% Broadcasts must be admitted, since their result does not say which transports they have reached.
     Ids = [ Id || N <- lists:seq(1, 1_000), Id <- [{transport, N}], ?S:get_shard_id(Id) =/= Slow ],
     Transports = lists:zip(lists:sublist(Ids, ?SERVERS * ?TRANSPORTS), lists:append(lists:duplicate(?TRANSPORTS, Servers))),
     Receivers = maps:from_list([ {{connection, Id}, start_receiver(lists:member(Id, Stalled))} || Id <- Connections ] ++
@@ -185,8 +184,8 @@ stop(Load) ->
     stop(Load, #{}).
 
 
-%% Compares what was sent with what has arrived, and what should be registered with what is; then waits
-%% until all is well. More is what others have sent. Returns sums.
+%% Compares sent with delivered messages and expected with actual registrations, then waits until the application is
+%% healthy. More holds what other processes have sent. Returns sums.
 stop(#load{receivers = Receivers, targets = Targets} = Load, More) ->
     Sent = maps:merge(More, maps:from_list([ {Pid, ask(Pid, stop)} || Pid <- Load#load.senders ])),
     Ms = now_ms() - Load#load.began,
@@ -198,7 +197,7 @@ stop(#load{receivers = Receivers, targets = Targets} = Load, More) ->
     ?assertEqual(Attempts, Delivered + lists:sum(maps:values(Refused))),
     ?assertMatch(#{rate_limited := _, shard_overloaded := _, not_found := _}, Refused),
     ?assertMatch(#{single := _, batch := _, server := _, transport := _, broadcast := _}, Routes),
-    %% A thousand a second is little for any machine.
+    %% A thousand messages a second are few for any machine.
     ?assert(Delivered > Ms, {Delivered, Ms}),
     Owns = lists:append([ maps:to_list(O) || O <- Owned ]),
     ok = has_registered([ {Target, Pid, binding(Target, Targets)} || {Target, Pid} <- maps:to_list(Receivers) ] ++
@@ -220,7 +219,7 @@ binding(_Target, _Targets) ->
     none.
 
 
-%% These, the host's sibling, and nothing else.
+%% Exactly these entries and the host's sibling are registered.
 has_registered(All) ->
     {sibling, Sibling, _, _} = lists:keyfind(sibling, 1, supervisor:which_children(chaos_host)),
     Expected = fun(Kind) -> lists:sort([ {Id, {Pid, #{id => Id}}} || {{Of, Id}, Pid, _} <- All, Of =:= Kind ]) end,
@@ -237,7 +236,7 @@ has_registered(All) ->
        end).
 
 
-%% If not, a list that differs tells of each missing one whether its process lives and can be found.
+%% On failure, the result says of each missing entry whether its process lives and can be found.
 are(Expected, List, Find) ->
     is({[], []},
        fun() ->
@@ -266,7 +265,7 @@ sum(Maps) ->
 %%% Receivers
 
 
-%% Of each sender the last number, and how many there were with their hash.
+%% The state holds for each sender its last number, and the count and hash of its numbers.
 start_receiver(IsStalled) ->
     spawn_link(fun() ->
                        _ = IsStalled andalso receive go_on -> ok end,
@@ -296,7 +295,7 @@ taken(Sender, N, Senders) ->
     end.
 
 
-%% So many numbers, and a hash over them in this order.
+%% The count of numbers, and a hash over them in this order.
 chain(N, {Count, Hash}) -> {Count + 1, erlang:phash2([Hash | N])};
 chain(_N, OutOfOrder) -> OutOfOrder.
 
@@ -308,8 +307,8 @@ start_sender(Targets) ->
     spawn_link(fun() -> sender(Targets, #sent{}) end).
 
 
-%% A burst after the other, as soon as a receiver has come to the end of its mailbox: as much as the
-%% machine can do, and no more.
+%% Sends a burst each time when a receiver has reached the end of its mailbox: as much as the machine can do, and no
+%% more.
 sender(Targets, Sent0) ->
     receive
         {stop, From} -> From ! {stop, self(), Sent0}
@@ -349,7 +348,7 @@ send(5, #targets{limited = Limited, stalled = Stalled, missing = Missing}, Sent)
 send(6, #targets{connections = Connections}, Sent) ->
     batch([ one_of(Connections) || _ <- lists:seq(1, 40) ], Sent);
 send(7, #targets{connections = Connections, limited = Limited, stalled = Stalled, missing = Missing}, Sent) ->
-    %% Now refused, now not.
+    %% Some messages of the batch are refused and some are not.
     batch([ one_of([Limited, Missing, one_of(Stalled), one_of(Connections), one_of(Connections)]) || _ <- lists:seq(1, 10) ],
           Sent);
 send(_Others, #targets{connections = Connections}, Sent) ->
@@ -391,7 +390,7 @@ result(_Kind, _Target, _N, {error, Reason}, #sent{attempts = Attempts, refused =
 %%% Owners
 
 
-%% What is theirs, and how many changes they have made or could not make.
+%% The state holds the owner's registrations, and how many changes it has made and could not make.
 start_owner(Owner) ->
     spawn_link(fun() -> owner(Owner, #{}, {0, 0}) end).
 
@@ -460,7 +459,7 @@ change(_Others, _Kind, Target, Pid, Owned) ->
     end.
 
 
-%% To which nobody broadcasts: the transports of owners take nothing.
+%% No sender broadcasts to these servers, since the transports of owners take nothing.
 servers_of_owners() ->
     [ {owners, N} || N <- lists:seq(1, 5) ].
 
@@ -475,7 +474,7 @@ remove({server, Id}) -> ?R:unregister_server(Id);
 remove({transport, Id}) -> ?R:unregister_transport(Id).
 
 
-%% Unless nobody can tell.
+%% Checks a registration, unless the registry's process is not running.
 has({Kind, Id} = Target, Pid) ->
     Found = attempt(fun() ->
                             case Kind of
@@ -512,7 +511,7 @@ routes(#sent{routes = Routes}) ->
     Routes.
 
 
-%% One of each that are registered all the time.
+%% A server and a transport that are registered all the time.
 server_and_transport(#load{targets = #targets{servers = Servers, transports = Transports}}) ->
     {element(1, Servers), element(1, Transports)}.
 
@@ -520,7 +519,7 @@ server_and_transport(#load{targets = #targets{servers = Servers, transports = Tr
 %%% Tools
 
 
-%% Waits until it is.
+%% Waits until Look returns Expected.
 is(Expected, Look) ->
     test_support:await_value(Expected, Look, ?DEADLINE_MS).
 
