@@ -1,9 +1,9 @@
 %%% The settings of backpressure in the configuration.
 %%%
-%%% The contract: a wrong value is refused with its key, itself and what was expected, at the start
-%%% of the application and in a running system, and changes nothing; a right one is in force at
-%%% once; without the application the native layers have the defaults that the configuration
-%%% documents.
+%%% The contract:
+%%% An invalid value is refused with its key, the value and what was expected. This holds at the start of the
+%%% application and in a running system, and changes nothing. A valid value is in force at once. Without the application
+%%% the native layers have the documented defaults of the configuration.
 -module(config_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -156,7 +156,7 @@ right_values_are_in_force(_Config) ->
                       probe_limit => 1
                      },
                     {50, 10000, 10, 30000, 1}}]),
-    %% Off as a whole, and as before again.
+    %% Off as a whole, and then as before.
     Before = in_force(),
     ok = erlmcp_native:set(backpressure, off),
     ?assertMatch(#{admission := infinity, circuit_breaker := off}, in_force()),
@@ -211,8 +211,8 @@ only_some_keys_change_live(_Config) ->
     ?assertMatch({error, {bad_option, "admission", infinity, _}}, erlmcp_native:set("admission", infinity)).
 
 
-%% Some keys are applied together: none is if one of them is wrong. The application checks all of them when it
-%% starts, so that this is found without it.
+%% Some keys are applied together: none is applied if one of them is invalid. The application validates all of them when
+%% it starts, so the case runs without it.
 wrong_environment_of_another_key(_Config) ->
     _ = [ begin
               ok = application:set_env(erlmcp_native, Wrong, Value),
@@ -221,7 +221,7 @@ wrong_environment_of_another_key(_Config) ->
                     || Key <- ?KEYS, Key =/= Wrong ],
               ?assertMatch({error, {bad_option, Wrong, Value, _}}, erlmcp_native:set(backpressure, off)),
               ?assertEqual(Before, {in_force(), maps:get(backpressure, erlmcp_native:info()), application:get_all_env(erlmcp_native)}),
-              %% Itself it can be put right.
+              %% The invalid key itself can be corrected.
               ok = erlmcp_native:set(Wrong, ?C:default(Wrong))
           end || {Wrong, Value} <- [{token_bucket, [{capacity, 0}]},
                                     {admission, unlimited},
@@ -229,7 +229,7 @@ wrong_environment_of_another_key(_Config) ->
     ok.
 
 
-%% It looks at the environment too, as far as nobody needs to sample.
+%% The registry applies the environment without the application, except for settings that need a sampler.
 registry_without_the_application(_Config) ->
     ?assertEqual(ok, test_support:in_peer(?MODULE, in_registry_alone)).
 
@@ -254,7 +254,7 @@ in_registry_alone() ->
     {on, [ok, {error, rate_limited}], Defaults} = Route(),
     ok = application:set_env(erlmcp_native, token_bucket, infinity),
     {on, [ok], #{token_bucket := infinity}} = Route(),
-    %% What cannot be changes nothing, and keeps nobody from working.
+    %% An invalid value changes nothing and stops no process.
     ok = application:set_env(erlmcp_native, token_bucket, [{capacity, 0}]),
     {on, [ok], #{token_bucket := infinity}} = Route(),
     ok.
@@ -278,7 +278,7 @@ environment_is_in_force_after_the_start(_Config) ->
 native_defaults_are_the_documented_ones(_Config) ->
     #{capacity := Capacity, rate_per_second := Rate} = ?C:default(token_bucket),
     Circuit = ?C:default(circuit_breaker),
-    %% Nobody samples, so nobody is refused.
+    %% No process samples, so admission control has no bound.
     ?assertEqual(#{
                    token_bucket => {Capacity, float(Rate)},
                    admission => infinity,
@@ -296,7 +296,7 @@ in_native_defaults() ->
 %%% Instruments
 
 
-%% What the native layers have.
+%% The settings in the native layers.
 in_force() ->
     {Shards, _, _} = erlmcp_nif:limits(default),
     [Threshold] = lists:usort([ maps:get(threshold, erlmcp_admission_control:get_shard_stats(Shard))

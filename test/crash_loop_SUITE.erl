@@ -1,9 +1,10 @@
-%%% Processes that cannot live.
+%%% Processes that crash again and again.
 %%%
-%%% The contract: a process of the application that crashes again and again is given up within a minute, and
-%%% the log says which one and that it was restarted too often. A shard manager ends the application; a
-%%% process of the control plane ends the control plane alone, which health shows. Messages are routed all
-%%% the while. What is killed at random is never given up.
+%%% The contract:
+%%% A process of the application that crashes again and again is given up within a minute. The log names the process and
+%%% says that it was restarted too often. A shard manager stops the application. A process of the control plane stops
+%%% the control plane alone, which health reports. Messages are routed all the while. A process that is killed at random
+%%% is never given up.
 -module(crash_loop_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -17,7 +18,7 @@
          managers_killed_at_random_are_not_given_up/1,
          all_managers_at_once_are_not_given_up/1,
          supervisors_of_managers_are_restarted/1]).
-%% A handler of logger
+%% Logger handler
 -export([log/2]).
 
 -define(SHARD,         17).
@@ -75,9 +76,9 @@ manager_that_is_killed_each_time_ends_the_application(_Config) ->
     ends_the_application(fun(Manager) -> exit(Manager, kill) end).
 
 
-%% No more often than a process that crashes with its tick of a second.
+%% As rarely as a process that crashes at each tick, once a second.
 manager_that_crashes_once_a_second_ends_the_application(_Config) ->
-    %% By the clock, whatever a restart takes.
+    %% By the clock, however long a restart takes.
     Began = erlang:monotonic_time(microsecond),
     Crashes = counters:new(1, []),
     ends_the_application(fun(Manager) ->
@@ -96,13 +97,13 @@ ends_the_application(End) ->
     ?assertMatch([#{supervisor := _, offender := {erlmcp_shard_manager, ?SHARD}}], given_up()),
     ?assertEqual({degraded, [{application, stopped}]}, erlmcp_native:health()),
     ok = is_routed(),
-    %% It can be started again.
+    %% The application can be started again.
     ok = application:start(erlmcp_native),
     ok = test_support:await_value(ok, fun erlmcp_native:health/0, ?DEADLINE_MS).
 
 
 control_plane_process_that_crashes_with_each_tick_ends_the_control_plane(_Config) ->
-    %% It crashes when it handles its next tick, in a second.
+    %% The process crashes when it handles its next tick, in a second.
     ends_the_control_plane(fun(Pid) ->
                                    _ = sys:replace_state(Pid, fun(_State) -> no_state end),
                                    test_support:await_end(Pid)
@@ -122,7 +123,7 @@ ends_the_control_plane(End) ->
     Down = {degraded, [{control_plane_down, ?CONTROL_PLANE}]},
     ok = test_support:await_value(Down, fun erlmcp_native:health/0, ?DEADLINE_MS),
     ok = is_routed(),
-    %% It stays so, and nothing else has been restarted.
+    %% The control plane stays down, and nothing else was restarted.
     ?assertEqual(Others, [ {Name, whereis(Name)} || {Name, _} <- Others ]),
     ?assertMatch({erlmcp_control_plane_sup, undefined, supervisor, _},
                  lists:keyfind(erlmcp_control_plane_sup, 1, supervisor:which_children(erlmcp_native_sup))),
@@ -131,7 +132,7 @@ ends_the_control_plane(End) ->
     ok = test_support:await_value(ok, fun erlmcp_native:health/0, ?DEADLINE_MS).
 
 
-%% Another process has one of its names, and keeps it.
+%% Another process has and keeps a name of the control plane.
 control_plane_that_cannot_start_is_no_obstacle(_Config) ->
     ok = application:stop(erlmcp_native),
     true = register(erlmcp_shard_metrics, self()),
@@ -153,7 +154,7 @@ control_plane_that_cannot_start_is_no_obstacle(_Config) ->
     ok = test_support:await_value(ok, fun erlmcp_native:health/0, ?DEADLINE_MS).
 
 
-%% Ends whoever has the name, each time it is there again, until the supervisor is down. Returns how often.
+%% Applies End to each process that is registered under Name, until the supervisor is down. Returns how often.
 again_and_again(Name, SupervisorMonitor, End, Times) ->
     receive
         {'DOWN', SupervisorMonitor, process, _, Reason} ->
@@ -174,7 +175,7 @@ again_and_again(Name, SupervisorMonitor, End, Times) ->
     end.
 
 
-%% Lets a `gen_server' crash by itself.
+%% Makes a `gen_server' crash by itself.
 crash(Pid) ->
     _ = sys:replace_state(Pid, fun(_State) -> no_state end),
     Pid ! sample,
@@ -184,7 +185,7 @@ crash(Pid) ->
 %%% Not given up
 
 
-%% Ten times as often as the documentation says, for as long as that is not too often.
+%% Ten times the documented rate, for so short a time that this is not too often.
 managers_killed_at_random_are_not_given_up(_Config) ->
     Others = [ {Name, whereis(Name)} || Name <- [erlmcp_native_sup, erlmcp_shard_sup | ?CONTROL_PLANE] ],
     Killed = [ begin
@@ -213,7 +214,7 @@ all_managers_at_once_are_not_given_up(_Config) ->
     ok = test_support:await_value(ok, fun erlmcp_native:health/0, ?DEADLINE_MS).
 
 
-%% Killed is not given up.
+%% A killed supervisor is restarted and not given up.
 supervisors_of_managers_are_restarted(_Config) ->
     Supervisor = whereis(erlmcp_shard_sup),
     _ = [ begin
@@ -246,7 +247,7 @@ is_routed() ->
     receive hello -> ok after ?DEADLINE_MS -> error(not_routed) end.
 
 
-%% The supervisors that have told that they give up, and for which child, as OTP reports it.
+%% The supervisors that have given up, each with the child concerned, from OTP's reports.
 given_up() ->
     receive
         {logged, #{

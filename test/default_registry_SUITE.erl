@@ -1,7 +1,6 @@
-%%% The default registry and the application: bounds from the environment, and what outlives the application.
+%%% The default registry and the application: bounds from the environment, and data that outlives the application.
 %%%
-%%% The application can be started only once with each environment in the life of a node, so each case runs in
-%%% a peer node.
+%%% The default registry is made only once in the life of a node, so each case runs in a peer node.
 -module(default_registry_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -190,7 +189,7 @@ in_outlives() ->
     ok.
 
 
-%% It keeps its bounds and its entries, and the application starts.
+%% An existing default registry keeps its bounds and entries, and the application starts.
 default_registry_made_before_the_application(_Config) -> in_peer(in_made_before).
 
 

@@ -1,5 +1,5 @@
-%%% The registry and other nodes: the node becomes distributed, registered processes live on another node,
-%%% and that node goes down.
+%%% The registry and distribution: the node becomes distributed, registered processes live on another node, and that
+%%% node goes down.
 %%%
 %%% A node can become distributed only once, so each case runs in a peer node.
 -module(distribution_SUITE).
@@ -155,9 +155,9 @@ in_other_node() ->
           ok = apply(?M, unregister_connection, Arguments ++ [<<"remote">>]),
           {error, not_found} = apply(?M, lookup_connection, Arguments ++ [<<"remote">>])
       end || R <- [?M:new()], Arguments <- [[], [default], [R]], _ <- lists:seq(1, 3) ],
-    %% What watched it is gone.
+    %% The processes that watched it have exited.
     test_support:await(fun() -> erlang:system_info(process_count) =< Processes + 1 end),
-    %% It ends, or has ended before.
+    %% The process exits after its registration, or has exited before it.
     ok = ?M:register_connection(<<"ends">>, Pid, none),
     Other = spawn(Node, ?MODULE, idle, []),
     ok = ?M:register_connection(<<"stays">>, Other, none),
@@ -169,7 +169,7 @@ in_other_node() ->
     ok = ?M:register_connection(<<"ends">>, self(), none),
     1 = length([ x || _ <- [?M:whereis_connection(<<"ends">>)] ]),
     ok = ?M:unregister_connection(<<"ends">>),
-    %% New code of what watches them purges the old one, and no entry with it.
+    %% Loading new code of the watching processes purges the old code and removes no entry.
     [ begin
           {module, erlmcp_registry_native} = code:load_file(erlmcp_registry_native),
           true = code:soft_purge(erlmcp_registry_native)
@@ -209,13 +209,13 @@ in_other_node_down() ->
     [ ok = ?M:register_connection(<<N:32>>, self(), anew) || N <- lists:seq(1, 500) ],
     test_support:await(fun() -> erlang:system_info(process_count) =< Processes + 1 end),
     500 = ?M:count(),
-    %% A process of a node that cannot be reached is one that has ended.
+    %% A process on an unreachable node counts as exited.
     ok = ?M:register_connection(R, <<"gone">>, hd(Pids), none),
     test_support:await(fun() -> ?M:lookup_connection(R, <<"gone">>) =:= {error, not_found} end),
     ok.
 
 
-%% Nobody waits for a node that does not answer.
+%% No caller waits for a node that does not answer.
 frozen_node_is_not_asked(_Config) -> in_peer(in_frozen_node).
 
 
@@ -237,12 +237,12 @@ in_frozen_node() ->
     peer:stop(Peer),
     test_support:await(fun() -> ?M:whereis_name(R, remote) =:= undefined end),
     yes = ?M:register_name(R, remote, self()),
-    %% Less than the tick after which the node would be taken for gone.
+    %% This is less than the tick after which the node would count as down.
     true = Us < 5_000_000,
     ok.
 
 
-%% An application is stopped by killing all processes that have its master for their group leader.
+%% Stopping an application kills all processes whose group leader is the application master.
 entries_outlive_the_application_that_registers_them(_Config) -> in_peer(in_stopped_application).
 
 
@@ -290,7 +290,7 @@ start(_Type, {R, Pid, Parent}) ->
 stop(_State) -> ok.
 
 
-%% Lives until it is told to stop.
+%% Runs until it receives `stop'.
 idle() ->
     receive
         {From, ping} -> From ! {self(), pong}, idle();

@@ -1,15 +1,15 @@
-%%% The promise of a drop-in, kept by hosts built from scratch: `host_app', an application in the
-%%% shape of erlmcp, gets the registry from `erlmcp_native' as a git dependency, in a release and
-%%% through `_checkouts', and a project that only depends on an erlmcp with a registry of its own
-%%% exchanges that for ours by `overrides'. And of the README's first steps in the project itself:
-%%% its shell and its reference.
+%%% The promise of a drop-in replacement, tested on hosts built from scratch.
 %%%
-%%% Everything happens in a temporary folder. The source is a commit, made there, of the project's
-%%% files as they are now. Hosts run in nodes of their own, which are not distributed and end with
-%%% the node of the suite at the latest.
+%%% `host_app', an application in the shape of erlmcp, gets the registry from `erlmcp_native' as a git dependency, in a
+%%% release and through `_checkouts'. A project that only depends on an erlmcp with its own registry replaces that
+%%% registry by `overrides'. The suite also tests the README's first steps in the project itself: its shell and its
+%%% reference.
 %%%
-%%% Cost: cargo compiles the two crates of the project twice, some 40 s on two cores. The first
-%%% run compiles the crates that they depend on, too, which takes another minute.
+%%% Everything happens in a temporary folder. The source is a commit, made there, of the project's present files. Hosts
+%%% run in nodes of their own, which are not distributed and stop with the node of the suite at the latest.
+%%%
+%%% Cost: cargo compiles the two crates of the project twice, some 40 s on two cores. The first run also compiles their
+%%% dependencies, which takes another minute.
 -module(drop_in_SUITE).
 
 -include_lib("common_test/include/ct.hrl").
@@ -26,7 +26,7 @@
 %% Any host
 -export([starts_in_order/1, registry_and_library_are_ours/1, pair_exchanges/1]).
 -export([broadcast_reaches_the_bound/1]).
-%% The host's processes end
+%% Exits of the host's processes
 -export([transport_ends/1, server_ends_and_restarts/1]).
 -export([killed_registry_keeps_the_living/1, stopped_registry_forgets/1]).
 -export([terminated_registry_is_not_running/1, foreign_exits_and_messages_are_ignored/1]).
@@ -80,10 +80,10 @@ init_per_suite(Config) ->
             Files = run(Root, "git", ["ls-files", "-coz", "--exclude-standard"], [], ?GIT_MS),
             copy_files(Root, Source, string:lexemes(Files, [0])),
             commit(Source),
-            %% Cargo tells sources by their times and not by their folder, so the project's own
-            %% target folder would take one's library for the other's. In a folder for this suite
-            %% alone all are the same sources, and what comes from the registry is kept for the
-            %% next run. The commit's files are new, hence compiled, in every run.
+            %% Cargo identifies sources by their times and not by their folder, so in the project's own target folder it
+            %% would confuse the libraries of both folders. In a target folder of this suite alone all sources are the
+            %% same, and crates from the registry are kept for the next run. The commit's files are new, so every run
+            %% compiles them.
             [{temporary, Temporary},
              {source, Source},
              {host_source, filename:join(Root, "test/host_app")},
@@ -138,7 +138,7 @@ git_dependency_builds(Config) ->
     rebar3(Config, ?config(folder, Config), "compile").
 
 
-%% Nothing of the folder that it was built in is left when it runs.
+%% The release runs after the folder that it was built in was deleted.
 release_builds(Config) ->
     Built = filename:join(?config(temporary, Config), "git_dependency"),
     filelib:is_dir(Built) orelse make_host(Config, Built),
@@ -147,7 +147,7 @@ release_builds(Config) ->
     ok = file:del_dir_r(Built).
 
 
-%% The host's own file stays as it is, with a URL that cannot be fetched.
+%% The host's own rebar.config stays as it is, with a URL that cannot be fetched.
 checkout_builds(Config) ->
     Folder = ?config(folder, Config),
     copy_host(Config, Folder),
@@ -157,7 +157,7 @@ checkout_builds(Config) ->
     rebar3(Config, Folder, "compile").
 
 
-%% The release is built because it would refuse two modules of one name.
+%% The case builds a release, because a release refuses two modules of one name.
 overrides_build(Config) ->
     Folder = ?config(folder, Config),
     Erlmcp = filename:join(?config(temporary, Config), "erlmcp"),
@@ -204,7 +204,7 @@ make_erlmcp(Config, Folder) ->
     commit(Folder).
 
 
-%% A project that depends on erlmcp, and has written what the README says.
+%% A project that depends on erlmcp, with the configuration from the README.
 make_consumer(Config, Folder, Erlmcp) ->
     Override =
         {add, erlmcp,
@@ -228,7 +228,7 @@ make_consumer(Config, Folder, Erlmcp) ->
 %%% The project
 
 
-%% What is written before the prompt is there is lost. Applications are started at the same time.
+%% Input before the prompt is lost. Applications are started at the same time, so the case awaits both.
 shell_has_the_application(Config) ->
     Deadline = erlang:monotonic_time(millisecond) + ?BUILD_MS,
     Shell = open(?config(source, Config), "rebar3", ["shell"], rebar3_env(Config)),
@@ -238,7 +238,7 @@ shell_has_the_application(Config) ->
     ?assertNotEqual({nomatch, Output}, {string:find(Output, "#{application => running,registry_process => undefined}"), Output}).
 
 
-%% Not of its tests and benchmarks, and of all its folders.
+%% The reference covers all folders of the application, and neither tests nor benchmarks.
 reference_is_of_the_application(Config) ->
     Source = ?config(source, Config),
     rebar3(Config, Source, "edoc"),
@@ -280,7 +280,7 @@ registry_and_library_are_ours(Config) ->
             _ -> filename:join(call(Config, code, priv_dir, [erlmcp_native]), "erlmcp_nif.so")
         end,
     ?assert(filelib:is_regular(Library)),
-    %% Only Linux tells what is mapped.
+    %% Only Linux shows which files are mapped.
     case file:read_file("/proc/" ++ call(Config, os, getpid, []) ++ "/maps") of
         {ok, Maps} ->
             {match, Mapped} = re:run(Maps, "/\\S*erlmcp_nif\\S*", [global, {capture, first, list}]),
@@ -316,7 +316,7 @@ broadcast_reaches_the_bound(Config) ->
     test_support:await_value(Expected, fun() -> [ events(Config, Id) || Id <- [a, b, c, d] ] end).
 
 
-%%% The host's processes end
+%%% Exits of the host's processes
 
 
 transport_ends(Config) ->
@@ -335,7 +335,7 @@ transport_ends(Config) ->
     ?assertEqual([], events(Config, ended)).
 
 
-%% Its supervisor starts the server again at once. No binding comes back by that.
+%% The server's supervisor restarts it at once. The restart restores no binding.
 server_ends_and_restarts(Config) ->
     Ended = start_server(Config, server),
     start_transport(Config, transport, #{server_id => server}),
@@ -355,7 +355,7 @@ server_ends_and_restarts(Config) ->
     ?assertEqual({ok, {server, 2}}, request(Config, transport, 2)).
 
 
-%% The supervisor ends its other children with the registry; a pair outside of it lives on.
+%% The supervisor terminates its other children with the registry. A server and its transports outside of it survive.
 killed_registry_keeps_the_living(Config) ->
     start_outsiders(Config),
     start_server(Config, server),
@@ -370,7 +370,7 @@ killed_registry_keeps_the_living(Config) ->
     ?assertEqual({ok, {outside, 1}}, request(Config, bound_by_config, 1)),
     ?assertEqual({ok, {outside, 2}}, request(Config, bound_by_call, 2)),
     eventually_unbound(Config, bound_to_server),
-    %% The monitors live on as well.
+    %% The monitors survive as well.
     {ok, {Transport, _}} = registry(Config, find_transport, [bound_by_call]),
     kill(Config, Transport),
     ?assertEqual({error, not_found}, registry(Config, find_transport, [bound_by_call])),
@@ -403,7 +403,7 @@ terminated_registry_is_not_running(Config) ->
                 registry(Config, find_server, [server])),
     {ok, _} = call(Config, supervisor, restart_child, [host_app_sup, erlmcp_registry]),
     ?assertEqual({[], []}, all(Config)),
-    %% Nobody but the registry was ended: a second registration is possible.
+    %% Only the registry was terminated: a second registration is possible.
     ok = registry(Config, register_server, [server, Server, #{}]),
     start_transport(Config, another, #{server_id => server}),
     ?assertEqual({ok, {server, 1}}, request(Config, another, 1)).
@@ -488,7 +488,7 @@ events(Config, TransportId) ->
     Events.
 
 
-%% A server and its transports that are not under the host's supervisor.
+%% A server and its transports outside of the host's supervisor.
 start_outsiders(Config) ->
     {ok, _} = call(Config, host_app_server, start, [outside, #{}]),
     {ok, _} = call(Config, host_app_transport, start, [bound_by_config, #{server_id => outside}]),
@@ -511,7 +511,7 @@ ids(Entries) ->
     lists:sort([ Id || {Id, _} <- Entries ]).
 
 
-%% Has the registry end, and returns when the supervisor has started all of its children anew.
+%% Makes the registry exit by End, and returns when the supervisor has restarted all of its children.
 restart_registry(Config, End) ->
     Children = supervised(Config),
     End(proplists:get_value(erlmcp_registry, Children)),
@@ -543,7 +543,7 @@ besides_otp(Applications) ->
 %%% Files
 
 
-%% The folder of the sources, from one below it.
+%% The root folder of the sources, found from a folder below it.
 project_root(Folder) ->
     case filelib:is_regular(filename:join(Folder, "native/build.sh")) of
         true -> Folder;
@@ -557,7 +557,7 @@ copy_host(Config, Folder) ->
     copy_files(Host, Folder, lists:append(Files)).
 
 
-%% Files that have been deleted and not yet removed from git are listed, too.
+%% The list may contain files that have been deleted and not yet removed from git.
 copy_files(From, To, Files) ->
     lists:foreach(
       fun({Source, Target}) ->
@@ -580,7 +580,7 @@ dependency(Name, Folder) ->
     {Name, {git, "file://" ++ Folder, {branch, ?BRANCH}}}.
 
 
-%% A repository of the folder, with one commit.
+%% Makes a repository of the folder, with one commit.
 commit(Folder) ->
     Settings = ["-c", "user.name=drop_in", "-c", "user.email=drop_in@localhost",
                 "-c", "commit.gpgsign=false", "-c", "core.hooksPath=/dev/null"],
@@ -597,7 +597,7 @@ rebar3(Config, Folder, Task) ->
     ok.
 
 
-%% Its settings and caches are those of a new user.
+%% Settings and caches are those of a new user.
 rebar3_env(Config) ->
     Home = filename:join(?config(temporary, Config), "rebar3"),
     [{"CARGO_TARGET_DIR", ?config(cargo_target, Config)},
@@ -605,7 +605,7 @@ rebar3_env(Config) ->
      {"REBAR_CACHE_DIR", Home}].
 
 
-%% The output of a program that has to succeed in time.
+%% The output of a program, which has to succeed in time.
 run(Folder, Program, Arguments, Env, Timeout) ->
     Port = open(Folder, Program, Arguments, Env),
     {os_pid, Pid} = erlang:port_info(Port, os_pid),
@@ -657,7 +657,7 @@ collect(Port, Output, Deadline) ->
     end.
 
 
-%% A program that rebar3 has started is in a process group of its own, so the parents are followed.
+%% A program that rebar3 has started is in a process group of its own, so the tree of parents is followed.
 kill_tree(Root) ->
     Table = [ list_to_tuple([ list_to_integer(Number) || Number <- string:lexemes(Line, " ") ])
               || Line <- string:lexemes(os:cmd("ps -A -o pid= -o ppid= 2>/dev/null"), "\n") ],
@@ -669,7 +669,7 @@ descendants(Parent, Table) ->
     [Parent | [ Pid || {Child, Of} <- Table, Of =:= Parent, Pid <- descendants(Child, Table) ]].
 
 
-%% What git, rebar3 and the VM would take from whoever started the suite, a git hook for example.
+%% Removes what git, rebar3 and the VM would inherit from the program that started the suite, for example a git hook.
 clean_environment() ->
     [ {Name, false}
       || {Name, _} <- os:env(),

@@ -1,7 +1,7 @@
-%% The application: its start with good and bad configuration, and the face it shows in the shell.
+%% The application: its start with valid and invalid configuration, and its functions for the shell.
 %%
-%% Of explain/1: it says what a route then answers, and why, in whatever state the layers are and whichever
-%% registry routes; and asking leaves no trace.
+%% The contract of explain/1: it says what a route would then return, and why, in every state of the layers and for
+%% either registry; and it changes nothing.
 -module(erlmcp_native_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -103,7 +103,7 @@ refuses_a_bad_environment(_Config) ->
     ok = application:start(erlmcp_native).
 
 
-%% It cannot be changed once it is there; the application says so and goes on.
+%% The existing registry cannot be changed. The application reports this and starts.
 keeps_an_existing_default_registry(_Config) ->
     Limits = #{shards := Shards} = erlmcp_shard_registry:limits(),
     application:set_env(erlmcp_native, shards, Shards * 2),
@@ -111,7 +111,7 @@ keeps_an_existing_default_registry(_Config) ->
     ?assertEqual(Limits, erlmcp_shard_registry:limits()).
 
 
-%% The code that is loaded stays, with the library, and all that is registered.
+%% The loaded code stays, with the library and all registrations.
 loading_the_library_again_is_refused(_Config) ->
     test_support:in_peer(?MODULE, load_again).
 
@@ -132,7 +132,7 @@ load_again() ->
               _ = code:soft_purge(erlmcp_nif)
           end || N <- [1, 2, 3] ],
     [{message, 1}, {message, 2}, {message, 3}] = test_support:flush(),
-    %% What is done at intervals works still, by the processes of before. The first of it may have been under way.
+    %% The same processes still work at intervals. The first interval may have been under way.
     ok = await_intervals(),
     ok = await_intervals(),
     Processes = processes_of_the_application(),
@@ -142,7 +142,7 @@ load_again() ->
     ok = application:stop(erlmcp_native).
 
 
-%% Health, metrics and recovery have done once more what they do once a second.
+%% Waits until health, metrics and recovery have once more done what they do once a second.
 await_intervals() ->
     Read = fun() ->
                    [ets:lookup_element(erlmcp_shard_health, window, 2),
@@ -197,13 +197,13 @@ explains_what_is_not_there(_Config) ->
     Unknown = #{registered => false, registry => native, routed_by => caller, shard => Shard, route => ok, decided_by => registry},
     ?assertEqual(#{connection => Unknown#{route := {error, not_found}}, server => Unknown, transport => Unknown},
                  erlmcp_native:explain(nobody)),
-    %% The layers are asked for what is there.
+    %% The layers decide only about registered ids.
     ok = erlmcp_circuit_breaker:force_open(),
     ?assertEqual(#{connection => Unknown#{route := {error, not_found}}, server => Unknown, transport => Unknown},
                  erlmcp_native:explain(nobody)).
 
 
-%% Circuit, admission and bucket, in this order: each decides once, since all refuse that come after it.
+%% Circuit, admission and bucket, in this order: each decides once, since the layers after it refuse as well.
 explains_each_layer(_Config) ->
     ok = start_for_explanations(),
     Shard = erlmcp_shard_registry:get_shard_id(id),
@@ -244,7 +244,7 @@ explains_each_layer(_Config) ->
     ?assertEqual([ {ok, none} || _ <- [1, 2, 3] ], Decided()).
 
 
-%% That of the transport that a message comes from.
+%% This is the bucket of the transport that a message comes from.
 explains_the_bucket_that_pays(_Config) ->
     ok = start_for_explanations(),
     ok = erlmcp_registry:register_server(s, self(), #{}),
@@ -256,13 +256,13 @@ explains_the_bucket_that_pays(_Config) ->
           end || Left <- [3, 2, 1, 0, 0] ],
     ?assertMatch(#{transport := #{sends := {error, rate_limited}, route := ok, binding := {error, not_found}}},
                  erlmcp_native:explain(t)),
-    %% That is no matter of the server.
+    %% The sender's bucket does not concern the server.
     ?assertMatch(#{server := #{route := ok, decided_by := none}}, erlmcp_native:explain(s)),
     ok = erlmcp_token_bucket:set_limits(transport, t, infinity),
     ?assertMatch(#{transport := #{sends := ok, bucket := #{tokens := infinity}}}, erlmcp_native:explain(t)).
 
 
-%% Random states of all layers; the seed is in the log.
+%% Random states of all layers. The seed is in the log.
 explanations_agree_with_routes(_Config) ->
     ok = start_for_explanations(),
     Seed = erlang:unique_integer([positive]) + erlang:system_time(),
@@ -290,7 +290,7 @@ explanations_agree_with_routes(_Config) ->
                 end || _ <- lists:seq(1, Rounds) ],
     Counts = lists:foldl(fun(Key, Counts) -> Counts#{Key => maps:get(Key, Counts, 0) + 1} end, #{}, Decided),
     ct:pal("~p", [Counts]),
-    %% All that there is has come to pass.
+    %% Every possible pair has occurred.
     Possible = [{connection, token_bucket} | [ {Namespace, Layer} || Namespace <- [connection, server, transport],
                                                                      Layer <- [none, registry, circuit, admission] ]],
     ?assertEqual(lists:sort(Possible), lists:sort(maps:keys(Counts))).
@@ -304,11 +304,11 @@ random_state(Ids) ->
         2 ->
             erlmcp_circuit_breaker:force_close();
         3 ->
-            %% Open and over at once, or for long.
+            %% Open, with a timeout that is over at once or lasts long.
             ok = erlmcp_native:set(circuit_breaker, (circuit_settings())#{timeout_ms => one_of([0, 3_600_000])}),
             erlmcp_circuit_breaker:force_open();
         4 ->
-            %% Half open, with one place left or none.
+            %% Half open, with one probe left or none.
             ok = erlmcp_native:set(circuit_breaker, (circuit_settings())#{timeout_ms => 0}),
             ok = erlmcp_circuit_breaker:force_open(),
             true = erlmcp_circuit_breaker:allow_test_request(),
@@ -337,7 +337,7 @@ one_of(List) ->
     lists:nth(rand:uniform(length(List)), List).
 
 
-%% What a route, a probe or a question that is counted would change.
+%% Everything that a route, a probe or a counted query would change.
 traces(Ids) ->
     Shards = lists:seq(0, 63),
     #{
@@ -391,12 +391,12 @@ explains_ids_that_are_too_long(_Config) ->
     ?assertEqual({error, {id_too_long, Max}}, erlmcp_native:explain(binary:copy(<<"x">>, Max + 1))),
     ?assertEqual({error, {id_too_long, Max}}, erlmcp_native:explain(lists:seq(1, Max))),
     ?assertMatch(#{connection := #{registered := false}}, erlmcp_native:explain(binary:copy(<<"x">>, Max))),
-    %% Also where the other registry takes it.
+    %% The same holds where the other registry would accept the id.
     ok = erlmcp_rollout:set(current),
     ?assertEqual({error, {id_too_long, Max}}, erlmcp_native:explain(binary:copy(<<"x">>, Max + 1))).
 
 
-%% With an open circuit an answer shows which registry routes.
+%% With an open circuit the result of a route shows which registry routes.
 explains_in_every_mode(_Config) ->
     ok = start_for_explanations(),
     Ids = lists:seq(1, 60),
@@ -411,7 +411,7 @@ explains_in_every_mode(_Config) ->
                  end || Mode <- ?MODES ],
     [0, 0, Some, 60, 60] = Natively,
     ?assert(Some > 10 andalso Some < 50, Some),
-    %% And closed, all is routed; what is unknown is known to be.
+    %% With a closed circuit everything is routed, and unregistered ids are explained as such.
     ok = erlmcp_circuit_breaker:force_close(),
     _ = [ begin
               ok = erlmcp_rollout:set(Mode),
@@ -420,14 +420,14 @@ explains_in_every_mode(_Config) ->
               %% Connections are native in every mode.
               ?assertMatch(#{connection := #{registry := native, route := {error, not_found}}}, erlmcp_native:explain(1))
           end || Mode <- ?MODES ],
-    %% Without buckets, where the native registry has no transports.
+    %% An entry has no bucket where the native registry has no transports.
     ok = erlmcp_rollout:set(current),
     #{transport := Entry} = erlmcp_native:explain(1),
     ?assertEqual([binding, config_bytes, decided_by, pid, registered, registry, route, routed_by, shard], lists:sort(maps:keys(Entry))),
     ?assertEqual({ok, 1}, maps:get(binding, Entry)).
 
 
-%% How many of the servers are routed natively, if all is as it is said.
+%% The number of natively routed servers, if all explanations agree with the routes.
 agree(Mode, Ids) ->
     lists:sum([ begin
                     #{server := Server, transport := Transport} = erlmcp_native:explain(Id),
@@ -458,7 +458,7 @@ received_in_time() ->
     end.
 
 
-%% Routes go on where the native registry has everything, and with `current' go nowhere.
+%% Routes continue where the native registry has all entries, and with `current' reach no process.
 explains_when_the_registry_was_killed(_Config) ->
     ok = start_for_explanations(),
     Ids = lists:seq(1, 20),
@@ -487,18 +487,18 @@ explains_while_the_registry_stands_still(_Config) ->
     ok = start_for_explanations(),
     ok = erlmcp_registry:register_server(s, self(), #{}),
     ok = sys:suspend(erlmcp_registry),
-    %% It is not asked,
+    %% The registry's process is not asked,
     ?assertMatch(#{server := #{registered := true, registry := native}}, erlmcp_native:explain(s)),
     ok = sys:resume(erlmcp_registry),
     ok = erlmcp_rollout:set(current),
     ok = sys:suspend(erlmcp_registry),
-    %% or it is said that it does not answer.
+    %% or explain/1 reports that it does not answer.
     ?assertEqual({error, registry_busy}, erlmcp_native:explain(s)),
     ok = sys:resume(erlmcp_registry),
     ?assertMatch(#{server := #{registered := true, registry := classic}}, erlmcp_native:explain(s)).
 
 
-%% Nobody samples, and nothing is refilled or over within a case.
+%% No process samples, and within a case no bucket is refilled and no timeout is over.
 start_for_explanations() ->
     ok = application:set_env(erlmcp_native, admission, #{threshold => 10_000, sample_interval_ms => 3_600_000}),
     ok = application:set_env(erlmcp_native, token_bucket, #{capacity => 1000, rate_per_second => ?SLOW}),

@@ -1,8 +1,8 @@
-%%% A name never leads to a process that has exited: a process that has seen the exit gets the name at the
-%%% first try, although the monitor of the process that had it may not have fired yet.
+%%% A name never leads to a process that has exited: a process that has seen the exit acquires the name at its first
+%%% attempt, although the monitor of the former owner may not have fired yet.
 %%%
-%%% A process signals its links, one by one, before its monitors fire. So one with many links is seen to
-%%% have exited some time before its entries are removed.
+%%% A process signals its links, one by one, before its monitors fire. So the exit of a process with many links is seen
+%%% some time before its entries are removed.
 -module(exited_names_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -18,7 +18,7 @@
 
 %% A gen_server to be named
 -export([init/1, handle_call/3, handle_cast/2]).
-%% A `via' registry, whose names are those of an own registry
+%% A `via' module, whose names are those of a registry that a case makes
 -export([register_name/2, unregister_name/1, whereis_name/1, send/2]).
 
 -define(M,     erlmcp_shard_registry).
@@ -36,7 +36,7 @@ all() ->
 
 
 init_per_suite(Config) ->
-    %% A registry that was stopped before has closed it.
+    %% A registry process of an earlier suite may have closed it when it was stopped.
     ok = erlmcp_nif:open(default),
     none = erlmcp_nif:load_error(),
     Config.
@@ -92,7 +92,7 @@ ids_of_every_namespace_are_free(_Config) ->
       end || R <- [default, Own], NS <- [server, transport, connection] ].
 
 
-%% Whatever others look up, bind and list meanwhile, nobody is refused.
+%% No registration is refused, whatever other processes look up, bind and list meanwhile.
 ids_are_free_beside_readers(_Config) ->
     R = ?M:new(),
     Readers = [ spawn_link(fun() -> read(R) end) || _ <- [1, 2] ],
@@ -143,7 +143,7 @@ bindings_of_exited_processes_are_gone(_Config) ->
 %%% Full registries
 
 
-%% Each time under another id.
+%% Each registration has another id.
 places_of_exited_processes_are_free(_Config) ->
     [ begin
           R = ?M:new(#{max_entries => Max}),
@@ -190,8 +190,8 @@ supervisor_start(Child) ->
 %%% A process that exits slowly, again and again
 
 
-%% Starts a process and kills it once its exit has been seen, so many times. Linked to the caller last,
-%% it signals its other links later.
+%% Starts a process, kills it and calls Free as soon as its exit has been seen, so many times. The process may signal
+%% its other links later than the caller.
 restart(0, _Start, _Free) ->
     ok;
 restart(Times, Start, Free) ->

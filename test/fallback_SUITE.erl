@@ -1,9 +1,9 @@
-%%% Starting where the native library cannot be loaded: missing, unreadable, another kind of file, or for
+%%% Starting where the native library cannot be loaded: it is missing, unreadable, another kind of file, or made for
 %%% another machine.
 %%%
-%%% The contract: one warning that says why and what to do, and everything that erlmcp uses works in the
-%%% mode `current'; with `require_native' neither the application nor the registry starts, and the error
-%%% says the same. Each case runs in a node of its own, with a copy of the application.
+%%% The contract: one warning says why and what to do, and everything that erlmcp uses works in the mode `current'. With
+%%% `require_native' neither the application nor the registry starts, and the error says the same. Each case runs in a
+%%% node of its own, with a copy of the application.
 -module(fallback_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -14,7 +14,7 @@
          works_without_the_application/1,
          refuses_if_native_is_required/1,
          what_is_native_says_why/1]).
-%% In the other node.
+%% Called in the other node
 -export([in_current/0, in_warned/0, without_application/0, required/0, native/0, log/2]).
 
 -define(DEADLINE_MS, 5000).
@@ -53,12 +53,12 @@ init_per_group(Group, Config) ->
 library(missing, _Library, _Whole) ->
     ok;
 library(unreadable, Library, _Whole) ->
-    %% Not readable for root either.
+    %% A directory is not readable for root either.
     file:make_dir(Library);
 library(no_library, Library, _Whole) ->
     file:write_file(Library, "<html>404 Not Found</html>");
 library(of_another_machine, Library, <<Ident:18/binary, _Machine:2/binary, Rest/binary>>) ->
-    %% The ELF header says so: 8 is MIPS.
+    %% The ELF header names the machine: 8 is MIPS.
     file:write_file(Library, [Ident, <<8, 0>>, Rest]).
 
 
@@ -102,7 +102,7 @@ in_current() ->
     {ok, _} = erlmcp_circuit_breaker:start_link(),
     ok = erlmcp_circuit_breaker:register_breaker(b, #{}),
     {ok, done} = erlmcp_circuit_breaker:call(b, fun() -> {ok, done} end),
-    %% Killed and restarted, it has what it had.
+    %% The restarted registry has the entries of the killed one.
     killed = test_support:kill(Registry),
     ok = erlmcp_registry:route_to_server(s, t, lost),
     {ok, _} = erlmcp_registry:start_link(),
@@ -115,10 +115,10 @@ in_current() ->
     #{mode := current, native_library := {not_loaded, _}, classic := #{servers := 1}} = erlmcp_rollout:status(),
     #{nif := {not_loaded, _}, application := running, mode := current} = erlmcp_native:info(),
     ok = erlmcp_native:i(),
-    %% That is what is wrong, and nothing else; there are no shards.
+    %% Health reports the library and nothing else; there are no shards.
     {degraded, [{native_library, #{path := _, reason := _, remedy := [_ | _]}}]} = erlmcp_native:health(),
     ok = erlmcp_native:set(health, #{memory_bytes => 1}),
-    %% There are no layers to set.
+    %% There are no layers whose settings could be changed.
     Environment = application:get_all_env(erlmcp_native),
     [ {error, {nif_not_loaded, #{remedy := _}}} = erlmcp_native:set(Key, Value)
       || {Key, Value} <- [{backpressure, off}, {token_bucket, #{capacity => 2}}, {admission, infinity}, {circuit_breaker, off}] ],
@@ -147,7 +147,7 @@ in_warned() ->
     logged().
 
 
-%% Whoever logs sends it to this process, before it does anything else: the caller of what was called above, and the
+%% A logging process sends to this process before it does anything else: the caller of the functions above, and the
 %% registry's process before it answers.
 logged() ->
     _ = sys:get_state(erlmcp_registry),
@@ -155,7 +155,7 @@ logged() ->
 
 
 log(#{level := warning, msg := {report, #{event := health_degraded}}}, _Config) ->
-    %% That it is not loaded is also what health says, some seconds later.
+    %% Health reports the missing library as well, some seconds later.
     ok;
 log(#{level := warning} = Event, #{config := Pid}) ->
     Pid ! {logged, lists:flatten(logger_formatter:format(Event, #{template => [msg], single_line => true}))};
@@ -214,7 +214,7 @@ native() ->
     ok.
 
 
-%% Runs a function of this module in a node of its own, which has the copy of the application.
+%% Runs a function of this module in a node of its own, with the copy of the application.
 in_node(Config, Function) ->
     Here = filename:dirname(code:which(?MODULE)),
     Ebin = filename:join(proplists:get_value(copy, Config), "ebin"),

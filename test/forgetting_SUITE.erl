@@ -1,5 +1,5 @@
-%%% Unregistering the connections of processes that live on takes no more memory than registering them did,
-%%% and what it keeps is used again.
+%%% Unregistering the connections of live processes takes no more memory than registering them did, and the memory that
+%%% it keeps is reused.
 -module(forgetting_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -41,7 +41,7 @@ forgetting_takes_no_memory(_Config) ->
                              [Processes],
                              #{flags => ["+P", "1000000"], timeout_ms => 300_000}),
     ct:pal("resident bytes: ~0p", [Sizes]),
-    %% Half of what an entry takes, for what the allocators do with it.
+    %% The tolerance for the allocators is half of the memory of an entry.
     ?assert(Unregistered =< Registered + 100 * Processes, Sizes).
 
 
@@ -68,7 +68,7 @@ resident() ->
     binary_to_integer(Pages) * 4096.
 
 
-%% As many as there were registrations at one time, in whatever order they come and go.
+%% A process has as many monitors as it had registrations at one time, in whatever order they come and go.
 monitors_are_used_again(_Config) ->
     Pid = test_support:process(),
     Ids = lists:seq(1, 1000),
@@ -82,7 +82,7 @@ monitors_are_used_again(_Config) ->
     test_support:stop(Pid).
 
 
-%% The pool of one process under several schedulers. Each of them has one registration at a time.
+%% Several processes on several schedulers use the pool of one process. Each of them has one registration at a time.
 monitors_are_used_again_by_several_processes(_Config) ->
     Pid = test_support:process(),
     R = ?M:new(),
@@ -101,7 +101,7 @@ monitors_are_used_again_by_several_processes(_Config) ->
     test_support:stop(Pid).
 
 
-%% While others use the pool.
+%% Other processes use their pools meanwhile.
 process_with_many_idle_monitors_exits(_Config) ->
     R = ?M:new(),
     Others = [ spawn_link(fun() -> come_and_go(R, self(), make_ref()) end) || _ <- [1, 2] ],
@@ -121,7 +121,7 @@ come_and_go(R, Pid, Id) ->
     come_and_go(R, Pid, Id).
 
 
-%% Those of the registry are references to resources.
+%% The registry's monitors are references to resources.
 monitors(Pid) ->
     {monitored_by, By} = process_info(Pid, monitored_by),
     length([ Resource || Resource <- By, is_reference(Resource) ]).
