@@ -91,7 +91,7 @@ limits_are_checked(_Config) ->
           end || Limits <- Right ].
 
 
-%% Set by others without a check: the defaults hold.
+%% The limits were set without validation: the defaults hold.
 wrong_limits_in_the_environment(_Config) ->
     Processes = processes_of_the_control_plane(),
     _ = [ begin
@@ -115,7 +115,7 @@ the_application_checks_limits(_Config) ->
     ?assertMatch({degraded, [{memory_bytes, _, 1}]}, erlmcp_native:health()).
 
 
-%% A busy machine is a reason by the default limits.
+%% By the default limits a busy machine is a reason.
 reasons_without_load(Reasons) ->
     [ Reason || Reason <- Reasons, not lists:member(element(1, Reason), [run_queue, scheduler_use_percent]) ].
 
@@ -123,7 +123,7 @@ reasons_without_load(Reasons) ->
 %%% Tools
 
 
-%% No reason comes from how busy the machine is.
+%% The load of the machine is no reason.
 quiet() ->
     #{run_queue_per_scheduler => infinity, scheduler_use_percent => infinity, memory_bytes => infinity}.
 

@@ -1,4 +1,4 @@
-%%% What the monitor of health logs: one line for each change that lasts, and none for what comes and goes.
+%%% What the monitor of health logs: one line for each change that lasts, and none for a condition that comes and goes.
 -module(health_log_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -46,7 +46,7 @@ one_line_for_each_change_that_lasts(_Config) ->
     ok = logger:add_handler(?MODULE, ?MODULE, #{config => self(), level => all}),
     Degrade = fun() -> ok = erlmcp_native:set(health, (quiet())#{memory_bytes => 1}) end,
     Mend = fun() -> ok = erlmcp_native:set(health, quiet()) end,
-    %% What is there for less than three checks is not told.
+    %% A condition of fewer than three checks is not logged.
     ok = flap(Degrade, Mend, 3),
     ?assertEqual([], health_lines()),
     Degraded = now_ms(),
@@ -55,7 +55,8 @@ one_line_for_each_change_that_lasts(_Config) ->
     %% Checks are a second apart.
     ?assert(now_ms() - Degraded > 1_900),
     ?assertNotEqual(nomatch, string:find(Text, "memory_bytes")),
-    %% Once, however long it lasts and whatever is added; a new monitor process knows what is told.
+    %% There is one line, however long the condition lasts and whatever is added. A new monitor process knows what is
+    %% logged.
     killed = test_support:kill(whereis(erlmcp_shard_health)),
     ok = supervisor:terminate_child(erlmcp_shard_sup, 3),
     _ = test_support:await_received(erlmcp_shard_health, measure, 4),
@@ -71,8 +72,8 @@ one_line_for_each_change_that_lasts(_Config) ->
     ?assertEqual([], health_lines()).
 
 
-%% Changes the condition for one check, and back for one check. A machine that is so busy that there were
-%% more gets another chance.
+%% Changes the condition for one check, and back for one check. Retries if the machine was so busy that three or more
+%% checks fell between two changes.
 flap(There, Back, Times) ->
     Checks = [ begin
                    Change(),
@@ -119,7 +120,7 @@ next_health_line() ->
 %%% Tools
 
 
-%% No reason comes from how busy the machine is.
+%% The load of the machine is no reason.
 quiet() ->
     #{run_queue_per_scheduler => infinity, scheduler_use_percent => infinity, memory_bytes => infinity}.
 

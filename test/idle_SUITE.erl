@@ -1,9 +1,9 @@
-%%% What a node costs that has many connections and nothing to do.
+%%% What a node with many connections and nothing to do costs.
 %%%
-%%% The contract: with 15,000 idle connections and the application running, less than one percent of one
-%%% core, all threads of the virtual machine counted. It is measured in a node of its own, and in time of
-%%% processors, so that other work on the machine does not count. What is done once after the load has its time
-%%% on a busy machine too: the least of several measurements counts.
+%%% The contract: 15,000 idle connections and the running application take less than one percent of one core, over all
+%%% threads of the virtual machine. The measurement runs in a node of its own and in processor time, so that other work
+%%% on the machine does not count. The least of several measurements counts, so that one-time work after the load can
+%%% finish on a busy machine, too.
 -module(idle_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -22,7 +22,7 @@ all() ->
     [many_idle_connections_cost_nothing].
 
 
-%% Less than one percent of one core, of which the runtime alone takes some.
+%% Less than one percent of one core, of which the runtime alone takes a part.
 many_idle_connections_cost_nothing(_Config) ->
     #{percent := Percent, seconds := Seconds, cpu_ms := CpuMs, connections := 15_000, health := ok} =
         test_support:in_peer(?MODULE, in_idle, [], #{timeout_ms => 120_000}),
@@ -32,7 +32,7 @@ many_idle_connections_cost_nothing(_Config) ->
 
 in_idle() ->
     ok = application:load(erlmcp_native),
-    %% The machine may be busy with other things.
+    %% Other work on the machine must not degrade health.
     ok = application:set_env(erlmcp_native, health, #{run_queue_per_scheduler => infinity, scheduler_use_percent => infinity}),
     ok = application:start(erlmcp_native),
     Pids = [ begin
@@ -40,7 +40,7 @@ in_idle() ->
                  ok = erlmcp_shard_registry:register_connection({connection, N}, Pid, #{client => idle}),
                  Pid
              end || N <- lists:seq(1, 15_000) ],
-    %% Each has had a message.
+    %% Each connection has received a message.
     [ok] = lists:usort([ erlmcp_shard_manager:route_message({connection, N}, x) || N <- lists:seq(1, 15_000) ]),
     _ = erlang:garbage_collect(),
     {Percent, CpuMs, Seconds} = lists:min([ measure(10_000) || _ <- [1, 2, 3] ]),
@@ -69,7 +69,7 @@ idle() ->
     end.
 
 
-%% Of all threads: in nanoseconds where the scheduler of the operating system tells them.
+%% Processor time of all threads, in nanoseconds where the scheduler of the operating system provides it.
 cpu_ms() ->
     Files = filelib:wildcard("/proc/self/task/*/schedstat"),
     Times = [ Ns || File <- Files, {ok, Content} <- [file:read_file(File)], [Ns | _] <- [string:split(Content, " ")] ],

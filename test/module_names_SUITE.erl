@@ -1,9 +1,9 @@
-%%% The names that erlmcp has: none of its modules but the two that a host deletes in favour of ours, and
-%%% none of its ETS tables.
+%%% The application has no name of erlmcp: no module except the two that a host deletes in favour of ours, and no ETS
+%%% table.
 %%%
-%%% `upstream_modules.txt' lists the modules in the `src' folders of all generations of erlmcp. A release
-%%% with two modules of one name is refused; on a plain code path the first one is loaded and the
-%%% application that needs the other one breaks.
+%%% `upstream_modules.txt' lists the modules in the `src' folders of all generations of erlmcp. A release with two
+%%% modules of one name is refused. On a plain code path the first one is loaded, and the application that needs the
+%%% other one breaks.
 -module(module_names_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -12,7 +12,7 @@
 
 -export([two_modules_have_names_of_erlmcp/1, no_table_has_a_name_of_erlmcp/1, no_process_has_a_name_of_erlmcp/1]).
 
-%% Those that a host deletes.
+%% Modules that a host deletes.
 -define(REPLACED, [erlmcp_circuit_breaker, erlmcp_registry]).
 
 
@@ -35,7 +35,7 @@ end_per_suite(_Config) ->
 
 two_modules_have_names_of_erlmcp(Config) ->
     {ok, Ours} = application:get_key(erlmcp_native, modules),
-    %% What has been compiled and the .app file has forgotten would be in a release too.
+    %% A compiled module that is missing in the .app file would be in a release, too.
     Compiled = [ list_to_atom(filename:basename(Beam, ".beam"))
                  || Beam <- filelib:wildcard(filename:join([code:lib_dir(erlmcp_native), "ebin", "*.beam"])) ],
     Upstream = upstream_modules(Config),
@@ -45,7 +45,7 @@ two_modules_have_names_of_erlmcp(Config) ->
     ?assertEqual(?REPLACED, shared(Compiled, Upstream)).
 
 
-%% With everything in use that makes tables.
+%% Everything that makes tables is in use.
 no_table_has_a_name_of_erlmcp(_Config) ->
     Before = ets:all(),
     ok = erlmcp_circuit_breaker:register_breaker(?MODULE, #{}),
@@ -59,7 +59,7 @@ no_table_has_a_name_of_erlmcp(_Config) ->
                    ets:all()
                end || Mode <- [current, {percent, 50}, '100x'] ],
     Names = lists:usort([ Name || Table <- lists:append([Before | Tables]), Name <- [ets:info(Table, name)], is_atom(Name) ]),
-    %% The list is one of names of ours at all.
+    %% The list includes a table of the application.
     ?assertEqual(true, lists:member(erlmcp_shard_sampler, Names)),
     ?assertEqual([], [ Name || Name <- Names, is_table_of_erlmcp(Name) ]),
     ok = gen_server:stop(Registry),

@@ -1,4 +1,4 @@
-%%% Named circuit breakers: names, options, processes, statistics and what operators do.
+%%% Named circuit breakers: names, options, processes, statistics and the operators' functions.
 -module(named_breaker_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -60,7 +60,7 @@ end_per_testcase(_Case, _Config) ->
     ?S:remove_all().
 
 
-%% The same cases where the breakers are those of erlmcp_circuit_breaker_pure.
+%% The same cases with the breakers of erlmcp_circuit_breaker_pure.
 without_the_library(Config) ->
     ?S:without_library(?MODULE, cases(), Config).
 
@@ -107,7 +107,7 @@ names_are_any_term(_Config) ->
     ?assertEqual(#{}, ?CB:get_all_states()).
 
 
-%% Others may make some meanwhile.
+%% Other processes may make some atoms meanwhile.
 no_atom_is_made_of_a_name(_Config) ->
     ok = use(<<"warm up">>),
     Before = erlang:system_info(atom_count),
@@ -123,12 +123,12 @@ a_name_is_taken_once(_Config) ->
     ?assertEqual({error, already_registered}, ?CB:register_breaker(b, #{}, self())),
     ?assertEqual(ok, ?CB:register_breaker(c, #{}, undefined)),
     ?assertEqual({error, already_registered}, ?CB:register_breaker(c, #{})),
-    % That one has no process, and its name is free as a local name.
+    % The breaker has no process, and its name is free as a local name.
     ?assertEqual({error, already_registered}, ?CB:start_link(c)),
     ?assertEqual(undefined, whereis(c)),
     {ok, Other} = ?CB:start_link({a, tuple}),
     ?assertEqual({error, {already_started, Other}}, ?CB:start_link({a, tuple})),
-    % The first one stays as it is.
+    % The first breaker is unchanged.
     {ok, #{failure_threshold := 3}} = ?CB:get_stats(b),
     ?assertEqual([], test_support:flush()).
 
@@ -194,7 +194,7 @@ pid_as_breaker(_Config) ->
     ?assertExit({noproc, _}, ?CB:get_state(Pid)).
 
 
-%% A breaker of a connection, say.
+%% For example a breaker of a connection.
 pid_as_name(_Config) ->
     {ok, Other} = ?CB:start_link(other),
     ok = ?CB:register_breaker(self(), #{}),
@@ -204,7 +204,7 @@ pid_as_name(_Config) ->
     {ok, #{name := other}} = ?CB:get_stats(other).
 
 
-%% A name that is refused costs no more than one that is not.
+%% A refused name costs no more than an accepted one.
 long_names_are_refused(_Config) ->
     Long = binary:copy(<<"x">>, 1025),
     ?assertEqual(ok, ?CB:register_breaker(binary:part(Long, 0, 1000), #{})),
@@ -219,7 +219,7 @@ long_names_are_refused(_Config) ->
     ?assertEqual([], test_support:flush()).
 
 
-%% Names may come from input.
+%% The number of names is bounded, since names may come from input.
 names_are_bounded(_Config) ->
     Registered = register_until_full(0),
     ?assertEqual(100_000, Registered),
@@ -322,7 +322,7 @@ process_of_a_breaker(_Config) ->
     Self = self(),
     ?assertEqual({error, {already_started, Self}}, ?CB:start_link(taken)),
     true = unregister(taken),
-    % Other terms are no local names.
+    % Other terms are not registered as local names.
     Registered = registered(),
     {ok, _} = ?CB:start_link(<<"local_breaker">>),
     ?assertEqual([], registered() -- [erlmcp_circuit_breaker_pure | Registered]).
@@ -353,14 +353,14 @@ breaker_ends_with_its_process(_Config) ->
     receive {'DOWN', Monitor, process, Process, shutdown} -> ok end,
     ?assertExit({noproc, _}, ?CB:get_state(b)),
     ?assertExit({noproc, _}, ?CB:get_state(Process)),
-    % The other one belongs to nobody.
+    % This breaker belongs to no process.
     ?assertEqual(#{c => closed}, ?CB:get_all_states()).
 
 
 breaker_survives_its_callers(_Config) ->
     {ok, Pid} = ?CB:start_link(b, #{failure_threshold => 100}),
     _ = [ Pid ! M || M <- [junk, {timeout, make_ref(), half_open}, {make_ref(), late}] ],
-    % Links and exit signals.
+    % Links and exit signals do not stop the breaker.
     Linked = spawn(fun() ->
                            link(Pid),
                            ?CB:call(b, fun() -> exit(self(), kill) end)
@@ -374,7 +374,7 @@ breaker_survives_its_callers(_Config) ->
     test_support:await_value({1, 1}, Counts, ?DEADLINE_MS),
     {ok, 1} = ?CB:call(b, fun() -> {ok, 1} end),
     ?assertEqual(closed, gen_statem:call(Pid, get_state)),
-    % The process that registered one may exit.
+    % The process that registered a breaker may exit.
     {Parent, Monitor} = spawn_monitor(fun() -> ok = ?CB:register_breaker(c, #{}), exit(crash) end),
     receive {'DOWN', Monitor, process, Parent, crash} -> ok end,
     ?assertEqual(closed, ?CB:get_state(c)).
@@ -411,7 +411,7 @@ reset(_Config) ->
            total_rejected := 1
           }} = ?CB:get_stats(b),
     ?assertEqual({ok, 1}, ?CB:call(b, fun() -> {ok, 1} end)),
-    % In the closed state it forgets the failures so far.
+    % In the closed state reset/1 discards the failures so far.
     ?S:fail(b, 1),
     ok = ?CB:reset(b),
     ?S:fail(b, 1),
@@ -426,7 +426,7 @@ force_open_and_close(_Config) ->
     ?assertEqual(ok, ?CB:force_open(b)),
     ?assertEqual(ok, ?CB:force_open(c)),
     ?S:refused(c),
-    % For the time of an ordinary opening.
+    % A forced opening lasts as long as an ordinary one.
     ?S:await_state(half_open, b),
     ?assertEqual(ok, ?CB:force_half_open(c)),
     ?assertEqual(ok, ?CB:open(c, some_reason)),
@@ -434,7 +434,7 @@ force_open_and_close(_Config) ->
     ?assertEqual(ok, ?CB:force_close(c)),
     ?assertEqual({ok, 1}, ?CB:call(c, fun() -> {ok, 1} end)),
     ?assertEqual(ok, ?CB:force_close(b)),
-    % It stays so for longer than another one, with the same time, is open.
+    % It stays closed for longer than another breaker with the same timeout is open.
     ok = ?CB:register_breaker(d, #{timeout => 50}),
     ok = ?CB:force_open(d),
     ?S:await_state(half_open, d),
@@ -464,11 +464,11 @@ force_on_the_same_state_changes_nothing(_Config) ->
     {ok, Open} = ?CB:get_stats(b),
     ok = next_millisecond(),
     ok = ?CB:force_open(b),
-    % Its time counts from last_state_change, and is not prolonged.
+    % The timeout counts from last_state_change, and is not prolonged.
     ?assertEqual({ok, Open}, ?CB:get_stats(b)).
 
 
-%% What changes now has another time.
+%% A later change has another timestamp.
 next_millisecond() ->
     Now = erlang:monotonic_time(millisecond),
     test_support:await(fun() -> erlang:monotonic_time(millisecond) > Now end).
@@ -565,7 +565,7 @@ transitions_are_logged_once(_Config) ->
     end.
 
 
-%% By the next one who asks, also if that one makes another transition.
+%% The next caller logs the transition, even if it makes another one.
 transition_by_a_killed_caller_is_logged(_Config) ->
     #{level := Level} = logger:get_primary_config(),
     ok = logger:set_primary_config(level, info),
@@ -602,10 +602,10 @@ logged(Name) ->
          Logged =:= Name ].
 
 
-%% The handler.
+%% Logger handler
 log(Event, #{config := #{pid := Pid}}) ->
     Pid ! {logged, Event}.
 
 
-%% The supervisor.
+%% Supervisor callback
 init(Children) -> {ok, {#{}, Children}}.

@@ -59,7 +59,7 @@ end_per_testcase(_Case, _Config) ->
     ?S:remove_all().
 
 
-%% The same cases where the breakers are those of erlmcp_circuit_breaker_pure.
+%% The same cases with the breakers of erlmcp_circuit_breaker_pure.
 without_the_library(Config) ->
     ?S:without_library(?MODULE, cases(), Config).
 
@@ -69,7 +69,7 @@ failures_in_a_row_open(_Config) ->
     ?S:fail(b, 2),
     ?assertEqual(closed, ?CB:get_state(b)),
     ?S:fail(b, 1),
-    % Without asking for the state: the caller's next call is refused.
+    % The caller's next call is refused even if no caller has read the new state.
     ?S:refused(b),
     ?assertEqual(open, ?CB:get_state(b)).
 
@@ -92,7 +92,7 @@ failure_rate_opens(_Config) ->
           end || _ <- lists:seq(1, 4) ],
     ?S:succeed(b, 1),
     ?assertEqual(closed, ?CB:get_state(b)),
-    % The tenth call, the fifth failure.
+    % The tenth call is the fifth failure.
     ?S:fail(b, 1),
     {ok, #{state := open, failure_rate := 0.5}} = ?CB:get_stats(b),
     ok = ?CB:register_breaker(c, Options#{failure_rate_threshold => 0.6}),
@@ -151,7 +151,7 @@ half_open_when_the_time_is_up(_Config) ->
     ok = ?CB:register_breaker(b, #{failure_threshold => 1, timeout => 50}),
     Before = erlang:monotonic_time(millisecond),
     ?S:fail(b, 1),
-    % Nobody has to call for that.
+    % No call is needed for this.
     ?S:await_state(half_open, b),
     ?assert(erlang:monotonic_time(millisecond) - Before >= 50),
     {ok, #{consecutive_failures := 0, consecutive_successes := 0}} = ?CB:get_stats(b),
@@ -191,7 +191,7 @@ success_threshold_is_in_a_row(_Config) ->
     ?S:succeed(b, 5),
     ?S:fail(b, 1),
     ?S:await_state(half_open, b),
-    % Those before do not count.
+    % Earlier successes do not count.
     ?S:succeed(b, 1),
     ?assertEqual(half_open, ?CB:get_state(b)).
 
@@ -217,7 +217,7 @@ probe_limit_is_the_success_threshold_by_default(_Config) ->
 time_begins_anew_when_opened_again(_Config) ->
     ok = ?CB:register_breaker(b, #{failure_threshold => 1, timeout => 300}),
     ?S:fail(b, 1),
-    % Most of its time has passed.
+    % Most of the timeout has passed.
     ok = test_support:sleep_until(erlang:monotonic_time(microsecond) + 200_000),
     ok = ?CB:force_close(b),
     Before = erlang:monotonic_time(millisecond),
@@ -265,12 +265,12 @@ fallback(_Config) ->
 hundred_calls_side_by_side(_Config) ->
     ok = ?CB:register_breaker(b, #{}),
     Callers = [ ?S:blocked_call(b) || _ <- lists:seq(1, 100) ],
-    % Now all of them are in their funs.
+    % All callers are in their funs.
     _ = [ ?assertEqual({ok, C}, ?S:finish(C, {ok, C})) || C <- Callers ],
     {ok, #{total_successes := 100, total_calls := 100}} = ?CB:get_stats(b).
 
 
-%% The process of a breaker may do what it likes.
+%% Calls do not involve the breaker's process, which may be suspended.
 no_process_takes_part(_Config) ->
     {ok, Pid} = ?CB:start_link(b, #{failure_threshold => 1, timeout => ?HOUR}),
     ok = sys:suspend(Pid),
@@ -313,7 +313,7 @@ bounded_call_returns(_Config) ->
     ?assertEqual({error, {exception, throw, ball}}, Call(fun() -> throw(ball) end)),
     ?assertEqual({error, {exception, error, wrong}}, Call(fun() -> error(wrong) end)),
     ?assertEqual({error, {exception, exit, normal}}, Call(fun() -> exit(normal) end)),
-    % What kills the fun's process does not kill the caller.
+    % A signal that kills the fun's process does not kill the caller.
     ?assertEqual({error, {exception, exit, killed}}, Call(fun() -> exit(self(), kill), forever() end)),
     ?assertEqual({error, {exception, exit, crash}}, Call(fun() -> spawn_link(fun() -> exit(crash) end), forever() end)),
     {ok, #{total_successes := 5, total_failures := 6}} = ?CB:get_stats(b),
@@ -332,7 +332,7 @@ bounded_call_times_out(_Config) ->
     Self = self(),
     Fun = fun() -> Self ! {runs, self()}, forever() end,
     ?assertExit({timeout, _}, ?CB:call(b, Fun, 20)),
-    % At that moment it counts.
+    % The failure counts at that moment.
     {ok, #{state := open, total_failures := 1, total_successes := 0, total_calls := 1}} = ?CB:get_stats(b),
     Worker = receive {runs, Pid} -> Pid end,
     _ = test_support:await_end(Worker),
@@ -362,7 +362,7 @@ bounded_call_is_killed_with_its_caller(_Config) ->
     ?S:await_state(open, b).
 
 
-%% Of call/2; that of call/3 with `infinity' is never.
+%% The slot of call/2 is reclaimed, that of call/3 with `infinity' never.
 slot_is_reclaimed_after_five_seconds(_Config) ->
     ok = ?CB:register_breaker(b, #{probe_limit => 1, success_threshold => 2, timeout => ?HOUR}),
     ok = ?CB:register_breaker(c, #{probe_limit => 1, success_threshold => 1, timeout => ?HOUR}),
@@ -384,7 +384,7 @@ slot_is_reclaimed_after_five_seconds(_Config) ->
                                IsThrough
                        end,
                        ?DEADLINE_MS),
-    % The call that has lost its slot counts in the totals alone.
+    % The call that has lost its slot counts only in the totals.
     ?assertEqual({error, x}, ?S:finish(Hanging, {error, x})),
     {ok, #{state := half_open, total_failures := 1, total_successes := 1, consecutive_successes := 1}} =
         ?CB:get_stats(b),

@@ -1,5 +1,5 @@
-%%% Named circuit breakers: callers that are killed, stale outcomes, and what happens at the same time; and a
-%%% property against a model of lists. PROP_BREAKER in the environment is the number of its histories.
+%%% Named circuit breakers: killed callers, stale outcomes and concurrent operations; and a property against a model of
+%%% lists. PROP_BREAKER in the environment is the number of its histories.
 -module(named_breaker_races_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -46,7 +46,7 @@ end_per_testcase(_Case, _Config) ->
     ?S:remove_all().
 
 
-%% The same cases where the breakers are those of erlmcp_circuit_breaker_pure.
+%% The same cases with the breakers of erlmcp_circuit_breaker_pure.
 without_the_library(Config) ->
     ?S:without_library(?MODULE, cases(), Config).
 
@@ -62,7 +62,7 @@ probe_limit_under_100_callers(_Config) ->
     ?assert(lists:sum(Refused) > 1000),
     ?assertEqual(0, counters:get(Running, 1)),
     {ok, #{total_failures := Failures}} = ?CB:get_stats(b),
-    % It was opened and half open again all the time.
+    % The breaker opened and became half open all the time.
     ?assert(Failures > 50).
 
 
@@ -73,7 +73,7 @@ stale_probes_keep_their_slots(_Config) ->
     [First, Second] = [ ?S:blocked_call(b) || _ <- [1, 2] ],
     {error, x} = ?S:finish(First, {error, x}),
     ?S:await_state(half_open, b),
-    % One is still running, of the half-open time before.
+    % A probe of the previous half-open period is still running.
     Third = ?S:blocked_call(b),
     ?S:refused(b),
     {ok, 1} = ?S:finish(Second, {ok, 1}),
@@ -101,7 +101,7 @@ killed_probe_opens(_Config) ->
               Caller = ?S:blocked_call(b),
               ?S:refused(b),
               exit(Caller, kill),
-              % Its slot is free, or this would stay so for ever.
+              % The probe's slot is free, or the breaker would stay half open for ever.
               ?S:await_state(open, b)
           end || _ <- lists:seq(1, 5) ],
     ok = ?CB:force_half_open(b),
@@ -109,7 +109,7 @@ killed_probe_opens(_Config) ->
     {ok, #{state := closed, total_failures := 5}} = ?CB:get_stats(b).
 
 
-%% Each call that the process was in is a failure of its own breaker.
+%% Each call that the killed process was in is a failure of its own breaker.
 killed_in_nested_calls(_Config) ->
     Names = [a, {b, 2}, <<"c">>],
     _ = [ ok = ?CB:register_breaker(Name, #{failure_threshold => 1, timeout => ?HOUR}) || Name <- Names ],
@@ -124,7 +124,7 @@ killed_in_nested_calls(_Config) ->
     ok.
 
 
-%% Before, while, after they are in their fun: no slot stays behind.
+%% Callers are killed before, in or after their fun. No slot is lost.
 callers_killed_anywhere(_Config) ->
     ok = ?CB:register_breaker(b, #{success_threshold => 1000000, probe_limit => 3, timeout => 1}),
     ok = ?CB:force_open(b),
@@ -141,13 +141,13 @@ callers_killed_anywhere(_Config) ->
 
 stale_outcomes_do_not_count(_Config) ->
     ok = ?CB:register_breaker(b, #{failure_threshold => 1, success_threshold => 1, timeout => 1}),
-    % A failure from before a reset.
+    % A failure of a call from before a reset.
     Reset = ?S:blocked_call(b),
     ok = ?CB:reset(b),
     {error, x} = ?S:finish(Reset, {error, x}),
     {ok, #{state := closed, consecutive_failures := 0, failure_rate := +0.0, last_failure_time := undefined}} =
         ?CB:get_stats(b),
-    % A success and a failure from the closed state, in the half-open one.
+    % A success and a failure of calls from the closed state, in the half-open state.
     [Good, Bad] = [ ?S:blocked_call(b) || _ <- [1, 2] ],
     ok = ?CB:force_open(b),
     ?S:await_state(half_open, b),
@@ -155,12 +155,12 @@ stale_outcomes_do_not_count(_Config) ->
     ?assertEqual(half_open, ?CB:get_state(b)),
     {error, x} = ?S:finish(Bad, {error, x}),
     ?assertEqual(half_open, ?CB:get_state(b)),
-    % A probe, in the closed state.
+    % The failure of a probe, in the closed state.
     Probe = ?S:blocked_call(b),
     ok = ?CB:force_close(b),
     {error, x} = ?S:finish(Probe, {error, x}),
     ?assertEqual(closed, ?CB:get_state(b)),
-    % The end of a caller of an earlier period.
+    % The exit of a caller of an earlier period.
     Killed = ?S:blocked_call(b),
     ok = ?CB:reset(b),
     exit(Killed, kill),
@@ -168,7 +168,7 @@ stale_outcomes_do_not_count(_Config) ->
     {ok, #{state := closed, consecutive_failures := 0, total_successes := 1}} = ?CB:get_stats(b).
 
 
-%% Nothing is counted twice or not at all, and after the last command it does what was said.
+%% Each call is counted once, and after the last command the breaker does what was commanded.
 force_and_reset_against_calls(_Config) ->
     ok = ?CB:register_breaker(b, #{failure_threshold => 3, timeout => 1}),
     Commands = counters:new(1, []),
@@ -191,7 +191,7 @@ force_and_reset_against_calls(_Config) ->
     {ok, 1} = ?CB:call(b, fun() -> {ok, 1} end).
 
 
-%% Calls until there were so many commands, and each result was seen.
+%% Calls until so many commands were given and each result was seen.
 call_during(Wanted, Commands, Round, {Good, Bad, Refused} = Counts) ->
     case counters:get(Commands, 1) >= Wanted andalso Good > 0 andalso Bad > 0 andalso Refused > 0 of
         true ->
@@ -206,11 +206,11 @@ breaker_killed_under_callers(_Config) ->
     {ok, Pid} = ?CB:start_link(b),
     Callers = [ ?S:blocked_call(b) || _ <- lists:seq(1, 20) ],
     test_support:kill(Pid),
-    % Who is in its fun gets the result, who comes later exits.
+    % Callers in their funs get the results, and later callers exit.
     {ok, _} = ?CB:start_link(c),
     _ = [ ?assertEqual({ok, C}, ?S:finish(C, {ok, C})) || C <- Callers ],
     ?assertExit({noproc, _}, ?CB:call(b, fun() -> error(ran) end)),
-    % Another one of the name does not count what was let through by the first.
+    % Another breaker of the same name does not count calls that the first one let through.
     {ok, Second} = ?CB:start_link(b, #{failure_threshold => 1}),
     Caller = ?S:blocked_call(b),
     test_support:kill(Second),
@@ -219,7 +219,7 @@ breaker_killed_under_callers(_Config) ->
     {ok, #{state := closed, total_calls := 0}} = ?CB:get_stats(b).
 
 
-%% A call either returns what its fun returned, which ran once, or exits, and it did not run.
+%% A call either returns the result of its fun, which ran once, or exits without having run it.
 breaker_killed_at_any_moment(_Config) ->
     Ran = counters:new(1, []),
     Kills = counters:new(1, []),
@@ -231,7 +231,7 @@ breaker_killed_at_any_moment(_Config) ->
     ?assertEqual(lists:sum([ Returned || {Returned, _} <- Counts ]), counters:get(Ran, 1)).
 
 
-%% Calls until so many breakers were killed and both outcomes were seen: calls that returned, and that did not.
+%% Calls until so many breakers were killed, and some calls have returned and some have exited.
 call_until_killed(Wanted, Kills, Ran, Returned, Exited) ->
     case counters:get(Kills, 1) >= Wanted andalso Returned > 0 andalso Exited > 0 of
         true ->
@@ -271,7 +271,7 @@ named_breaker_is_the_model(_Config) ->
     ?assert(Unseen =:= [] orelse Histories < 1000, {unseen, Unseen}).
 
 
-%% Calls until it was let through so many times; how many ran at the same time, and its refusals.
+%% Calls until so many calls were let through. Returns the most calls that ran at the same time, and the refusals.
 probe(_Breaker, _Running, 0, Most, Refused) ->
     {Most, Refused};
 probe(Breaker, Running, Times, Most, Refused) ->
@@ -297,7 +297,7 @@ probe(Breaker, Running, Times, Most, Refused) ->
     end.
 
 
-%% Whether so many calls can run at the same time, and not one more.
+%% Whether so many calls and not one more can run at the same time.
 all_run(Breaker, Times) ->
     Parent = self(),
     Callers = [ spawn(fun() ->
@@ -340,7 +340,7 @@ command_until_told(Breaker, Parent, Commands) ->
     end.
 
 
-%% The millisecond may be over.
+%% The timeout of one millisecond may be over.
 refused_or_probe(Breaker) ->
     true = lists:member(?CB:get_state(Breaker), [open, half_open, closed]).
 

@@ -1,5 +1,5 @@
-%%% Log lines: shown by OTP's default handler as OTP configures it, reports that can be filtered by their
-%%% metadata, one sentence each.
+%%% Log lines: shown by OTP's default handler in OTP's configuration, as reports that can be filtered by their metadata,
+%%% one sentence each.
 -module(native_log_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -37,7 +37,7 @@ lines_can_be_dropped_by_their_metadata(Config) ->
     ?assertEqual(nomatch, binary:match(logged_in_peer(log_with_filter, Config), <<"circuit">>)).
 
 
-%% The filter of the documentation.
+%% The filter in the documentation.
 log_with_filter() ->
     Filter = fun(#{meta := #{application := erlmcp_native}}, _) -> stop; (_Event, _) -> ignore end,
     ok = logger:add_handler_filter(default, no_erlmcp_native, {Filter, []}),
@@ -51,10 +51,10 @@ open_and_close() ->
     ok = erlmcp_circuit_breaker:force_close().
 
 
-%% What a node's default handler has written while it ran a function.
+%% The output of a node's default handler while the node ran a function.
 logged_in_peer(Function, Config) ->
     File = filename:join(proplists:get_value(priv_dir, Config), atom_to_list(Function) ++ ".log"),
-    %% As kernel configures it, but for the file.
+    %% The configuration of kernel, except for the file.
     Handler = io_lib:format("[{handler,default,logger_std_h,#{config=>#{type=>file,file=>\"~ts\"},"
                             "filters=>[{remote_gl,{fun logger_filters:remote_gl/2,stop}},"
                             "{domain,{fun logger_filters:domain/2,{log,super,[otp,sasl]}}},"
@@ -90,7 +90,7 @@ each_event_is_one_sentence(_Config) ->
           end || Report <- Reports ].
 
 
-%% The numbers of many shards are those of printable characters.
+%% Shard numbers may be printable characters, and lists of them are not printed as text.
 numbers_are_no_text(_Config) ->
     Text = text(#{event => health_degraded, reasons => [{overloaded_shards, [39, 40]}, {circuit, open}]}),
     ?assertEqual("erlmcp_native: health is degraded: [{overloaded_shards,[39,40]},{circuit,open}]", Text),

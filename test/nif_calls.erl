@@ -1,8 +1,7 @@
 %%% Measures how long calls of the native library hold a normal scheduler, each in a peer node of its own.
 %%%
-%%% The length of a call is the shortest of several: a busy machine makes many a call long, but not
-%%% the same one each time. What cannot be repeated is done anew as a whole, or judged by the
-%%% processor's time.
+%%% The length of a call is the shortest of several: a busy machine makes many calls long, but not the same one each
+%%% time. A measurement that cannot be repeated is done anew as a whole, or judged by processor time.
 -module(nif_calls).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -18,7 +17,7 @@
 
 -define(NIF,      erlmcp_nif).
 -define(LIMIT_US, 1000).
-%% Times that a long call is repeated.
+%% Repetitions of a long call.
 -define(REPEATS, 20).
 
 
@@ -36,7 +35,7 @@ pick(Pool) ->
     element(rand:uniform(tuple_size(Pool)), Pool).
 
 
-%% Measures the calls of a function of the module, which returns [{What, Us}], in a node of its own.
+%% Measures in a node of its own the calls of a function of the module, which returns [{What, Us}].
 short(Module, Function) ->
     {Seconds, Calls} = timed_seconds(fun() -> in_peer(?MODULE, in_measured, [Module, Function], []) end),
     [_ | _] = Calls,
@@ -46,8 +45,8 @@ short(Module, Function) ->
     ?assertEqual([], [ Call || {_, Us} = Call <- Longest, Us > ?LIMIT_US ]).
 
 
-%% No other process of the node gets in between, and its heap is large enough not to be collected
-%% in most calls.
+%% No other process of the node preempts the process, and its heap is large enough for most calls to run without a
+%% garbage collection.
 in_measured(Module, Function) ->
     Parent = self(),
     Pid = spawn_opt(fun() ->
@@ -58,7 +57,7 @@ in_measured(Module, Function) ->
     receive {Pid, Calls} -> Calls end.
 
 
-%% The shortest of several times, up to the first that is within the limit.
+%% The shortest of several times, up to the first one within the limit.
 shortest(Time) -> shortest(Time, ?REPEATS, infinity).
 
 
@@ -74,7 +73,7 @@ shortest(Time, Left, Shortest) ->
 quickest(Call) -> shortest(fun() -> time_us(Call) end).
 
 
-%% On normal schedulers.
+%% The time on normal schedulers.
 time_us(Call) -> scheduler_trace:held_us(Call).
 
 
@@ -82,7 +81,7 @@ times(Calls) ->
     [ {Name, time_us(fun() -> result(Call) end)} || {Name, Call} <- Calls ].
 
 
-%% Of each of several calls the shortest time, since they are repeated together.
+%% The shortest time of each of several calls, which are repeated together.
 shortest_times(Times) -> shortest_times(Times, ?REPEATS, Times()).
 
 
@@ -100,7 +99,7 @@ shortest_times(Times, Left, Shortest) ->
 
 
 fill(Registry, NS, Pid, Entries) ->
-    %% No atom, which is not counted among the distinct configs.
+    %% Not an atom, since atoms do not count as distinct configs.
     [ ok = ?NIF:register(Registry, NS, <<N:32>>, Pid, Pid, #{}) || N <- lists:seq(1, Entries) ],
     ok.
 
@@ -110,6 +109,6 @@ timed_seconds(Fun) ->
     {Us / 1_000_000, Result}.
 
 
-%% The end of the node is a failed case.
+%% The exit of the node fails the case.
 in_peer(Module, Function, Arguments, Flags) ->
     test_support:in_peer(Module, Function, Arguments, #{flags => Flags, timeout_ms => 600_000}).

@@ -1,5 +1,5 @@
-%%% No call of the native library takes longer than a millisecond on a normal scheduler, whatever the
-%%% configs are and were. nif_calls says how calls are measured.
+%%% No call of the native library takes longer than a millisecond on a normal scheduler, whatever the present and past
+%%% configs. nif_calls says how calls are measured.
 -module(nif_configs_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -42,7 +42,7 @@ end_per_suite(_Config) ->
 %%% No call above a millisecond
 
 
-%% Configs around the sizes from which on they are kept otherwise or left to a dirty scheduler.
+%% Configs around the sizes from which they are stored differently or left to a dirty scheduler.
 calls_with_large_configs_are_short(_Config) -> short(?MODULE, large_configs).
 
 
@@ -67,7 +67,7 @@ large_configs() ->
          {Name, Us} <- shortest_times(fun() -> times_with_config(R, Config) end) ].
 
 
-%% What one registers the next one finds, changes and removes.
+%% Later calls find, change and remove what the first one registers.
 times_with_config(R, Config) ->
     times([{register, fun() -> ?NIF:register(R, server, a, self(), self(), Config) end},
            {register_transport, fun() -> ?NIF:register(R, transport, a, self(), self(), Config) end},
@@ -102,7 +102,7 @@ power_of_two(Bits) ->
     end.
 
 
-%% Of what the VM tells no size of, too, once it was weighed on a dirty scheduler.
+%% Configs are found even if the VM does not tell their size, once they were weighed on a dirty scheduler.
 small_configs_are_found_on_any_scheduler(_Config) ->
     ?assertEqual([], in_peer(?MODULE, in_found, [], [])).
 
@@ -130,7 +130,7 @@ in_found() ->
 registered(R, NS, Config) -> ?NIF:register(R, NS, a, self(), self(), Config).
 
 
-%% What was removed is freed some calls later, in anybody's call.
+%% A removed config is freed some calls later, in a call of any process.
 calls_after_large_configs_are_short(_Config) -> short(?MODULE, after_large_configs).
 
 
@@ -149,8 +149,7 @@ longest_after(R, Config) ->
     lists:max([Removal | [ time_us(fun() -> nudge(R, connection, N) end) || N <- lists:seq(1, 300) ]]).
 
 
-%% Many that are freed together: those that are of middle size, and those of which each part is freed
-%% by itself.
+%% Many configs that are freed together: configs of middle size, and configs whose parts are freed one by one.
 calls_after_many_configs_are_short(_Config) -> short(?MODULE, after_many_configs).
 
 

@@ -1,5 +1,5 @@
-%%% Freeing registries and configs: on one thread, which outlives the module, and never for longer than a
-%%% millisecond on a normal scheduler. nif_calls says how calls are measured.
+%%% Registries and configs are freed on one thread, which outlives the module, and never for longer than a millisecond
+%%% on a normal scheduler. nif_calls says how calls are measured.
 -module(nif_freeing_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -43,7 +43,7 @@ end_per_suite(_Config) ->
 %%% No call above a millisecond
 
 
-%% However much is to be freed at the same time.
+%% There is one thread, however much is to be freed at the same time.
 freeing_starts_one_thread(_Config) ->
     #{before := Before, most := Most} = Threads = in_peer(?MODULE, in_freeing, [], []),
     ct:pal("threads: ~0p", [Threads]),
@@ -66,7 +66,7 @@ in_freeing() ->
     Counter = spawn_link(fun() -> most_threads(Before) end),
     Holder ! drop,
     test_support:await(fun() -> ?NIF:distinct_configs() =:= 0 end, 60_000),
-    %% One by one, so that the threads come and go with each.
+    %% Configs are removed one by one, so that the threads come and go with each.
     R = ?NIF:new(4, 100_000, 65_535),
     [ begin
           ok = ?NIF:register(R, connection, N, Pid, Pid, Config),
@@ -92,7 +92,7 @@ threads() ->
     length(Threads).
 
 
-%% The thread that frees runs code of the library, which the VM must not unload then.
+%% The thread that frees runs code of the library, which the VM must not unload meanwhile.
 freeing_goes_on_without_the_module(_Config) ->
     ?assertEqual({purged, reloaded}, in_peer(?MODULE, in_purged, [], [])).
 
@@ -122,7 +122,7 @@ in_purged() ->
     {purged, reloaded}.
 
 
-%% However often one key comes and goes among many others: a name, a config, a name that only bindings know.
+%% One key is added and removed many times among many others: a name, a config, or a name that only bindings have.
 keys_that_come_and_go_cost_no_memory(_Config) ->
     [ begin
           {Before, After} = in_peer(?MODULE, in_coming_and_going, [Kind], []),
@@ -167,7 +167,7 @@ rss_mb() ->
     list_to_integer(KB) div 1024.
 
 
-%% The last reference goes in a garbage collection, on the scheduler of whoever had it.
+%% A garbage collection drops the last reference, on the scheduler of the process that held it.
 freeing_a_registry_that_was_large_is_short(_Config) -> short(?MODULE, free_shrunk).
 
 
@@ -206,7 +206,7 @@ time_to_free(Prepare, Pid) ->
                       [link, {priority, max}]),
     receive
         {Owner, Us} ->
-            %% The entries of a registry that is no more are gone too.
+            %% The entries of the freed registry are freed, too.
             test_support:await(fun() -> ?NIF:distinct_configs() =:= 0 end, 60_000),
             Us
     end.

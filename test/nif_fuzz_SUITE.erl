@@ -1,15 +1,13 @@
-%%% Every function of the native library with arguments that nobody should give it.
+%%% Every function of the native library, with arguments that no caller should pass.
 %%%
-%%% The contract: whatever the arguments, a function returns what its -spec in erlmcp_nif says, or
-%%% raises badarg and nothing else; the node lives; when everything is unregistered, nothing is
-%%% left: no entry, no config, no memory.
+%%% The contract: whatever the arguments, a function returns what its -spec in erlmcp_nif says, or raises badarg and
+%%% nothing else. The node survives. When everything is unregistered nothing is left: no entry, no config, no memory.
 %%%
-%%% The functions are those that the loaded library has, and the kinds of their arguments those of
-%%% their specs (nif_specs), so a new function is tested without a change here. All runs in peer nodes:
-%%% the end of such a node is a failed case and not the end of the run.
+%%% The suite takes the functions from the loaded library and the kinds of their arguments from their specs (nif_specs),
+%%% so a new function is tested without a change here. All runs in peer nodes: the exit of such a node fails a case and
+%%% does not stop the run.
 %%%
-%%% FUZZ_CALLS: calls of each function (100,000). FUZZ_SEED: repeats a run, up to the interleaving
-%%% of its two processes.
+%%% FUZZ_CALLS: calls of each function (100,000). FUZZ_SEED: repeats a run, up to the interleaving of its two processes.
 -module(nif_fuzz_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -37,7 +35,7 @@ all() ->
     [every_function_survives_any_arguments].
 
 
-%% Of each function.
+%% Calls of each function.
 calls() ->
     test_support:positive_integer("FUZZ_CALLS", 100_000).
 
@@ -75,7 +73,7 @@ every_function_survives_any_arguments(_Config) ->
                             [Function, Returned, Badarg])
               || {Function, {Returned, Badarg}} <- lists:sort(maps:to_list(Results)) ]]),
     ?assertEqual([], Unexpected),
-    %% Each as often as asked for, neither always refused nor always accepted.
+    %% Each function was called as often as required, and neither always raised nor always returned.
     ?assertEqual(functions(), lists:sort(maps:keys(Results))),
     ?assertEqual([],
                  [ Of || {_, {Returned, Badarg}} = Of <- maps:to_list(Results),
@@ -83,11 +81,11 @@ every_function_survives_any_arguments(_Config) ->
     ?assertEqual([],
                  [ Of || {{Name, Arity}, {Returned, Badarg}} = Of <- maps:to_list(Results),
                          Returned =:= 0 orelse (takes_not_all(Name, Arity) andalso Badarg =:= 0) ]),
-    %% Everything works when the settings are what they were.
+    %% Everything works with the original settings.
     ?assertEqual(Settings, Restored),
     ?assertEqual(ok, Routed),
-    %% The last one is the number of configs, of which a few of the last removals may be there.
-    %% All that were made are some hundreds.
+    %% The last element is the number of configs, which may include a few of the last removals. Some hundreds were made
+    %% in all.
     {Entries, Bindings, Configs} = Left,
     ?assertEqual([], Entries),
     ?assertEqual([], Bindings),
@@ -97,7 +95,7 @@ every_function_survives_any_arguments(_Config) ->
     ?assert(Total < 50_000_000, Total).
 
 
-%% What asks whether a term is something takes any term, and any term may be a breaker's name.
+%% Predicates accept any term, and any term may be the name of a breaker.
 takes_not_all(Name, Arity) ->
     Arity > 0 andalso
     not lists:member(Name,
@@ -115,7 +113,7 @@ in_fuzz(Seed, Calls) ->
     Own = [?NIF:new(16, 100_000, 65_535), ?NIF:new(1, 20, 100), ?NIF:new(1024, 1 bsl 28, 1 bsl 24)],
     Closing = ?NIF:new(4, 1000, 1000),
     Plan = #{seed => Seed, own => Own, closing => Closing, specs => specs(), heavy => heavy()},
-    %% What is allocated once is allocated now.
+    %% One-time allocations happen before memory is measured.
     {_, []} = fuzz_in_two(Plan, max(1, Calls div 20)),
     ok = clear([default, Closing | Own]),
     Before = memory(),
@@ -170,7 +168,7 @@ restore(#{limits := Limits, thresholds := Thresholds, circuit := Circuit, state 
     ok.
 
 
-%% The thousand that a full bucket lets through, and some more.
+%% A full bucket lets a thousand messages through, and some more.
 route_a_few() ->
     Pid = sleeper(),
     ok = ?NIF:register(default, connection, few, Pid, Pid, none),
@@ -191,8 +189,8 @@ counted_by_shard(Registry, NS) ->
                 || Shard <- lists:seq(0, Shards - 1) ]).
 
 
-%% Unregisters everything, and then enough more for what was removed to be freed: that happens some
-%% removals later, of the same thread.
+%% Unregisters everything, and then enough more for the removed memory to be freed: this happens some removals later, on
+%% the same thread.
 clear(Registries) ->
     ok = ?NIF:divert([]),
     [ begin
@@ -240,7 +238,7 @@ fuzz_in_two(Plan, Calls) ->
      lists:append(Unexpected)}.
 
 
-%% Rounds, each with terms of its own, which are the same for both workers.
+%% Each round has its own terms, which are the same for both workers.
 fuzz(#{seed := Seed} = Plan, Worker, Calls) ->
     Rounds = max(1, min(10, Calls div 1000)),
     Pids = list_to_tuple([ sleeper() || _ <- lists:seq(1, 8) ]),
@@ -309,7 +307,7 @@ shown(Term) ->
     lists:flatten(io_lib:format("~0tP", [Term, 60])).
 
 
-%% The one that ends may be registered anywhere, and being registered just now.
+%% The killed process may be registered anywhere, and its registration may be in progress.
 replace_one(Pids) ->
     N = rand:uniform(tuple_size(Pids)),
     exit(element(N, Pids), kill),
@@ -319,7 +317,7 @@ replace_one(Pids) ->
 %%% Arguments
 
 
-%% What the spec asks for most of the time, else something near it or something else.
+%% Mostly what the spec requires, else something near it or something else.
 argument(Function, Kind, Pools, Pids) ->
     case rand:uniform(16) of
         N when N =< 11 -> right(Function, Kind, Pools, Pids);
@@ -330,7 +328,7 @@ argument(Function, Kind, Pools, Pids) ->
     end.
 
 
-%% Closing the others would leave too little to do for the rest.
+%% Closing the other registries would leave too little to do for the rest.
 right({close, _}, registry, #{closing := Closing}, _Pids) ->
     case rand:uniform(50) of
         1 -> default;
@@ -343,7 +341,7 @@ right(_, pid, Pools, Pids) ->
     end;
 right(_, named_breaker_config, _Pools, _Pids) ->
     pick({{1, 1, 1, 1, 0.0, 1}, {5, 2, 60_000, 10, 0.5, 2}, {1 bsl 31, 3, 10, 1_000_000, 1.0, 1000}});
-%% What their specs tell of is too little for these.
+%% The specs of these functions say too little.
 right({Name, _}, term, #{id := Ids}, _Pids) when Name =:= named_breaker_register;
                                                  Name =:= named_breaker_remove;
                                                  Name =:= named_breaker_owner;
@@ -406,7 +404,7 @@ list_to_tuple_or(List) ->
     end.
 
 
-%% Of each kind of argument the right ones, and a few hundred terms that are right for none.
+%% The right arguments of each kind, and a few hundred terms that are right for no kind.
 pools(#{own := Own, closing := Closing, heavy := Heavy}) ->
     Ids = [ small_term(3) || _ <- lists:seq(1, 20) ] ++
         [ binary:copy(<<"x">>, N) || N <- [0, 30, 31, 100, 101] ] ++
@@ -510,7 +508,7 @@ heavy() ->
      <<0:8_000_001>>}.
 
 
-%% The reference of a registry that is no more: an ordinary one, with the same number.
+%% The reference of a collected registry: an ordinary reference with the same number.
 collected_registry() ->
     Parent = self(),
     Make = fun() -> Parent ! {self(), term_to_binary(?NIF:new(1, 1, 1))} end,
@@ -552,7 +550,7 @@ small_term(Depth) ->
     end.
 
 
-%%% No call above a millisecond
+%%% Memory
 
 
 memory() ->

@@ -82,9 +82,9 @@ times_with_id(R, Id) ->
            {unbind, fun() -> ?NIF:unbind(R, t) end}]).
 
 
-%% An id that is too long is known to be so before it is looked at as a whole. Bit strings, binaries
-%% that do not begin at a byte and large integers the VM shows in no other way than as a copy, so that they
-%% cost in proportion to their size. Funs are refused whatever they have captured.
+%% An id beyond the bound is recognized before it is read as a whole. The VM shows bit strings, binaries that do not
+%% begin at a byte and large integers only as a copy, so they cost in proportion to their size. Funs are refused,
+%% whatever they have captured.
 ids_beyond_the_bound_are_refused_at_once(_Config) -> short(?MODULE, beyond_bound).
 
 
@@ -128,7 +128,7 @@ beyond_bound() ->
       || {Nth, Id} <- lists:enumerate(Ids), {Name, Call} <- refused_calls(Id) ].
 
 
-%% Except for those that the VM shows as a copy.
+%% The exceptions are ids that the VM shows only as a copy.
 ids_beyond_the_bound_take_no_memory(_Config) ->
     Grown = in_peer(?MODULE, in_memory, [], []),
     ct:pal("{id, kB}: ~0p", [Grown]),
@@ -148,12 +148,12 @@ in_memory() ->
       || {Name, Id} <- Ids ].
 
 
-%% The least of two: a garbage collection of the ids themselves may fall into one.
+%% The smaller of two measurements, since a garbage collection of the ids themselves may fall into one.
 grown_kb(Fun) ->
     min(grown_once_kb(Fun), grown_once_kb(Fun)).
 
 
-%% The most memory that was resident meanwhile, above what was before.
+%% The peak of resident memory meanwhile, above the memory before.
 grown_once_kb(Fun) ->
     ok = file:write_file("/proc/self/clear_refs", "5"),
     Before = most_resident_kb(),
@@ -179,7 +179,7 @@ refused_calls(Id) ->
      {bind, fun() -> ?NIF:bind(default, a, Id, true) end}].
 
 
-%% What is listed without config may be heavy by its id.
+%% An entry that is listed without config may be large by its id.
 listing_entries_with_long_ids_is_short(_Config) -> short(?MODULE, long_id_lists).
 
 

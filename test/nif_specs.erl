@@ -1,4 +1,4 @@
-%%% What the native library documents of its functions: their specs, from the debug information of erlmcp_nif.
+%%% The documentation of the native library's functions: their specs, from the debug information of erlmcp_nif.
 -module(nif_specs).
 
 -export([specs/0, functions/0, is_of/2]).

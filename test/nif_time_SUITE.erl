@@ -45,7 +45,7 @@ end_per_suite(_Config) ->
 %%% No call above a millisecond
 
 
-%% Right arguments of every function that is not always on a dirty scheduler.
+%% Valid arguments of every function that does not always run on a dirty scheduler.
 calls_are_short_among_a_million_entries(_Config) -> short(?MODULE, million).
 
 
@@ -54,7 +54,7 @@ million() ->
     Pid = sleeper(),
     ok = fill(Registry, connection, Pid, 1_000_000),
     ok = fill(Registry, server, Pid, 100),
-    %% One server with as many transports as are listed on a normal scheduler, and one with more.
+    %% One server has as many transports as are listed on a normal scheduler, and one has more.
     [ ok = ?NIF:register(Registry,
                          transport,
                          <<N:32>>,
@@ -88,7 +88,7 @@ million() ->
                       Us = quickest(fun() -> result(fun() -> apply(?NIF, Name, Arguments) end) end),
                       [{{Name, Arguments}, Us} | Calls]
               end,
-    %% With a stack that does not grow: a native call that raises is followed by a garbage collection, which walks it.
+    %% The stack does not grow: a native call that raises is followed by a garbage collection, which walks the stack.
     Calls = lists:foldl(Measure, [], Functions),
     exit(Pid, kill),
     Calls.
@@ -105,9 +105,8 @@ repetitions(bound_transports) -> 200;
 repetitions(_Name) -> 2000.
 
 
-%% The tables grow a little with each registration and never all at once. Of a million calls a busy
-%% machine makes one or two long; if growing did, it would be the last four or more of the fifteen
-%% times that the table grows.
+%% The tables grow a little with each registration and never all at once. Of a million calls a busy machine makes one or
+%% two long. If growth made calls long, these would be the last four or more of the fifteen times that the table grows.
 growth_to_a_million_entries_is_gradual(_Config) ->
     Attempts = attempts(fun() -> in_peer(?MODULE, in_growth, [], ["+S", "1:1"]) end, 3),
     ct:pal("in each attempt the long registrations {nth, us, ms of processor time}: ~0p", [Attempts]),
@@ -117,7 +116,7 @@ growth_to_a_million_entries_is_gradual(_Config) ->
 is_gradual(Long) -> length(Long) =< 2.
 
 
-%% Up to the first that is gradual.
+%% The attempts up to the first gradual one.
 attempts(Attempt, Left) ->
     Long = Attempt(),
     case is_gradual(Long) of
@@ -134,8 +133,8 @@ in_growth() ->
 -define(BATCH, 20).
 
 
-%% A few registrations at a time, which take less than a tenth of a millisecond together. The
-%% processor's time is of all threads and in whole milliseconds, so that 2 are more than 1.
+%% A few registrations at a time, which together take less than a tenth of a millisecond. Processor time is of all
+%% threads and in whole milliseconds, so that a difference of 2 is more than 1.
 grow(_Registry, _Pid, N, Last, _Runtime, Long) when N > Last ->
     Long;
 grow(Registry, Pid, N, Last, Runtime, Long) ->
@@ -156,13 +155,13 @@ register_from(Registry, Pid, N, Last) ->
     register_from(Registry, Pid, N + 1, Last).
 
 
-%% Of all threads of this node.
+%% Processor time of all threads of this node.
 runtime_ms() ->
     {Total, _SinceLastCall} = erlang:statistics(runtime),
     Total.
 
 
-%% The first listing counts: it may find a table that has not grown to its end.
+%% The first listing counts: it may find a table whose growth is not complete.
 listing_where_many_entries_were_is_short(_Config) -> short(?MODULE, shrunk_lists).
 
 
@@ -190,7 +189,7 @@ shrunk(NS, Most) ->
     Registry.
 
 
-%% Names of servers that only automatic bindings know are no servers.
+%% Names of servers that only automatic bindings have are not servers.
 listing_servers_among_dangling_names_is_short(_Config) -> short(?MODULE, dangling_lists).
 
 

@@ -66,7 +66,7 @@ metrics(_Config) ->
                    p95_latency_ms := 10
                   },
                  erlmcp_circuit_breaker_metrics:read()),
-    % Never a message a request.
+    % Requests send no messages to the process.
     ?assertEqual({message_queue_len, 0}, process_info(Pid, message_queue_len)),
     ok = sys:resume(Pid),
     ok = erlmcp_circuit_breaker_metrics:clear(),
@@ -117,7 +117,7 @@ metrics_process(_Config) ->
     ok = ?CB:stop().
 
 
-%% The process of that name is no named breaker, and a breaker may have its name.
+%% The process of this name is not a named breaker, and a breaker may have its name.
 state_is_kept_by_nobody_else(_Config) ->
     {ok, _} = ?CB:start_link(),
     ?assertExit({noproc, _}, ?CB:get_state(erlmcp_circuit_breaker)),
@@ -135,7 +135,7 @@ node_opens_at_its_threshold(_Config) ->
     ?assertEqual(closed, ?CB:get_state()),
     ?assert(?CB:allow_test_request()),
     ok = ?CB:record_success(),
-    %% A success while closed takes no failure back.
+    %% A success in the closed state removes no failure.
     ok = ?CB:record_error(some_id),
     ?assertEqual(open, ?CB:get_state()),
     ?assertEqual({ok, open}, ?CB:get_status()),
@@ -150,7 +150,7 @@ node_forgets_old_failures(_Config) ->
     test_support:await(fun forgets_old_failures/0, ?DEADLINE_MS).
 
 
-%% False if the last three failures were not within one window, since this process had to wait for a processor.
+%% False if the last three failures were not within one window, because this process waited for a processor.
 forgets_old_failures() ->
     node_breaker(?HOUR),
     ok = fail_node(2),
@@ -175,11 +175,11 @@ now_us() ->
 node_probes_and_closes(_Config) ->
     node_breaker(20),
     ok = fail_node(3),
-    %% Whether anybody has asked or not.
+    %% The state is half open, whether a caller has asked for a probe or not.
     test_support:await_value(half_open, fun() -> ?CB:get_state() end, ?DEADLINE_MS),
     ?assertEqual({ok, half_open}, ?CB:get_status()),
     ?assertNot(?CB:is_open()),
-    %% Nobody was let through yet, so this is not the success of a probe.
+    %% No probe was let through yet, so this is not the success of a probe.
     ok = ?CB:record_success(),
     ?assert(?CB:allow_test_request()),
     ?assertEqual(half_open, ?CB:get_state()),
@@ -189,7 +189,7 @@ node_probes_and_closes(_Config) ->
     ?assert(?CB:allow_test_request()),
     ok = ?CB:record_success(),
     ?assertEqual(closed, ?CB:get_state()),
-    %% The failures that opened it do not count any more.
+    %% The failures that opened the breaker no longer count.
     ok = fail_node(2),
     ?assertEqual(closed, ?CB:get_state()).
 
@@ -203,7 +203,7 @@ node_opens_again_at_a_failure(_Config) ->
     ok = set_timeout(?HOUR),
     ok = ?CB:record_failure(),
     ?assertEqual(open, ?CB:get_state()),
-    %% And its time begins anew.
+    %% The timeout starts anew.
     ?assertNot(?CB:allow_test_request()).
 
 
@@ -227,7 +227,7 @@ node_refuses_routes_while_open(_Config) ->
     ok = ?CB:force_close(),
     ok = erlmcp_shard_manager:route_message({?MODULE, route}, sent_again),
     ok = erlmcp_shard_registry:unregister_connection({?MODULE, route}),
-    %% They are sent by the caller.
+    %% The caller itself has sent these messages.
     ?assertEqual([sent, sent_again], test_support:flush()).
 
 
@@ -263,7 +263,7 @@ node_metrics_have_its_counters(_Config) ->
     ok = ?CB:record_error(some_id),
     ?assertMatch({ok, #{total_errors := 1, breaker := #{state := closed, failures := 1}}}, ?CB:get_metrics()),
     ok = ?CB:stop(),
-    %% The process has gone, and the breaker has not.
+    %% The process has exited, and the breaker is still there.
     ok = fail_node(2),
     ?assertEqual(open, ?CB:get_state()).
 
@@ -286,7 +286,7 @@ node_transitions_are_logged_once(_Config) ->
     receive {logged, _} = More -> ct:fail(More) after 0 -> ok end.
 
 
-%% What erlmcp's later generations call.
+%% Functions that later generations of erlmcp call.
 functions_of_other_generations(_Config) ->
     node_breaker(?HOUR),
     ?assertEqual(ok, ?CB:record_retry_attempt()),
@@ -297,12 +297,12 @@ functions_of_other_generations(_Config) ->
     ?assertEqual(open, ?CB:get_state()),
     node_breaker(0),
     ok = ?CB:force_open(),
-    % Half open: asking takes no probe.
+    % Half open: can_execute/0 acquires no probe.
     _ = [ ?assertEqual(true, ?CB:can_execute()) || _ <- lists:seq(1, 100) ],
     ?assertEqual(true, ?CB:allow_test_request()).
 
 
-%% A breaker of the node that is quick to open and, after `TimeoutMs', to close.
+%% A closed breaker of the node that opens quickly and, `TimeoutMs' later, closes quickly.
 node_breaker(TimeoutMs) ->
     ok = set_timeout(TimeoutMs),
     ok = ?CB:reset(),
@@ -314,7 +314,7 @@ fail_node(Times) ->
     ok.
 
 
-%% The handler.
+%% Logger handler
 log(Event, #{config := #{pid := Pid}}) ->
     Pid ! {logged, Event}.
 

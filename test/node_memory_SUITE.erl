@@ -1,4 +1,4 @@
-%%% The memory that the node uses, and may use by the machine and by its control groups.
+%%% The memory that the node uses, and the limits that the machine and its control groups set.
 -module(node_memory_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -23,7 +23,7 @@ memory_limit_of_the_machine(Config) ->
 
 
 memory_limit_of_a_control_group(Config) ->
-    %% Version 2, the group itself and a parent.
+    %% Version 2: the group itself and a parent.
     V2 = root(Config),
     file(V2, "proc/meminfo", "MemTotal: 1000000 kB\n"),
     file(V2, "proc/self/cgroup", "0::/a/b\n"),
@@ -35,14 +35,14 @@ memory_limit_of_a_control_group(Config) ->
     ?assertEqual(450_000, erlmcp_shard_health:memory_limit_bytes(V2)),
     file(V2, "sys/fs/cgroup/a/memory.max", "100000\n"),
     ?assertEqual(90_000, erlmcp_shard_health:memory_limit_bytes(V2)),
-    %% More than the machine has is no limit.
+    %% A limit above the memory of the machine has no effect.
     file(V2, "sys/fs/cgroup/a/memory.max", "9000000000000\n"),
     file(V2, "sys/fs/cgroup/a/b/memory.max", "9000000000000\n"),
     ?assertEqual(Machine, erlmcp_shard_health:memory_limit_bytes(V2)),
-    %% Another group's.
+    %% The limit of another group has no effect.
     file(V2, "sys/fs/cgroup/other/memory.max", "1000\n"),
     ?assertEqual(Machine, erlmcp_shard_health:memory_limit_bytes(V2)),
-    %% In a container: the group is the root of what is mounted, whatever path the machine gives it.
+    %% In a container the group is the root of the mounted tree, whatever path the machine gives it.
     Container = root(Config),
     file(Container, "proc/self/cgroup", "0::/\n"),
     file(Container, "sys/fs/cgroup/memory.max", "200000\n"),
@@ -67,7 +67,7 @@ memory_limit_of_a_control_group(Config) ->
     %% Controllers that are mounted together.
     file(V1, "proc/self/cgroup", "4:hugetlb,memory:/docker/1\n"),
     ?assertEqual(90_000, erlmcp_shard_health:memory_limit_bytes(V1)),
-    %% A group of other controllers has no limit of memory.
+    %% A group of other controllers has no memory limit.
     file(V1, "proc/self/cgroup", "4:cpuset:/docker/1\n"),
     ?assertEqual(infinity, erlmcp_shard_health:memory_limit_bytes(V1)).
 
