@@ -102,7 +102,7 @@ power_of_two(Bits) ->
     end.
 
 
-%% Configs are found even if the VM does not tell their size, once they were weighed on a dirty scheduler.
+%% Configs are found even if the VM does not report their size, once they were weighed on a dirty scheduler.
 small_configs_are_found_on_any_scheduler(_Config) ->
     ?assertEqual([], in_peer(?MODULE, in_found, [], [])).
 
