@@ -1,10 +1,11 @@
-%%% Ten times as much as the receivers take, for seconds, and what becomes of it.
+%%% Behavior under a load of ten times what the receivers process, sustained for seconds.
 %%%
-%%% The contract: memory stays where the thresholds bound it; each message that was accepted is
-%%% delivered, once and in the order of its sender; the accepted ones do not wait long; when the receivers have
-%%% been seen to have caught up everything is accepted again.
+%%% The contract: memory stays within the bound that the thresholds set; each accepted message is delivered
+%%% exactly once and in the order of its sender; accepted messages do not wait long; after a sample has found
+%%% the receivers' mailboxes empty, all messages are accepted again.
 %%%
-%%% Times are bounded in periods of the receivers, each of which counts its own: a busy machine makes them longer.
+%%% Times are bounded in periods of the receivers, each of which counts its own, because a busy machine makes a
+%%% period longer.
 %%%
 %%% OVERLOAD_SECONDS: how long the load lasts (5).
 -module(overload_SUITE).
@@ -16,7 +17,7 @@
 
 -define(RECEIVERS, 16).
 -define(SENDERS,   4).
-%% Messages that a receiver takes every PERIOD_MS.
+%% Messages that a receiver processes every PERIOD_MS.
 -define(BATCH,     10).
 -define(PERIOD_MS, 10).
 -define(THRESHOLD, 100).
@@ -30,7 +31,7 @@ all() ->
     [tenfold_load].
 
 
-%% Circuit and buckets would take the load off the shards.
+%% The circuit breaker and the token buckets would keep the load away from the shards.
 init_per_suite(Config) ->
     _ = application:load(erlmcp_native),
     ok = application:set_env(erlmcp_native, admission, #{threshold => ?THRESHOLD, sample_interval_ms => 50}),
@@ -56,7 +57,7 @@ tenfold_load(_Config) ->
                   end || {Id, Periods} <- Targets ],
     MemoryBefore = memory(),
     End = now_us() + Seconds * 1_000_000,
-    %% Together ten times what the receivers take.
+    %% All senders together offer ten times what the receivers process.
     EachPeriod = 10 * ?RECEIVERS * ?BATCH div ?SENDERS,
     Load = [ sender(Name, Targets, EachPeriod, End) || Name <- lists:seq(1, ?SENDERS) ],
     MemoryMost = most_memory(End, 0),
@@ -64,7 +65,8 @@ tenfold_load(_Config) ->
     PeriodsOfLoad = lists:sum([ counters:get(Periods, 1) || {_, Periods} <- Targets ]),
     Offered = Accepted + Refused,
     ok = test_support:await(fun() -> lists:all(fun is_empty/1, Receivers) end, 60_000),
-    %% As soon as they are seen to be empty everything is accepted. Of two looks one may have been under way.
+    %% A shard admits messages again after the next sample of empty mailboxes. Two samples are allowed, because
+    %% one may have been in progress.
     Looks = [ {Shard, looks(Shard)} || Shard <- shards() ],
     ok = test_support:await(fun() -> lists:all(fun({Shard, N}) -> admits(Shard) orelse looks(Shard) >= N + 2 end, Looks) end),
     ?assertEqual([], [ Shard || Shard <- shards(), not admits(Shard) ]),
@@ -87,13 +89,13 @@ tenfold_load(_Config) ->
             P95(LatenciesUs),
             P95(Waited),
             (MemoryMost - MemoryBefore) div 1_000_000]),
-    %% It was an overload, and the receivers had as much to do as they could.
+    %% The load was an overload, and the receivers were kept busy.
     ?assert(Refused > 2 * Accepted, {Accepted, Refused}),
     ?assert(5 * Accepted > PeriodsOfLoad * ?BATCH, {Accepted, PeriodsOfLoad}),
-    %% Each receiver has checked the numbers of each sender.
+    %% Each receiver has checked that the numbers of each sender are consecutive.
     ?assertEqual(Accepted + Rounds * ?THRESHOLD * ?RECEIVERS, Delivered),
     ?assert(MemoryMost - MemoryBefore < 50_000_000, {MemoryBefore, MemoryMost}),
-    %% A full shard is emptied in THRESHOLD / BATCH periods, 10.
+    %% A full shard is emptied in THRESHOLD / BATCH periods, which is 10.
     ?assert(P95(Waited) < 50, P95(Waited)),
     _ = [ begin unlink(Pid), exit(Pid, kill) end || Pid <- Receivers ],
     ok.
@@ -116,12 +118,12 @@ admits(Shard) ->
     erlmcp_admission_control:check_admission(Shard) =:= ok.
 
 
-%% Whatever was sent.
+%% No message counts towards the shard's load any more.
 is_forgotten(Shard) ->
     element(1, erlmcp_admission_control:load(Shard)) =:= 0.
 
 
-%% The id of one receiver in each of so many shards, and how many periods it has had.
+%% The id of one receiver in each shard, and a counter of that receiver's periods.
 targets() ->
     [ {hd([ Id || N <- lists:seq(1, 10_000),
                   Id <- [<<"receiver ", N:32>>],
@@ -137,7 +139,7 @@ message(Sender, N, Periods) ->
 %%% Receivers
 
 
-%% The last number of each sender, provided that none was missing; and for how long each message has waited, in
+%% Keeps the last number of each sender, which must be consecutive, and for how long each message has waited, in
 %% microseconds and in periods.
 receiver(Last, Latencies, Periods) ->
     timer:sleep(?PERIOD_MS),
@@ -167,7 +169,7 @@ take(More, Last, Latencies, Period) ->
 %%% Senders
 
 
-%% Tries so many messages in each period, to one receiver after the other.
+%% Offers `EachPeriod' messages in each period, to the receivers in turn.
 sender(Name, Targets, EachPeriod, End) ->
     Parent = self(),
     Send = fun() ->
@@ -193,7 +195,7 @@ send_until(#{each := Each} = State, Targets, Due) ->
     send_until(Next, Rest, Due + ?PERIOD_MS * 1000).
 
 
-%% A number is used up by the message that is accepted with it.
+%% A number is used up only by an accepted message.
 send(0, State, Targets, Done) ->
     {State, Targets ++ lists:reverse(Done)};
 send(More, State, [], Done) ->

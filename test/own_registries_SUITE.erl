@@ -1,5 +1,5 @@
-%%% Registries from erlmcp_shard_registry:new/0,1: their options and bounds, their independence, and that
-%%% one goes with the last reference to it.
+%%% Registries from erlmcp_shard_registry:new/0,1: their options and bounds, their independence, and that a
+%%% registry is freed with the last reference to it.
 -module(own_registries_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -101,7 +101,7 @@ registries_are_independent(_Config) ->
     ?assertEqual(Before + 1, ?M:count()),
     ok = ?M:unregister_connection(lists:nth(3, Registries), <<"the same">>),
     ?assertEqual([1, 0 | lists:duplicate(18, 1)], [ ?M:count(R) || R <- tl(Registries) ]),
-    %% The end of the process is noticed by all of them.
+    %% All registries notice the exit of the process.
     stop(Pid),
     test_support:await(fun() -> lists:all(fun(R) -> ?M:count(R) =:= 0 end, tl(Registries)) end),
     test_support:await(fun() -> ?M:count() =:= Before end).
@@ -149,15 +149,15 @@ max_entries(_Config) ->
     ?assertExit(registry_full, ?M:register_name(R, <<"more">>, Pid)),
     ?assertEqual({error, not_found}, ?M:lookup_connection(R, <<"more">>)),
     ?assertEqual(10, ?M:count(R)),
-    %% The first reason is that it is taken.
+    %% `already_registered' takes precedence over `registry_full'.
     ?assertEqual({error, already_registered}, ?M:register_connection(R, hd(Ids), Pid, none)),
-    %% One out, one in, any number of times.
+    %% An entry can be removed and inserted again any number of times.
     [ begin
           ok = ?M:unregister_connection(R, hd(Ids)),
           ?assertEqual(ok, ?M:register_connection(R, hd(Ids), Pid, none)),
           ?assertEqual({error, registry_full}, ?M:register_connection(R, <<"more">>, Pid, none))
       end || _ <- lists:seq(1, 1000) ],
-    %% One that has ended takes no room.
+    %% A process that has exited takes no room.
     ok = ?M:unregister_connection(R, hd(Ids)),
     Ended = process(),
     stop(Ended),
@@ -196,7 +196,7 @@ reference_in_a_message_keeps_it(_Config) ->
     ?assertEqual(1, monitors_of(Pid)),
     {messages, [{a, [registry, R]}]} = process_info(Holder, messages),
     ?assertEqual({ok, {Pid, none}}, ?M:lookup_connection(R, <<"kept">>)),
-    %% As a term in the external format it is the same registry.
+    %% Decoding the reference from the external term format yields the same registry.
     ?assertEqual({ok, {Pid, none}}, ?M:lookup_connection(make_anew(R), <<"kept">>)),
     Holder ! stop,
     stop(Pid).

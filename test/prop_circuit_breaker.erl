@@ -1,10 +1,10 @@
-%%% The named circuit breaker against a model, by random histories of calls, some of which run while
-%%% others come and go, with resets, forced states, killed callers, and the end of the open state.
+%%% The named circuit breaker against a model. Histories are random: calls, some of which overlap others,
+%%% resets, forced states, killed callers, and the expiry of the open state.
 %%%
-%%% Time. The breaker's own timeout is an hour; the history ends it where it likes.
+%%% Time. The breaker's own timeout is an hour; a history ends the open state by a command.
 %%%
-%%% Model. The state, the outcomes since the last time that it was closed, and the calls that run.
-%%% Every figure is computed from lists of outcomes when it is asked for.
+%%% Model. The state, the outcomes since each counter was last reset, and the calls in progress. Every figure is
+%%% computed from the lists of outcomes on request.
 -module(prop_circuit_breaker).
 
 -include_lib("proper/include/proper.hrl").
@@ -17,11 +17,11 @@
 -record(model, {
           config :: map(),
           state = closed :: closed | open | half_open,
-          % The present period; the calls of other periods are stale.
+          % The current period. Outcomes of calls from other periods are stale.
           period = 0 :: non_neg_integer(),
-          % Worker => period, and whether it holds a slot.
+          % Worker => the period of its call, and whether the call holds a slot.
           running = #{} :: #{1..6 => {non_neg_integer(), slot | no_slot}},
-          % Outcomes, the last one first, since what counts them was last begun.
+          % Outcomes since the counter was last reset, newest first.
           window = [] :: [boolean()],
           row_of_failures = [] :: [boolean()],
           row_of_successes = [] :: [boolean()],
@@ -32,7 +32,7 @@
          }).
 
 
-%% What must have happened in a run for its success to mean something.
+%% A run must have seen all of these for its success to be meaningful.
 labels() ->
     [opened_by_row,
      opened_by_rate,
@@ -52,7 +52,7 @@ labels() ->
      reset_in_closed].
 
 
-%% `Seen' is a public table for the labels of what happened.
+%% `Seen' is a public table that collects the labels of what happened.
 prop_named(Seen) ->
     ?FORALL({Config, History},
             {config(), list(command())},
@@ -123,7 +123,7 @@ run([Command | Rest], Breaker, Workers0, Model0, Seen, Step) ->
     end.
 
 
-%% The breaker hears of a caller's end in its own time.
+%% The breaker notices a caller's exit asynchronously.
 compare({kill, _} = Command, Breaker, Expected, Deadline) ->
     case compare(other, Breaker, Expected, Deadline) of
         true ->
@@ -229,7 +229,7 @@ failure_rate([]) -> 0.0;
 failure_rate(Window) -> length([ x || false <- Window ]) / length(Window).
 
 
-%% The result, the model after it, and what happened.
+%% The result, the next model, and the labels of what happened.
 model({call, Outcome}, Model) ->
     case permit(Model) of
         {granted, Slot} ->

@@ -1,26 +1,24 @@
 %%% Stateful properties of the registry: one model, run unchanged against `erlmcp_registry' with the native
 %%% store (`native'), with the one in pure Erlang (`classic'), and while it switches between them.
 %%%
-%%% Model. A map of entries, a map of bindings, and the messages that every process is owed. It
-%%% states the contract of erlmcp's registry and knows nothing of how a registry is built.
+%%% Model. A map of entries, a map of bindings, and the messages owed to each process. The model states the
+%%% contract of erlmcp's registry and knows nothing of an implementation.
 %%%
-%%% Contract. Ids are compared exactly. The first registration of an id stays. Unregistering a
-%%% server, or the end of its process, takes every binding to it, and unregistering an unknown
-%%% server takes none. A registration that follows never revives a binding. A server that is
-%%% missing is reported before a transport that is missing. Settings are the defaults, under
-%%% which no history here is long enough to be refused by backpressure.
+%%% Contract. Ids are compared exactly. The first registration of an id stays. Unregistering a server, or the
+%%% exit of its process, removes every binding to it, and unregistering an unknown server removes none. A later
+%%% registration never revives a binding. A missing server is reported before a missing transport. Settings are
+%%% the defaults, under which no history here is long enough to be refused by backpressure.
 %%%
-%%% Ends of processes. Once the caller has seen a process end, find and route never return it
-%%% and its ids can be registered again. Lists and bindings follow in their own time: until
-%%% `settle' has waited for them they may be read either way. What the contract leaves open in
-%%% that time is kept out by preconditions: binding, updating or broadcasting to an id whose
-%%% process has just ended, a new automatic binding to it, and an ended process registered as a
-%%% server that has dangling bindings.
+%%% Exits. Once the caller has observed the exit of a process, find and route never return it and its ids can be
+%%% registered again. Lists and bindings follow asynchronously: until `settle' has waited for them they may be
+%%% read either way. Preconditions exclude what the contract leaves open in that time: binding, updating or
+%%% broadcasting to an id whose process has just exited, a new automatic binding to it, and registering an
+%%% exited process as a server that has dangling bindings.
 %%%
-%%% Parallel histories must be linearizable. They leave out what no order of single steps can
-%%% explain: lists and broadcasts (they read many entries, one after another) and, in one history,
-%%% both ends of processes and deliveries (the inbox of an ended process cannot be read). So a
-%%% parallel history is either about deliveries or about ends.
+%%% Parallel histories must be linearizable. They leave out what no order of single steps can explain. These are
+%%% lists and broadcasts, which read many entries one after another, and the combination of exits and deliveries
+%%% in one history, because the inbox of an exited process cannot be read. So a parallel history covers either
+%%% deliveries or exits.
 -module(prop_registry).
 -behaviour(proper_statem).
 
@@ -59,29 +57,30 @@
          deliver_to_transport/3]).
 -export([end_process/3, settle/1]).
 
-%% The names of the processes of one history. Few are in use at a time, so that they are shared.
+%% The names of the processes of one history. Few are in use at a time, so that ids share processes.
 -define(NAMES,        [p1, p2, p3, p4, p5, p6, p7, p8]).
 -define(NAMES_IN_USE, 3).
 
-%% A history has at most so many of these, each for servers and for transports.
+%% The ids of one history, and how many of them it uses at most. Servers and transports have the same ids.
 -define(IDS,            [a, <<"b">>, 1, 1.0, {t, 1}, undefined, broadcast]).
 -define(SEQUENTIAL_IDS, 3).
 -define(PARALLEL_IDS,   2).
 
-%% Runs of one parallel history: each is another schedule.
+%% Runs of each parallel history. Each run is scheduled differently.
 -define(PARALLEL_RUNS, 5).
 
-%% Monitors fire from the oldest on. The one of the process that runs the history is older than the
-%% registry's, and those of bystanders lie between. A process that has used up most of its time
-%% slice is preempted among the bystanders, and the history goes on while the registry does not know
-%% yet: after 99 of 100 such ends on OTP 25, after 3 of 100 without. An exit signal cannot do that.
+%% Monitors fire in the order of their creation. The monitor of the process that runs the history is older than
+%% the registry's, and those of the bystander lie between. An exiting process that has used up most of its time
+%% slice is preempted among the bystander's monitors, and the history goes on before the registry knows of the
+%% exit: after 99 of 100 such exits on OTP 25, after 3 of 100 without this. An exit signal cannot have that
+%% effect.
 -define(BYSTANDERS,            150).
 -define(REDUCTIONS_BEFORE_END, 3700).
 
-%% How long anything that the contract promises "at the end" may take.
+%% How long anything that the contract promises eventually may take.
 -define(DEADLINE_MS, 2000).
 
-%% What must have happened in a run for its success to mean something.
+%% A run must have seen all of these for its success to be meaningful.
 -define(SEQUENTIAL_OUTCOMES,
         [already_registered,
          ended_replaced,
@@ -128,8 +127,8 @@
 -type key() :: {server | transport, id()}.
 -type binding() :: {Transport :: id(), Server :: id()}.
 
-%% Calls go to an anonymous instance as plain requests, or to the named one through the module, which
-%% may be switched all the time.
+%% Calls go to an anonymous instance as plain requests, or to the named one through the module. The named one
+%% may be switched between stores all the time.
 -type face() :: requests | functions | switching.
 -type world() :: #{
                    face := requests | functions,
@@ -147,7 +146,7 @@
           alive = ?NAMES :: [name()],
           entries = #{} :: #{key() => {name(), config()}},
           bindings = #{} :: #{Transport :: id() => Server :: id()},
-          %% Entries and bindings of ended processes that may still be read.
+          %% Entries and bindings of exited processes that may still be read.
           ended = [] :: [{key(), {name(), config()}}],
           fading = [] :: [binding()],
           inboxes = #{} :: #{name() => [term()]}
@@ -171,7 +170,7 @@ prop_sequential_native() -> sequential('100x', face()).
 prop_sequential_classic() -> sequential(current, face()).
 
 
-%% While one switch of the rollout follows the other.
+%% The registry is switched between stores all the time.
 prop_sequential_switching() -> sequential('100x', switching).
 
 
@@ -184,7 +183,7 @@ prop_parallel_native() -> parallel('100x', face()).
 prop_parallel_classic() -> parallel(current, face()).
 
 
-%% The outcomes that the last property made should have met and has not.
+%% The outcomes that the property created last was expected to see and has not seen.
 -spec unseen() -> [atom()].
 unseen() ->
     {Wanted, Counters} = persistent_term:get(?MODULE),
@@ -275,7 +274,8 @@ names(Commands) -> [ Name || {_Module, Name, _Arity} <- command_names(Commands) 
 steps(Commands, Values) -> zip([ Call || {set, _Var, Call} <- Commands ], Values).
 
 
-%% Neither worker before the other explains the results: the workers did run at the same time.
+%% Running one worker's steps before the other's explains the results in neither order, so the workers did
+%% overlap.
 is_interleaved([First, Second], State) ->
     not explained(First ++ Second, State) andalso not explained(Second ++ First, State);
 is_interleaved(_NotRun, _State) ->
@@ -308,7 +308,7 @@ explain_step({{call, _Module, Name, [_World | Arguments]}, Value}) ->
 initial_state() -> #state{}.
 
 
-%% The name first: building the generators of all commands for each is what would take the time.
+%% The name is drawn first: building the generators of all commands for each draw would take most of the time.
 command(State) ->
     ?LET(Name,
          frequency(weights(State)),
@@ -329,7 +329,7 @@ weights(#state{mode = Mode, alive = Alive}) ->
     Routes = [{4, route_to_server}, {4, route_to_transport}, {4, broadcast}],
     Others = [{2, list_servers}, {2, list_transports}, {2, settle}, {1, register_no_process}],
     Deliveries = [{5, deliver_to_server}, {5, deliver_to_transport}],
-    %% The last process never ends.
+    %% The last process never exits.
     Ends = [ {3, end_process} || length(Alive) > 1 ],
     case Mode of
         sequential -> Common ++ Routes ++ Others ++ Ends;
@@ -376,7 +376,7 @@ message() -> choose(1, 1000000).
 id(#state{ids = Ids}) -> elements(Ids).
 
 
-%% Mostly an id that means something by now.
+%% Mostly an id that is in use.
 id(Kind, State) ->
     case known_ids(Kind, State) of
         [] -> id(State);
@@ -411,11 +411,11 @@ precondition(State, {call, _, update_server, [_, Id, _]}) ->
 precondition(State, {call, _, bind_transport_to_server, [_, Transport, Server]}) ->
     not is_ending({transport, Transport}, State) andalso not is_ending({server, Server}, State);
 precondition(State, {call, _, broadcast, [_, Server, _]}) ->
-    %% What is bound to the id undefined reads as unbound.
+    %% A binding to the id `undefined' reads as unbound.
     Server =/= undefined andalso not lists:any(concerns({server, Server}), State#state.fading);
 precondition(_State, {call, _, Route, [_, Transport | _]})
   when Route =:= route_to_transport; Route =:= deliver_to_transport ->
-    %% This one cannot be reached by a route.
+    %% A route cannot address the transport `broadcast'.
     Transport =/= broadcast;
 precondition(State, {call, _, end_process, [_, Name, _]}) ->
     is_alive(Name, State);
@@ -497,7 +497,7 @@ register(Key, Name, Config, Bindings, #state{entries = Entries, ended = Ended} =
         {true, _} ->
             State;
         {false, true} ->
-            %% A dangling binding to a new server is a binding now. One that fades is gone.
+            %% A dangling binding becomes a binding when its server is registered. A fading one is gone.
             Fading = [ Binding || Binding <- State#state.fading, not (concerns(Key))(Binding) ],
             bind(Bindings,
                  State#state{
@@ -595,7 +595,7 @@ binding_results(Transport, #state{bindings = Bindings, fading = Fading}) ->
     end.
 
 
-%% Every entry is listed once, and nothing else but entries of processes that have just ended.
+%% Every entry is listed once. The only other entries listed are those of processes that have just exited.
 is_listing(Listed, Kind, #state{ended = Ended} = State) when is_map(Listed) ->
     Expected = entries(Kind, State),
     Surplus = maps:without(maps:keys(Expected), Listed),
@@ -630,7 +630,7 @@ is_alive(Name, #state{alive = Alive}) -> lists:member(Name, Alive).
 is_ending(Key, #state{ended = Ended}) -> lists:member(Key, [ Other || {Other, _} <- Ended ]).
 
 
-%% Whether a binding goes with an entry.
+%% Whether a binding is removed with an entry.
 concerns({server, Server}) -> fun({_, S}) -> S =:= Server end;
 concerns({transport, Transport}) -> fun({T, _}) -> T =:= Transport end.
 
@@ -769,7 +769,7 @@ register_transport(World, Id, Name, Config) ->
     request(World, register_transport, [Id, process(Name, World), Config]).
 
 
-%% A function refuses what is not a pid by function_clause, a request by an error.
+%% A function raises function_clause for what is not a pid; a request returns an error.
 register_no_process(#{face := Face} = World, Register, Id) ->
     case {Face, request(World, Register, [Id, not_a_process, #{}])} of
         {functions, {raised, error, function_clause}} -> refused;
@@ -821,7 +821,7 @@ route_to_transport(World, Transport, From, Message) ->
 broadcast(World, Server, Message) -> route(World, route_to_transport, [broadcast, Server, Message]).
 
 
-%% Who received the message, told from all others by a reference.
+%% The process that received the message. A reference identifies the message.
 deliver_to_server(World, Server, From) -> deliver(World, route_to_server, Server, From).
 
 
@@ -841,8 +841,8 @@ deliver(#{processes := Processes} = World, Route, To, From) ->
     end.
 
 
-%% A route by request is handled in its own time, and finds what is bound then. For the model to
-%% know who that is, it is done with before a process ends.
+%% A route sent as a request is handled asynchronously and uses the bindings of that moment. It is completed
+%% before a process exits, so that the model knows the receivers.
 end_process(World, Name, Reason) ->
     ok = meet(World),
     case catch_up(World) of
@@ -869,7 +869,7 @@ end_now(#{owner := Owner, processes := Processes}, Name, Reason) ->
     end.
 
 
-%% The waiting is done in the postcondition, which knows what to wait for.
+%% The postcondition waits, because it knows the expected state.
 settle(_World) -> ok.
 
 
@@ -890,7 +890,7 @@ route(#{face := requests, registry := Registry} = World, Name, Arguments) ->
     attempt(World, fun() -> gen_server:cast(Registry, list_to_tuple([Name | Arguments])) end).
 
 
-%% The answer to a request shows that the registry has handled all that this process sent before.
+%% The answer shows that the registry has handled all earlier requests of this process.
 catch_up(#{registry := Registry}) ->
     try gen_server:call(Registry, list_servers) of
         _Servers -> ok
@@ -908,8 +908,8 @@ attempt(World, Operation) ->
     end.
 
 
-%%% The workers of a parallel history are so quick that the first would be through before the
-%%% second is there. So each waits for the other at every step, for a short time.
+%%% Without synchronization the first worker of a parallel history would finish before the second starts. So
+%%% each waits for the other at every step, for a short time.
 
 
 meet(#{owner := Owner}) when Owner =:= self() ->
@@ -971,8 +971,8 @@ name_of(Process, #{processes := Processes}) ->
 %%%=============================================================================
 
 
-%% An exception is a failure like any other, with its reason: this PropEr cannot report one on
-%% later versions of OTP.
+%% An exception becomes a verdict with its reason, because Debian 12's PropEr cannot report one on later
+%% releases of OTP.
 -spec in_world(erlmcp_rollout:mode(), face(), fun((world()) -> run())) -> run().
 in_world(Mode, Face, Run) ->
     try
@@ -1023,7 +1023,7 @@ start_registry(functions, Mode) ->
     Registry.
 
 
-%% From mode to mode, until it is stopped: then the one that a registry starts with.
+%% Switches to random modes until it is stopped, and then to the mode that a registry starts with.
 start_switcher() ->
     spawn_link(fun() -> switch(rand:seed(exsss)) end).
 
@@ -1058,7 +1058,7 @@ stop(#{switcher := Switcher} = World) ->
     receive {stopped, Switcher} -> ok end,
     stop(maps:remove(switcher, World));
 stop(#{registry := Registry, processes := Processes, bystander := Bystander}) ->
-    %% A registry that has failed must not hide the history that made it fail.
+    %% A registry that has crashed must not hide the history that made it crash.
     ok = case is_process_alive(Registry) of
              true -> gen_server:stop(Registry);
              false -> ok
@@ -1096,8 +1096,8 @@ inbox(Process) ->
     end.
 
 
-%% In the end the registry is what the model is, and everyone has exactly what he is owed. Lists
-%% come first and alone: nothing but time may be needed to make them right.
+%% Eventually the registry equals the model, and every process has received exactly the messages owed to it.
+%% Lists are read first and alone: they must become right by time alone.
 settled(#state{ids = Ids, alive = Alive} = State, World) ->
     Model = model(State),
     Lists = maps:with([servers, transports], Model),
@@ -1107,7 +1107,7 @@ settled(#state{ids = Ids, alive = Alive} = State, World) ->
     end.
 
 
-%% Without a model to compare with: in the end nothing is left of an ended process, what is listed
+%% For runs without a model to compare with. Eventually nothing is left of an exited process, every listed entry
 %% is found, and only registered transports are bound.
 coherent(Ids, World) ->
     await(fun() -> view(World, Ids, []) end, fun(View) -> is_coherent(View, World) end).

@@ -1,6 +1,5 @@
-%% The races that a registry without a lock must win, each under its name. Every case bounds its
-%% own time, checks the state that must hold when all is quiet, and, where it can, that the race
-%% was really run.
+%% The races that a registry without a lock must handle correctly, one per case. Every case bounds its own time,
+%% checks the state that must hold after the race, and, where possible, that the race did occur.
 -module(races_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -61,11 +60,11 @@ same_id_registered_from_16_processes(_Config) ->
                         Winner
                 end,
                 lists:seq(1, 2000)),
-    % It is not always the first one that wins.
+    % The same contender does not always win.
     ?assert(length(lists:usort(Winners)) > 1).
 
 
-%% A process is killed while it registers itself, or while another one registers it.
+%% A process is killed while it registers itself, or while another process registers it.
 death_during_registration(_Config) ->
     Died = [ begin
                  Victim = spawn(fun() ->
@@ -81,7 +80,7 @@ death_during_registration(_Config) ->
     test_support:await(fun() -> erlmcp_shard_registry:count() =:= 0 end, ?DEADLINE_MS).
 
 
-%% The end of the old process never takes away the new one under the same id.
+%% The exit of the old process never removes a new registration of the same id.
 unregister_against_down(_Config) ->
     lists:foreach(
       fun(N) ->
@@ -145,8 +144,8 @@ bind_against_death_of_the_server(_Config) ->
     assert_both([ok, {error, server_not_found}], Outcomes).
 
 
-%% Either the binding was there when the server ended, and went with it; or it was made after that,
-%% and waits for the next server of that name.
+%% Either the binding existed when the server exited, and was removed with it; or it was made after the exit and
+%% waits for the next server of that name.
 automatic_binding_against_end_of_the_server(_Config) ->
     Outcomes = [ begin
                      Server = spawn(fun() -> receive go -> ok end end),
@@ -165,7 +164,7 @@ automatic_binding_against_end_of_the_server(_Config) ->
                      Bound
                  end || N <- begin put(parent, self()), lists:seq(1, 10000) end ],
     assert_both([{ok, s}, {error, not_found}], Outcomes),
-    %% Its monitor may fire later than ours.
+    %% The registry's monitor may fire later than this process's.
     test_support:await_value(0, fun() -> maps:get(servers, erlmcp_shard_registry:stats()) end).
 
 
@@ -185,8 +184,8 @@ update_server_against_death(_Config) ->
       lists:seq(1, 5000)).
 
 
-%% Routes go on while the registry's process is killed and started again: nothing is lost, and the
-%% order of each sender is kept.
+%% Routes go on while the registry's process is killed and restarted: no message is lost, and the order of each
+%% sender is kept.
 registry_killed_and_adopted_under_load(_Config) ->
     Senders = 4,
     Receiver = spawn_link(fun() -> collect(#{}) end),
@@ -218,19 +217,19 @@ send_numbers(Sender, N) ->
     end.
 
 
-%% The last number of each sender, provided that none was missing.
+%% Keeps the last number of each sender, which must be consecutive.
 collect(Last) ->
     receive
         {mcp_message, Sender, N} ->
             N = maps:get(Sender, Last, 0) + 1,
             collect(Last#{Sender => N});
         {report, From} ->
-            % Behind all that was sent before it.
+            % Received after all messages that were sent before it.
             From ! {received, Last}
     end.
 
 
-%% What is registered while the registry is stopped is either cleared or refused.
+%% A registration that races with the stop of the registry is either cleared or refused.
 orderly_stop_against_registration(_Config) ->
     Self = self(),
     Refused = [ begin
@@ -250,15 +249,15 @@ register_until_refused(Parent, Count) ->
     try erlmcp_registry:register_server({s, Count}, Parent, #{}) of
         ok -> register_until_refused(Parent, Count + 1)
     catch
-        %% `normal': the call had reached the process when that stopped, as with any gen_server.
+        %% `normal': the call had reached the process before it stopped, as with any gen_server.
         exit:{Reason, {gen_server, call, [erlmcp_registry, {register_server, {s, Count}, Parent, #{}}]}}
           when Reason =:= noproc; Reason =:= normal ->
             Parent ! {refused, self(), Count}
     end.
 
 
-%% A process that is registered while the registry is closed has a monitor for each registration
-%% ever after: when it ends, nothing is left of it anywhere.
+%% A process that was registered while the registry was being closed still has a monitor for each later
+%% registration: when it exits, all its entries are removed.
 close_against_registration_of_one_process(_Config) ->
     Registry = erlmcp_nif:new(4, 100000, 65535),
     Pid = spawn(fun() -> timer:sleep(infinity) end),
@@ -306,15 +305,15 @@ register_until_told(Registry, Pid, Outcomes, N, I) ->
     end.
 
 
-%% The last user of a config leaves while another one keeps an equal one, and other configs make
-%% the table grow. When all are gone, so are the configs. The registry goes before they are counted,
-%% since what was removed from it is freed some operations later.
+%% The last user of a config is removed while another one inserts an equal config, and other configs make the
+%% table grow. When all users are gone, so are the configs. The registry is dropped before the configs are
+%% counted, because removed entries are freed some operations later.
 equal_configs_come_and_go_while_their_table_grows(_Config) ->
     Before = erlmcp_nif:distinct_configs(),
     [Rounds] = at_once(1, fun(_) -> keep_equal_configs(3000) end),
     ct:log("rounds ~w", [Rounds]),
     ?assert(lists:all(fun(Round) -> Round > 10 end, Rounds)),
-    %% Fewer, if what cases before have left is freed meanwhile.
+    %% The count may be lower, because garbage of earlier cases may be freed meanwhile.
     test_support:await(fun() -> erlmcp_nif:distinct_configs() =< Before end, ?DEADLINE_MS).
 
 
@@ -395,7 +394,7 @@ readers_during_table_growth(_Config) ->
     ok.
 
 
-%% Registers at least 100,000, and goes on until everything has been read some times meanwhile.
+%% Registers at least 100,000 connections, and continues until the reader has completed more than three passes.
 register_until_read(I, Rounds) ->
     ok = erlmcp_shard_registry:register_connection({passing, I}, self(), I),
     I rem 3 =:= 0 andalso erlmcp_shard_registry:unregister_connection({passing, I}),
@@ -421,7 +420,7 @@ read_until_told(Permanent, Pid, Rounds) ->
     end.
 
 
-%% Who is bound throughout gets every message exactly once, in order.
+%% A transport that is bound throughout receives every message exactly once, in order.
 broadcast_during_binding_changes(_Config) ->
     Self = self(),
     ok = erlmcp_registry:register_server(s, Self, #{}),
@@ -475,7 +474,7 @@ dangling_names_do_not_leak(_Config) ->
                 end),
     ?assertEqual([], erlmcp_registry:list_transports()),
     ?assertEqual({ok, {registry_state, #{}}}, erlmcp_registry:get_all_state()),
-    % Nobody is bound to the names, so a server that takes one has no transports.
+    % No transport is bound to the names, so a server that is registered under one has no transports.
     _ = [ begin
               ok = erlmcp_registry:register_server({s, I}, Parent, #{}),
               ok = erlmcp_registry:route_to_transport(broadcast, {s, I}, lost)
@@ -483,8 +482,8 @@ dangling_names_do_not_leak(_Config) ->
     ?assertEqual([], flush()).
 
 
-%% OTP 25 crashes if it comes upon a resource that was freed after its monitor was taken back. In a
-%% node of its own, since the whole node would end.
+%% OTP 25 crashes if `monitored_by' meets a resource that was freed after its monitor was removed. The case runs
+%% in a peer node, because the crash would end the whole node.
 monitored_by_is_asked_while_entries_go(_Config) ->
     Rounds = test_support:in_peer(?MODULE, register_and_unregister, [2000], #{timeout_ms => 30_000}),
     ?assert(Rounds > 1000, Rounds).
@@ -497,7 +496,7 @@ register_and_unregister(Ms) ->
     Rounds = register_until(Registry, Pid, 0, erlang:monotonic_time(millisecond) + Ms),
     exit(Observer, kill),
     {monitored_by, Monitors} = process_info(Pid, monitored_by),
-    % One after the other, they need one monitor.
+    % Successive registrations of one process need one monitor.
     1 = length(Monitors),
     Rounds.
 
@@ -527,7 +526,7 @@ start() ->
     receive {'DOWN', Monitor, process, Pid, Reason} -> normal = Reason end.
 
 
-%% Runs a fun in many processes that begin together, and returns what they returned.
+%% Runs a fun in several processes that start together, and returns their results.
 at_once(Number, Fun) ->
     Parent = self(),
     Pids = [ spawn_link(fun() ->
@@ -537,7 +536,7 @@ at_once(Number, Fun) ->
     [ receive {Pid, Result} -> Result end || Pid <- Pids ].
 
 
-%% Runs two funs at the same time; which one is held back, and by how much, varies with the round.
+%% Runs two funs concurrently; which one is delayed, and by how much, varies with the round.
 side_by_side(Round, First, Second) ->
     Parent = self(),
     Offset = 1 bsl (Round div 2 rem 17),
