@@ -1,5 +1,5 @@
 %%% Registries from erlmcp_shard_registry:new/0,1: their options and bounds, their independence, and that a
-%%% registry is freed with the last reference to it.
+%%% reference in a message keeps a registry.
 -module(own_registries_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").

@@ -274,8 +274,7 @@ names(Commands) -> [ Name || {_Module, Name, _Arity} <- command_names(Commands) 
 steps(Commands, Values) -> zip([ Call || {set, _Var, Call} <- Commands ], Values).
 
 
-%% Running one worker's steps before the other's explains the results in neither order, so the workers did
-%% overlap.
+%% Neither order of the two workers, one completely before the other, explains the results: they did overlap.
 is_interleaved([First, Second], State) ->
     not explained(First ++ Second, State) andalso not explained(Second ++ First, State);
 is_interleaved(_NotRun, _State) ->
@@ -971,7 +970,7 @@ name_of(Process, #{processes := Processes}) ->
 %%%=============================================================================
 
 
-%% An exception becomes a verdict with its reason, because Debian 12's PropEr cannot report one on later
+%% An exception becomes a verdict with its reason, because this version of PropEr cannot report one on later
 %% releases of OTP.
 -spec in_world(erlmcp_rollout:mode(), face(), fun((world()) -> run())) -> run().
 in_world(Mode, Face, Run) ->

@@ -1,5 +1,5 @@
-%%% The contract of erlmcp_registry: which transport is bound to which server, and the state that can be
-%%% read and restored.
+%%% The contract of erlmcp_registry: which transport is bound to which server, and the state of the bindings
+%%% that can be read and restored.
 %%%
 %%% registry_contract says in which groups the cases run.
 -module(registry_bindings_SUITE).

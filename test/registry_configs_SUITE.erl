@@ -1,5 +1,5 @@
-%%% Configs of every kind in erlmcp_shard_registry: they are returned verbatim, stay usable for as long as
-%%% they are registered, and are kept once if they are equal.
+%%% Configs of every kind in erlmcp_shard_registry: they are returned verbatim, stay usable for as long as they
+%%% are registered, and equal ones are stored once.
 %%%
 %%% The grouped cases run on the default registry and on registries from new/1: see registry_variants.
 -module(registry_configs_SUITE).
@@ -81,7 +81,7 @@ configs_are_returned_verbatim(Config) ->
     stop(Pid).
 
 
-%% From one word to 5 MB, of every shape, through look-up and listing.
+%% From one word to 5 MB and of every shape, through look-ups and lists.
 large_configs_are_returned_verbatim(Config) ->
     R = registry(Config),
     Tool = fun(N) -> #{name => <<"tool", N:32>>, schema => #{type => <<"object">>, n => N}} end,
@@ -111,7 +111,7 @@ large_configs_are_returned_verbatim(Config) ->
     stop(Pid).
 
 
-%% The registry alone holds what refers to something that is collected when nobody does.
+%% The registry holds the only references to resources that are freed with their last reference.
 configs_stay_usable(Config) ->
     R = registry(Config),
     Pid = process(),
@@ -154,10 +154,10 @@ equal_configs_are_kept_once(Config) ->
     [ begin
           Before = lists:min([ settled_configs(R) || _ <- lists:seq(1, 5) ]),
           Pid = process(),
-          %% Each one is made anew, so that it is equal and not the same.
+          %% Each config is built separately, so that it is equal to the others but not the same term.
           [ ok = api(R, register_connection, [<<"once", N:32>>, Pid, Make()])
             || N <- lists:seq(1, 1000) ],
-          %% What a case before has left may be freed meanwhile, so there may be fewer.
+          %% There may be fewer, because garbage of an earlier case may be freed meanwhile.
           ?assert(erlmcp_nif:distinct_configs() =< Before + 1, {Name, Before}),
           ok = api(R, register_connection, [<<"another">>, Pid, {another, Make()}]),
           ?assert(erlmcp_nif:distinct_configs() =< Before + 2, {Name, Before}),
@@ -173,19 +173,19 @@ equal_configs_are_kept_once(Config) ->
                                     end},
                               {binary, fun() -> some_binary(2000) end},
                               {huge, fun() -> make_anew(list_to_tuple(lists:seq(1, 30_000))) end}],
-             %% 1,000 times the huge one takes its time.
+             %% 1,000 copies of the huge config take long, so they run on the default registry alone.
              Name =/= huge orelse R =:= default ].
 
 
 %%% Registries
 
 
-%% A term of the constant pool is copied: what it was read from may go.
+%% A term of the constant pool is copied, so the pool it came from may be purged.
 literal_as_config(_Config) ->
     Key = {?MODULE, literal},
     Term = #{list => lists:seq(1, 500), binary => some_binary(100), fn => fun_with(1)},
     R = ?M:new(),
-    %% No fun: those are refused as ids.
+    %% Without the fun, because funs are refused in ids.
     LiteralId = maps:remove(fn, Term),
     ok = persistent_term:put(Key, {Term, LiteralId}),
     Id = {literal, <<"id">>},

@@ -1,13 +1,13 @@
-%%% What the suites of erlmcp_registry's contract share: each case runs against the native and against the
-%%% pure-Erlang registry.
+%%% Shared parts of the suites that test erlmcp_registry's contract. Each case runs against the native and
+%%% against the pure-Erlang registry.
 %%%
-%%% `current' is the pure-Erlang store in the registry's process. In `mixed' and `called' the store is
-%%% native, and half of the ids or all of them are routed by that process.
+%%% In the mode `current' the pure-Erlang store is used, in the registry's process. In `mixed' and `called' the
+%%% store is native, and that process routes half of the ids or all of them.
 %%%
-%%% The cases of the groups `..._api' call the module's functions on the named instance; those of
-%%% `..._raw' send the same requests to an anonymous instance. A case is written once, in terms of
-%%% requests: request/2 makes a function call or a gen_server call of it. What concerns the module or
-%%% the process as such is in `..._module'.
+%%% The cases of the groups `..._api' call the module's functions on the named instance; those of `..._raw' send
+%%% the same requests to an anonymous instance. A case is written once, in terms of requests: request/2 turns a
+%%% request into a function call or a gen_server call. Cases about the module or the process itself are in
+%%% `..._module'.
 -module(registry_contract).
 
 -export([groups/1]).
@@ -18,7 +18,7 @@
 -define(DEADLINE_MS, 5000).
 
 
-%% The groups in which the cases run. The request cases run by the API and raw.
+%% The groups in which the cases run. Each request case runs both through the API and with raw requests.
 -spec groups(#{request | module => [atom()]}) -> [{atom(), [], [atom()]}].
 groups(Cases) ->
     [ {Group, [], maps:get(How, Cases)}
@@ -48,7 +48,7 @@ init_per_group(Group, Config) ->
     [{module, erlmcp_registry}, {mode, Mode}, {how, list_to_atom(How)} | Config].
 
 
-%% The plan is that of the last process, until the next one.
+%% A plan stays in force until the next registry process starts.
 end_per_group(_Group, _Config) ->
     ok = erlmcp_rollout:set('100x'),
     {ok, Pid} = gen_server:start({local, erlmcp_registry}, erlmcp_registry, [], []),
@@ -65,7 +65,7 @@ await_mode(Mode) ->
     end.
 
 
-%% Every case has an instance of its own, which has ended when the next one begins.
+%% Every case has its own instance, which has exited when the next case begins.
 init_per_testcase(_Case, Config) ->
     Module = module(Config),
     Instance = case proplists:get_value(how, Config) of
@@ -98,7 +98,7 @@ module(Config) ->
     proplists:get_value(module, Config).
 
 
-%% Starts the named instance. Its parent has ended when this returns.
+%% Starts the named instance. Its parent has exited when this returns.
 start(Module) ->
     {Parent, Monitor} = spawn_monitor(fun() ->
                                               {ok, Pid} = Module:start_link(),
@@ -127,7 +127,7 @@ cast(Config, Cast) ->
     end.
 
 
-%% The server s, and the transport t that is bound to it.
+%% Registers the server s and the transport t that is bound to it.
 bound(Config) ->
     [S, T] = processes(2),
     ok = request(Config, {register_server, s, S, #{}}),
@@ -137,7 +137,7 @@ bound(Config) ->
     [S, T].
 
 
-%% They end with the case, whose process they are linked to in one direction.
+%% The processes are killed when the case's process exits, and not the other way round.
 processes(N) ->
     [ spawn_watched(fun() -> timer:sleep(infinity) end) || _ <- lists:seq(1, N) ].
 
@@ -170,7 +170,7 @@ spawn_watched(Fun) ->
     Pid.
 
 
-%% The next N messages, in order; and there is no other one then.
+%% The next N messages, in order. No further message may have arrived.
 received(N) ->
     Messages = [ receive Message -> Message after ?DEADLINE_MS -> exit({only, M, 'of', N}) end
                  || M <- lists:seq(0, N - 1) ],
@@ -178,7 +178,7 @@ received(N) ->
     receive Other -> exit({unexpected, Other}) after 0 -> Messages end.
 
 
-%% The instance of the case has handled what it was sent so far, and the forwarders have passed on what they got.
+%% Returns when the instance has handled all earlier messages and the forwarders have passed on theirs.
 all_forwarded() ->
     _ = [ sys:get_state(Instance) || Instance <- get({?MODULE, instances}), is_there(Instance) ],
     References = [ begin
@@ -194,7 +194,7 @@ is_there(Pid) when is_pid(Pid) -> is_process_alive(Pid);
 is_there(Name) -> is_pid(whereis(Name)).
 
 
-%% Another node. This one becomes distributed if it is not.
+%% Runs a fun with another node. This node becomes distributed if it is not.
 with_peer(Fun) ->
     Started = case is_alive() of
                   true ->

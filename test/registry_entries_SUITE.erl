@@ -201,7 +201,7 @@ same_pid_can_be_ok(Config) ->
     ?assertEqual(ok, Module:register_server(s, P, second)),
     ?assertEqual({ok, {P, first}}, Module:find_server(s)),
     ?assertEqual({error, already_registered}, Module:register_server(s, self(), third)),
-    %% What it cannot be is the default.
+    %% A value that the setting does not accept counts as the default.
     application:set_env(erlmcp_native, same_pid, true),
     ?assertEqual({error, already_registered}, Module:register_server(s, P, fourth)),
     {ok, Anonymous} = gen_server:start(Module, [], []),

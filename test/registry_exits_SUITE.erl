@@ -122,7 +122,7 @@ find_never_returns_the_dead(Config) ->
                   lists:seq(1, 500)).
 
 
-%% The requests are in the mailbox before the process ends, and are handled after it has.
+%% The requests are in the mailbox before the process exits, and are handled after its exit.
 requests_that_overtake_the_end(Config) ->
     [S, T] = bound(Config),
     ?assertEqual([{error, not_found}, {error, not_found}],
@@ -150,7 +150,7 @@ new_owner_outlives_the_end_of_the_old(Config) ->
     ?assertEqual({error, not_found}, request(Config, {find_transport, t})).
 
 
-%% A transport bound ahead of a server is not unbound by the end, known late, of an earlier one.
+%% A transport bound ahead of a server stays bound when the exit of an earlier server is noticed late.
 new_binding_outlives_the_end_of_the_old_server(Config) ->
     [S, S2] = processes(2),
     ok = request(Config, {register_server, s, S, #{}}),
@@ -160,7 +160,7 @@ new_binding_outlives_the_end_of_the_old_server(Config) ->
     ?assertEqual({ok, s}, request(Config, {get_server_for_transport, t})).
 
 
-%% A registry may keep a monitor of its own, but not one for each registration there ever was.
+%% A registry may keep a monitor of its own, but not one for each past registration.
 registering_over_and_over_collects_no_monitors(Config) ->
     [P] = processes(1),
     Monitors = fun() -> length(element(2, process_info(P, monitored_by))) end,
@@ -225,7 +225,7 @@ remote_pid_ends_with_its_node(Config) ->
 %%% Drivers
 
 
-%% The answers to requests that the registry receives while Pid lives, and handles after its end.
+%% The answers to requests that the registry receives while Pid is alive, and handles after its exit.
 overtaken(Config, Pid, Requests) ->
     Instance = instance(Config),
     ok = sys:suspend(Instance),

@@ -1,5 +1,5 @@
-%%% A registry is freed with the last reference to it from outside, although configs of its own entries have
-%%% referred to it.
+%%% A registry is freed with the last outside reference to it, although configs of its own entries referred to
+%%% it.
 -module(registry_freeing_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -23,7 +23,7 @@
 -define(M,   erlmcp_shard_registry).
 -define(NIF, erlmcp_nif).
 
-%% An empty registry takes 72 KB. Each scheduler may have some tens that wait to be freed.
+%% An empty registry takes 72 KB. Some tens of them may wait to be freed on each scheduler.
 -define(MOST_BYTES, 40_000_000).
 
 
@@ -70,12 +70,12 @@ freed_after_a_name_was_taken_over(_Config) -> freed(take_over).
 freed_after_refused_registrations(_Config) -> freed(refuse).
 
 
-%% It is only the entry that keeps the registry, for as long as the process lives.
+%% Only the entry keeps the registry, and only while the process is alive.
 freed_with_its_last_process(_Config) -> freed(drop_first).
 
 
-%% Each registry is referred to by the config of an entry of the next one. What is freed while others read the
-%% table of configs, or while it grows, waits for the next ones.
+%% Each registry is referred to by the config of an entry of the next one. Configs that are freed while others
+%% read the table of configs, or while it grows, wait for later operations on it.
 chain_is_freed(_Config) ->
     test_support:in_peer(?MODULE, in_chain, [2000], #{timeout_ms => 300_000}).
 
@@ -98,7 +98,7 @@ chain(R, Left) ->
     chain(Next, Left - 1).
 
 
-%% REGISTRIES: how many of them (2,000).
+%% REGISTRIES is the number of registries (2,000).
 freed(How) ->
     Registries = test_support:positive_integer("REGISTRIES", 2000),
     Grown = test_support:in_peer(?MODULE, in_freeing, [How, Registries], #{timeout_ms => 300_000}),
@@ -113,7 +113,7 @@ in_freeing(How, Registries) ->
     resident() - Before.
 
 
-%% By several processes side by side, so that several schedulers take part.
+%% Several processes run concurrently, so that several schedulers take part.
 make_all(How, Registries) ->
     Makers = 4,
     Each = Registries div Makers,
@@ -132,7 +132,7 @@ make_each(How, Left) ->
 
 make(unregister, R) ->
     ok = ?M:register_connection(R, a, self(), #{registry => R}),
-    %% A fun that has it in its environment.
+    %% A fun with the registry in its environment.
     ok = ?M:register_connection(R, b, self(), fun() -> R end),
     ok = ?M:unregister_connection(R, a),
     ok = ?M:unregister_connection(R, b);
@@ -171,7 +171,7 @@ make(drop_first, R) ->
     receive {'DOWN', Monitor, process, Pid, normal} -> ok end.
 
 
-%% An entry that is there throughout has a config whenever it is looked for.
+%% A look-up of an entry that is registered throughout always returns a config.
 config_is_found_while_it_is_replaced(_Config) ->
     R = ?M:new(),
     Refers = fun(N) -> #{registry => R, number => N} end,

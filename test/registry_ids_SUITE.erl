@@ -1,5 +1,5 @@
-%%% Ids of every kind in erlmcp_shard_registry: ids are any term, are the same exactly if they are `=:=',
-%%% and are bounded in their size.
+%%% Ids of every kind in erlmcp_shard_registry: an id is any term, two ids are the same exactly if they are
+%%% `=:=', and their size is bounded.
 %%%
 %%% The grouped cases run on the default registry and on registries from new/1: see registry_variants.
 -module(registry_ids_SUITE).
@@ -90,7 +90,7 @@ every_kind_of_id_is_returned_exactly(Config) ->
     ?assertEqual([], Wrong).
 
 
-%% Every one beside every other one. Integers above a byte have a case of their own.
+%% All ids are registered together. Integers above one byte have their own case.
 different_ids_are_apart(Config) ->
     R = registry(Config),
     Ids = unique(look_alikes() ++ [ Id || Id <- all_ids(), not has_integer_above_byte(Id) ]),
@@ -116,7 +116,7 @@ check_apart(R, Ids) ->
                  Found <- [api(R, lookup_connection, [Id])],
                  Found =/= {ok, {Pid, {nth, Nth}}} ],
     ?assertEqual([], Wrong),
-    %% Each one goes by itself.
+    %% Unregistering an id removes that id alone.
     lists:foldl(fun(Id, Left) ->
                         ok = api(R, unregister_connection, [Id]),
                         ?assertEqual({error, not_found}, api(R, lookup_connection, [Id])),
@@ -154,7 +154,7 @@ equal_ids_made_apart_are_the_same(Config) ->
          {fun lists:map/2, fun lists:map/2},
          {1 bsl 200, (1 bsl 100) * (1 bsl 100)},
          {self(), list_to_pid(pid_to_list(self()))}],
-    %% 0.0 and -0.0 are what this VM says they are.
+    %% Whether 0.0 and -0.0 are equal depends on the VM.
     Wrong = [ {Made, MadeApart, Got}
               || {Made, MadeApart} <- Pairs,
                  Got <- [begin
@@ -167,7 +167,7 @@ equal_ids_made_apart_are_the_same(Config) ->
     ?assertEqual([], Wrong).
 
 
-%% To compare what a fun has captured may cost 2^40 steps, so it is no id, wherever it stands in one.
+%% Comparing the environments of funs may cost 2^40 steps, so no id is or contains a local fun.
 funs_are_no_ids_but_external_ones(Config) ->
     R = registry(Config),
     Shared = lists:foldl(fun(_, T) -> {T, T} end, {}, lists:seq(1, 40)),
@@ -187,8 +187,8 @@ funs_are_no_ids_but_external_ones(Config) ->
     ok = api(R, unregister_connection, [External]).
 
 
-%% Against a map of this VM, which compares keys as the registry must. The seed is printed, and
-%% TEST_SEED repeats it.
+%% Against a map of this VM, which compares keys as the registry must. The seed is printed; TEST_SEED repeats a
+%% run with it.
 random_ids_are_a_map(Config) ->
     R = registry(Config),
     Seed = test_support:seed("TEST_SEED"),
@@ -269,7 +269,7 @@ random_term(Depth) ->
     end.
 
 
-%% A little different somewhere.
+%% The term with a small difference somewhere.
 changed(N) when is_integer(N) -> lists:nth(rand:uniform(3), [N + 256, N + 65536, -N]);
 changed([H | T]) -> case rand:uniform(2) of 1 -> [changed(H) | T]; 2 -> [H | changed(T)] end;
 changed({}) -> {{}};
@@ -286,8 +286,8 @@ changed(T) -> {T}.
 %%% Registries
 
 
-%% A binary takes its bytes. What another term takes is not promised, but that it is refused beyond
-%% the bound, found below it, and that there is no bound between.
+%% The size of a binary is its number of bytes. The size of any other term is unspecified, but there is one
+%% bound: terms above it are refused, and terms below it are found.
 max_id_bytes(_Config) ->
     [ begin
           R = ?M:new(#{max_id_bytes => Max}),
@@ -314,7 +314,7 @@ max_id_bytes(_Config) ->
 
 
 check_too_long(R, Id) ->
-    %% Not by an assertion, which would print the id.
+    %% No assertion macro, which would print the id.
     [ {F, badarg} = {F, result(fun() -> apply(?M, F, [R, Id | Rest]) end)}
       || {F, Rest} <- [{register_connection, [self(), none]},
                        {unregister_connection, []},
@@ -327,7 +327,7 @@ check_too_long(R, Id) ->
                        {send, [message]}] ].
 
 
-%% Terms that nobody could take a copy of: refused at once, before anything in their size is done.
+%% Terms that are too large to be copied. They are refused before any work in proportion to their size.
 long_ids_change_nothing(_Config) ->
     R = ?M:new(),
     Memory = resident(),
@@ -341,7 +341,7 @@ long_ids_change_nothing(_Config) ->
 %%% Processes and time
 
 
-%% Bytes of memory that this node's operating system process has.
+%% Resident memory of this node's operating system process, in bytes.
 resident() ->
     [ garbage_collect(P) || P <- processes() ],
     case file:read_file("/proc/self/statm") of

@@ -1,8 +1,8 @@
-%%% Runs the model of `prop_registry' against both registries, and against one that is switched between
-%%% them all the time.
+%%% Runs the model of `prop_registry' against both registries, and against one that is switched between them all
+%%% the time.
 %%%
-%%% PROP_SEQUENTIAL and PROP_PARALLEL in the environment are the numbers of histories for each
-%%% registry. A default run takes about 10 s for a sequential and 4 s for a parallel property on two
+%%% The environment variables PROP_SEQUENTIAL and PROP_PARALLEL are the numbers of histories for each registry.
+%%% A default run takes about 10 s for a sequential and 4 s for a parallel property on two cores.
 %%% cores.
 -module(registry_property_SUITE).
 
@@ -13,8 +13,8 @@
 -define(SEQUENTIAL, 1000).
 -define(PARALLEL,   200).
 
-%% Histories grow with every test from the first of these sizes to the second. A failure that is
-%% waited for costs its deadline in every attempt to shrink it.
+%% The size of histories grows with every test, from start_size to max_size. A failure found by a passed
+%% deadline costs that deadline in every attempt to shrink it.
 -define(OPTIONS, [{start_size, 20}, {max_size, 100}, {max_shrinks, 100}, {to_file, user}]).
 
 
@@ -30,7 +30,7 @@ all() ->
      parallel_switching].
 
 
-%% The histories route to unknown ids all the time, and every registry warns of it.
+%% The histories route to unknown ids all the time, and every registry logs a warning for them.
 init_per_suite(Config) ->
     #{level := Level} = logger:get_primary_config(),
     ok = logger:set_primary_config(level, error),
@@ -69,7 +69,7 @@ parallel_classic(_Config) ->
     check(prop_registry:prop_parallel_classic(), "PROP_PARALLEL", ?PARALLEL).
 
 
-%% A run shorter than the default may miss an interesting outcome by chance, a longer one may not.
+%% A run shorter than the default may miss an outcome by chance; a run of the default length or longer may not.
 check(Property, Variable, Default) ->
     Histories = test_support:positive_integer(Variable, Default),
     Started = erlang:monotonic_time(millisecond),

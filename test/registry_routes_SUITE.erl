@@ -1,5 +1,5 @@
-%%% The contract of erlmcp_registry: routes, broadcasts, their order, and what is logged of those that
-%%% reach nobody.
+%%% The contract of erlmcp_registry: routes, broadcasts, their order, and the logging of routes that reach no
+%%% process.
 %%%
 %%% registry_contract says in which groups the cases run.
 -module(registry_routes_SUITE).
@@ -199,12 +199,12 @@ order_of_all_routes(Config) ->
     ?assertEqual(lists:seq(1, 2000), [ element(3, Message) || Message <- received(2000) ]).
 
 
-%% With the plain id of a transport: what it has received, to its server.
+%% A message routed to the plain id of a transport is one that it has received, and goes to its server.
 route_message_of_a_transport(Config) ->
     Module = module(Config),
     ?assertEqual({error, not_found}, Module:route_message(t, hello)),
     ok = Module:register_transport(t, spawn_forwarder(t), #{server_id => s}),
-    %% As by route_to_server/3, that server need not be registered.
+    %% As with route_to_server/3, that server need not be registered.
     ?assertEqual(ok, Module:route_message(t, hello)),
     ok = Module:register_server(s, spawn_forwarder(s), #{}),
     ?assertEqual(ok, Module:route_message(t, hello)),
@@ -215,13 +215,13 @@ route_message_of_a_transport(Config) ->
     ?assertEqual([{other, {mcp_message, t, #{a => 1}}}], received(1)),
     ok = Module:unbind_transport(t),
     ?assertEqual({error, no_bound_server}, Module:route_message(t, hello)),
-    %% Not only atoms.
+    %% Ids other than atoms work too.
     ok = Module:register_transport(<<"t">>, spawn_forwarder(<<"t">>), #{server_id => s}),
     ?assertEqual(ok, Module:route_message(<<"t">>, <<"raw">>)),
     ?assertEqual([{s, {mcp_message, <<"t">>, <<"raw">>}}], received(1)).
 
 
-%% As the sse and ws transports of erlmcp 3.x send it.
+%% As sent by the sse and ws transports of erlmcp 3.x.
 transport_data_goes_to_the_bound_server(Config) ->
     Module = module(Config),
     {ok, Anonymous} = gen_server:start(Module, [], []),
@@ -281,7 +281,7 @@ unlogged_routes_are_counted(Config) ->
         _ = next_warning(Config),
         _ = [ ok = Module:route_to_server(nobody, t, N) || N <- lists:seq(1, 17) ],
         {Routes, Logged} = next_warning(Config),
-        %% Each route was logged, or counted for the next log.
+        %% Each route was either logged or counted as suppressed in a later log event.
         Suppressed = [ Number || #{msg := {report, #{suppressed := Number}}} <- Logged ],
         ?assertEqual(17 + Routes, length(Logged) + lists:sum(Suppressed)),
         ?assert(lists:sum(Suppressed) > 0)
@@ -290,7 +290,8 @@ unlogged_routes_are_counted(Config) ->
     end.
 
 
-%% Routes to nobody until that is logged: the number of routes, and all that is logged meanwhile.
+%% Routes to an unknown target until a warning is logged. Returns the number of routes and the events logged
+%% meanwhile.
 next_warning(Config) ->
     next_warning(Config, 1, erlang:monotonic_time(millisecond) + ?DEADLINE_MS).
 
@@ -307,7 +308,7 @@ next_warning(Config, Routes, DeadlineMs) ->
     end.
 
 
-%% The handler of the cases before.
+%% The log handler of the cases above.
 log(#{meta := #{application := erlmcp_native}} = Event, #{config := #{tester := Tester}}) ->
     Tester ! {logged, Event};
 log(_Event, _Config) ->

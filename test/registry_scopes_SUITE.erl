@@ -78,7 +78,7 @@ global_scope(Config) ->
     with_peer(
       fun(_Peer, Node) ->
               ok = erpc:call(Node, code, add_paths, [code:get_path()]),
-              % A node that has just joined knows the others' names after this.
+              % After this, a node that has just joined knows the others' names.
               ok = global:sync(),
               ok = erpc:call(Node, global, sync, []),
               ok = Module:register_server(global, s, self(), #{g => 1}),
@@ -126,14 +126,14 @@ global_scope_of_one_node(Config) ->
     ?assertEqual({error, not_found}, Module:find_server(global, 1)),
     ?assertEqual([], Module:list_servers(global)),
     ?assertEqual([], Module:list_transports(global)),
-    % Nothing is left behind, whichever way the entries ended, also if nobody looks for them.
+    % No process is left behind, however the entries were removed, even without a later look-up.
     ok = Module:register_server(global, dead, B, #{}),
     ok = Module:register_server(global, ends, A, #{}),
     test_support:kill(A),
     test_support:await(fun() -> (processes() -- Before) -- Watchers =:= [] end, ?DEADLINE_MS).
 
 
-%% Nobody checks the environment where the application does not run, or after its start.
+%% The environment is not validated while the application is not running, nor after its start.
 global_scope_with_a_wrong_timeout(Config) ->
     Module = module(Config),
     try

@@ -1,5 +1,6 @@
-%%% The registries on which the cases of several suites run: the default one without naming it, the atom
-%%% `default', and registries from erlmcp_shard_registry:new/1. A case leaves nothing in the default registry.
+%%% The registries on which the cases of several suites run: the default one without an argument, the atom
+%%% `default', and registries from erlmcp_shard_registry:new/1. A case leaves no entries in the default
+%%% registry.
 -module(registry_variants).
 
 -export([groups/1, init_per_group/2, init_per_testcase/2, end_per_testcase/2]).
@@ -34,7 +35,7 @@ init_per_testcase(_Case, Config) ->
     [{found, Found}, {registry, Registry} | Config].
 
 
-%% The processes of a case end with it, and with them what they registered.
+%% The processes of a case exit with it, which removes their entries.
 end_per_testcase(_Case, Config) ->
     Found = proplists:get_value(found, Config),
     try
@@ -48,10 +49,10 @@ default_counts() ->
     [ erlmcp_nif:count(default, NS) || NS <- [server, transport, connection] ].
 
 
-%% What was removed is freed some operations later, of the thread that removed it.
+%% A removed entry is freed some operations later, on the thread that removed it.
 settled_configs(R) ->
     Registry = nif_registry(R),
-    %% Registries of former cases, which may be garbage yet.
+    %% Registries of earlier cases may still be garbage.
     [ garbage_collect(Pid) || Pid <- processes() ],
     Nudge = fun(Scheduler) ->
                     [ begin
@@ -72,7 +73,7 @@ registry(Config) ->
     proplists:get_value(registry, Config).
 
 
-%% With and without a registry for the first argument.
+%% Calls a function with or without a registry as its first argument.
 api(default, Function, Arguments) -> apply(?M, Function, Arguments);
 api({explicit, Registry}, Function, Arguments) -> apply(?M, Function, [Registry | Arguments]).
 
