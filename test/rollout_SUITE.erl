@@ -1,7 +1,7 @@
-%%% The modes of the rollout: where registrations are, which way routes take, what is configured, and what
-%%% holds when the registry's process is killed or stopped.
+%%% The modes of the rollout: where registrations are stored, which path routes take, which mode is configured,
+%%% and what holds after the registry's process was killed or stopped.
 %%%
-%%% The contract: in every mode the registry answers the same.
+%%% The contract: the registry gives the same answers in every mode.
 -module(rollout_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -79,7 +79,7 @@ configured_mode(_Config) ->
     ok = application:set_env(erlmcp_native, architecture_version, current),
     start_registry(),
     ?assertEqual(current, erlmcp_rollout:get()),
-    %% The application asks too, of a registry that runs already.
+    %% The application also sets the configured mode in a registry that is already running.
     ok = application:set_env(erlmcp_native, architecture_version, {percent, 7}),
     ok = application:start(erlmcp_native),
     ?assertEqual({percent, 7}, erlmcp_rollout:get()),
@@ -209,7 +209,7 @@ stopped_in_every_mode(_Config) ->
       end || Mode <- ?MODES ].
 
 
-%% An id that is too long for the native registry is told before any binding is changed.
+%% An id that is too long for the native registry is refused before any binding is changed.
 bindings_that_cannot_be_change_none(_Config) ->
     Holder = sleeper(),
     Long = binary:copy(<<"long">>, 20_000),
@@ -254,7 +254,8 @@ the_shell_shows_the_mode(_Config) ->
     ?assertMatch(#{mode := current}, erlmcp_native:info()).
 
 
-%% With the process suspended, some ids are routed at once and others wait. All are found and registered.
+%% While the process is suspended, routes to some ids are delivered at once and routes to others wait. All ids
+%% can be registered and found.
 an_id_takes_the_path_of_its_hash(_Config) ->
     Ids = [ {id, N} || N <- lists:seq(1, 200) ],
     ok = erlmcp_rollout:set({percent, 30}),
@@ -295,12 +296,12 @@ id(IsRight) ->
     hd([ Id || Id <- lists:seq(1, 1000), IsRight(erlang:phash2(Id, 100)) ]).
 
 
-%% Also before the store has been told.
+%% An id is free before the store has noticed the exit.
 an_id_is_free_when_its_process_has_exited(_Config) ->
     [ begin
           ok = erlmcp_rollout:set(Mode),
           Pids = [Server, Transport, Bound] = [ sleeper() || _ <- [1, 2, 3] ],
-          %% These fire before the monitor of the store does.
+          %% These monitors fire before the store's.
           [ monitor(process, Pid) || Pid <- Pids, _ <- lists:seq(1, 200) ],
           ok = erlmcp_registry:register_server(s, Server, first),
           ok = erlmcp_registry:register_transport(t, Transport, #{server_id => s}),

@@ -1,9 +1,9 @@
 %%% Order and load across switches of the rollout.
 %%%
-%%% The contract: whatever is switched meanwhile, no message is lost or doubled, and what one process sends
-%%% through the registry to another one arrives in the order sent.
+%%% The contract: during any number of switches no message is lost or duplicated, and messages from one process
+%%% to another through the registry arrive in the order sent.
 %%%
-%%% ROLLOUT_SECONDS: how long the switches under load go on (5).
+%%% ROLLOUT_SECONDS is the duration of the switches under load (5).
 -module(rollout_order_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -40,7 +40,7 @@ init_per_testcase(Case, Config) -> rollout_support:init_per_testcase(Case, Confi
 end_per_testcase(Case, Config) -> rollout_support:end_per_testcase(Case, Config).
 
 
-%% An id is registered from many processes while modes change: exactly one of them has it.
+%% An id is registered from many processes while modes change: exactly one of them owns it at a time.
 registrations_race_a_switch(_Config) ->
     rounds_under_switches(
       200,
@@ -55,14 +55,14 @@ registrations_race_a_switch(_Config) ->
                              Won =/= false ],
               ?assertMatch([_ | _], Won),
               ?assertEqual([true], lists:usort(Won)),
-              %% A second one won only after the first one had ended.
+              %% A second process won only after the first one had exited.
               ok = await({error, not_found}, fun() -> erlmcp_registry:find_server({raced, Round}) end)
       end).
 
 
-%% A mailbox full of messages that were sent by `current', and a sender that goes on.
+%% The mailbox is full of messages that were sent in the mode `current', and the sender goes on.
 nothing_overtakes_what_waits_in_the_mailbox(_Config) ->
-    %% More wait in one mailbox than the native registry admits.
+    %% One mailbox holds more messages than the native registry admits.
     ok = erlmcp_native:set(admission, infinity),
     [ begin
           ok = erlmcp_rollout:set(current),
@@ -102,8 +102,8 @@ broadcasts_keep_their_place(_Config) ->
     end_all([ Pid || {_, Pid} <- Receivers ]).
 
 
-%% Senders with numbered messages, processes that register, bind, unregister and die, and one switch
-%% after the other.
+%% Senders send numbered messages and processes register, bind, unregister and exit, while one switch follows
+%% another.
 switches_under_load(_Config) ->
     Seconds = test_support:positive_integer("ROLLOUT_SECONDS", 5),
     End = now_ms() + Seconds * 1000,
@@ -124,11 +124,11 @@ switches_under_load(_Config) ->
     ct:pal("~b switches in ~b s, ~b messages, ~b registrations in the end",
            [Switches, Seconds, lists:sum([ N || {_, {Counts, _}} <- Sent, N <- maps:values(Counts) ]), length(Owned)]),
     ?assert(Switches >= Seconds, Switches),
-    %% Nothing lost, nothing doubled, in order.
+    %% No message was lost or duplicated, and all arrived in order.
     [ ?assertEqual({Number, Count}, {Number, last_in_order(maps:get(Number, Receivers), Sender, Count)})
       || {Sender, {Counts, _Refused}} <- Sent, {Number, Count} <- maps:to_list(Counts) ],
     ?assertEqual([], [ Refused || {_, {_, Refused}} <- Sent, Refused =/= #{} ]),
-    %% Every owner has what it has registered, in either store.
+    %% In either store, every owner has exactly its registrations.
     Expected = lists:sort([ {{s, N}, none} || N <- maps:keys(Receivers) ] ++
                           [ {{t, N}, {s, N}} || N <- maps:keys(Receivers) ] ++
                           [ {Id, Binding} || {Id, {_Pid, Binding}} <- Owned ]),
@@ -159,7 +159,7 @@ send_until_set(Setter, Monitor, N) ->
     end.
 
 
-%% What a process has ended with: with an error, if it has not come to its end.
+%% The result that a process exited with. A process that crashed has an error as its result.
 result({Pid, Monitor}) ->
     receive
         {'DOWN', Monitor, process, Pid, {Kind, _} = Result} when Kind =:= sent; Kind =:= owns -> Result;
@@ -167,7 +167,7 @@ result({Pid, Monitor}) ->
     end.
 
 
-%% Servers with `none', transports with their bindings.
+%% Servers with `none', and transports with their bindings.
 present() ->
     lists:sort([ {Id, none} || {Id, _} <- erlmcp_registry:list_servers() ] ++
                [ {Id,
@@ -198,7 +198,7 @@ send_numbered(Counts0, Refused0, Receivers, End) ->
     end.
 
 
-%% The pure-Erlang registry takes any number of messages, and with a long queue requests time out.
+%% The pure-Erlang registry accepts any number of messages, and requests time out behind a long queue.
 keep_pace() ->
     case erlmcp_registry:get_queue_depth() > 1_000 of
         true ->
@@ -209,8 +209,8 @@ keep_pace() ->
     end.
 
 
-%% Registers, binds and ends what is its own; returns what there must be in the end. Own servers
-%% live, so that the bindings to them are known.
+%% Registers, binds and removes the owner's own transports, and returns those that must be left. Their servers
+%% stay alive, so that their bindings are known.
 own(Owner, Own0, End) ->
     Id = {owner, Owner, rand:uniform(50)},
     Server = {s, rand:uniform(64)},

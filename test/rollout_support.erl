@@ -1,5 +1,5 @@
-%%% What the suites of the rollout share: the named registry in its mode, a process that switches all the
-%%% time, receivers that know the number of the next message, and processes that do nothing.
+%%% Shared parts of the rollout suites: the named registry in its mode, a process that switches modes all the
+%%% time, receivers that check the order of messages, and idle processes.
 -module(rollout_support).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -44,7 +44,7 @@ end_per_testcase(_Case, _Config) ->
     application:unset_env(erlmcp_native, architecture_version).
 
 
-%% The named process, in its mode.
+%% Starts the named process and waits until it is in its mode.
 start_registry() ->
     {ok, Pid} = gen_server:start({local, erlmcp_registry}, erlmcp_registry, [], []),
     ok = await_switch(),
@@ -55,13 +55,13 @@ await_switch() ->
     await(none, fun() -> maps:get(switching_to, erlmcp_rollout:status()) end).
 
 
-%% So many messages wait for the registry's process.
+%% Waits until the registry's mailbox holds `Length' messages.
 await_queue(Length) ->
     Registry = whereis(erlmcp_registry),
     test_support:await_value({message_queue_len, Length}, fun() -> process_info(Registry, message_queue_len) end).
 
 
-%% What was set last is in the environment.
+%% Waits until the mode set last is in the application's environment.
 await_written() ->
     test_support:await(fun() ->
                                persistent_term:get({erlmcp_rollout, remembered}, none) =:=
@@ -69,15 +69,15 @@ await_written() ->
                        end).
 
 
-%% Transports of one process, bound to s.
+%% Registers transports of one process, all bound to s.
 many_transports(Number) ->
     Holder = sleeper(),
     [ ok = erlmcp_registry:register_transport(Id, Holder, #{server_id => s}) || Id <- lists:seq(1, Number) ],
     Holder.
 
 
-%% Calls Round(1), Round(2), ... while the mode is switched, AtLeast times and until it was switched more
-%% than ten times. Returns the number of calls.
+%% Calls Round(1), Round(2), ... while the mode is switched: at least `AtLeast' times, and until there were more
+%% than ten switches. Returns the number of calls.
 rounds_under_switches(AtLeast, Modes, Round) ->
     rounds_under_switches(1, AtLeast, start_switcher(Modes, 0), Round).
 
@@ -98,7 +98,7 @@ switches(Switcher) ->
     receive {count, Switcher, Count} -> Count end.
 
 
-%% Switches until it is stopped, with so many milliseconds in between.
+%% Switches until it is stopped, with `PauseMs' milliseconds between two switches.
 start_switcher(Modes, PauseMs) ->
     spawn_link(fun() -> switch_on(Modes, Modes, PauseMs, 0) end).
 
@@ -124,7 +124,7 @@ stop_switcher(Switcher) ->
     receive {stopped, Switcher, Count} -> Count end.
 
 
-%% Takes messages with {from, Sender, N}; N must be the next one of that sender.
+%% Receives messages with {from, Sender, N}. N must be the sender's next number.
 start_receiver() ->
     spawn(fun() -> receiver(#{}) end).
 
@@ -139,13 +139,13 @@ receiver(Last) ->
     end.
 
 
-%% What is out of order first stays.
+%% The first message out of order is kept.
 next(_N, {out_of_order, _, _} = Wrong) -> Wrong;
 next(N, Last) when N =:= Last + 1 -> N;
 next(N, Last) -> {out_of_order, N, Last + 1}.
 
 
-%% The number of the last message, once that is the expected one, or what is wrong.
+%% The number of the last message, once it is the expected one, or else what is wrong.
 last_in_order(Receiver, Sender, Expected) ->
     case await(Expected,
                fun() ->
@@ -176,7 +176,7 @@ await(Expected, Look, Deadline) ->
     end.
 
 
-%% So many messages, and no more of them.
+%% The next messages, so many. No further message may have arrived.
 received(0) ->
     receive
         {Kind, _, _} = Message when Kind =:= mcp_message; Kind =:= mcp_response -> [{unexpected, Message}]

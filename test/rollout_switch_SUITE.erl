@@ -1,7 +1,8 @@
 %%% Switches of the rollout from one store to the other.
 %%%
-%%% The contract: a switch loses no registration and no binding, whatever exits or is killed meanwhile; what
-%%% it cannot copy, or not in time, makes it fail and leaves everything as it was; it waits for nobody else.
+%%% The contract: a switch loses no registration and no binding, whatever exits or is killed meanwhile. A switch
+%%% that cannot copy everything, or not in time, fails and leaves everything as it was. A switch waits for no
+%%% other process.
 -module(rollout_switch_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -50,7 +51,7 @@ init_per_testcase(Case, Config) -> rollout_support:init_per_testcase(Case, Confi
 end_per_testcase(Case, Config) -> rollout_support:end_per_testcase(Case, Config).
 
 
-%% Requests that the process finds in this order.
+%% The process handles the requests in this order.
 one_switch_at_a_time(_Config) ->
     Holder = many_transports(1000),
     ok = sys:suspend(erlmcp_registry),
@@ -67,7 +68,7 @@ one_switch_at_a_time(_Config) ->
     end_all([Holder]).
 
 
-%% A process that sets a mode, and whose request is the Nth in the mailbox.
+%% Starts a process that sets a mode and whose request is the Nth in the mailbox.
 set_in_process(Mode, Nth) ->
     Setter = spawn_monitor(fun() -> exit({set, erlmcp_rollout:set(Mode)}) end),
     ok = await_queue(Nth),
@@ -81,7 +82,7 @@ result({Pid, Monitor}) ->
     end.
 
 
-%% The one to the native store begins when the other one has been emptied.
+%% A switch to the native store begins only when the other store has been emptied.
 switches_follow_each_other(_Config) ->
     Holder = many_transports(5000),
     [ begin
@@ -92,7 +93,7 @@ switches_follow_each_other(_Config) ->
     end_all([Holder]).
 
 
-%% The mode stays, also for the next process.
+%% The mode stays in force without the caller, also for the next registry process.
 caller_of_a_switch_ends(_Config) ->
     Holder = many_transports(1000),
     ok = sys:suspend(erlmcp_registry),
@@ -107,7 +108,7 @@ caller_of_a_switch_ends(_Config) ->
     end_all([Holder]).
 
 
-%% While one store is copied, changes are made and look-ups are served. The other one has all of them.
+%% During the copy of one store, changes are made and look-ups are served. The other store receives all changes.
 changes_and_look_ups_go_on_during_a_switch(_Config) ->
     Holder = many_transports(50_000),
     ok = erlmcp_registry:register_server(s, self(), #{}),
@@ -144,8 +145,9 @@ change_while(Mode, Holder, Count) ->
     end.
 
 
-%% Changes of all kinds and exits, one after the other, under switches: each has the result that a model says, and
-%% everything is as there. A model has servers and transports, each with process and config, and bindings.
+%% Changes of all kinds and exits during switches, one after the other. Each change has the result that a model
+%% predicts, and the final state is that of the model. A model has servers and transports, each with process and
+%% config, and bindings.
 changes_during_switches_as_in_a_model(_Config) ->
     Holder = many_transports(20_000),
     ok = await(20_000, fun() -> length(erlmcp_registry:list_transports()) end),
@@ -249,7 +251,8 @@ as_in_the_model(Model) ->
           end).
 
 
-%% A binding that was made ahead of a server stays when that one comes, and ends when it goes, while both are copied.
+%% A binding made ahead of its server stays when the server is registered, and is removed when the server is
+%% unregistered, while both are copied.
 servers_of_bindings_made_ahead_come_and_go_during_a_switch(_Config) ->
     Holder = many_transports(50_000),
     [ begin
@@ -257,7 +260,8 @@ servers_of_bindings_made_ahead_come_and_go_during_a_switch(_Config) ->
           [ ok = erlmcp_registry:register_transport(Id, Holder, #{server_id => element(1, Id)}) || Id <- Ahead ],
           Setter = spawn_monitor(fun() -> exit({set, erlmcp_rollout:set(Mode)}) end),
           ok = await(Mode, fun() -> maps:get(switching_to, erlmcp_rollout:status()) end),
-          %% A request goes behind a slice: in the middle of the transports.
+          %% A request is handled after a slice of the copy, so these requests reach the middle of the
+          %% transports.
           [ {ok, _} = gen_server:call(erlmcp_registry, {find_transport, N}) || N <- [1, 2] ],
           ok = erlmcp_registry:register_server(comes, self(), #{}),
           ok = erlmcp_registry:register_server(goes, self(), #{}),
@@ -274,17 +278,17 @@ servers_of_bindings_made_ahead_come_and_go_during_a_switch(_Config) ->
     end_all([Holder]).
 
 
-%% Whatever a switch has to copy. More entries by ROLLOUT_ENTRIES.
+%% No change waits, however much a switch has to copy. ROLLOUT_ENTRIES sets the number of entries.
 no_change_waits_for_a_switch(_Config) ->
     Entries = test_support:positive_integer("ROLLOUT_ENTRIES", 100_000),
     Holder = many_transports(Entries),
-    %% A busy machine makes many a change long, but not in each of several switches.
+    %% A busy machine delays many changes, but not in each of several switches.
     Longest = shortest_of(5, fun() -> longest_changes(Holder, Entries) end),
     ?assert(lists:max(Longest) < 700_000, Longest),
     end_all([Holder]).
 
 
-%% The shortest times of several attempts, up to the first ones that are within the limit.
+%% The shortest times of several attempts. The attempts stop with the first one within the limit.
 shortest_of(Attempts, Measure) ->
     Times = Measure(),
     case lists:max(Times) < 700_000 of
@@ -293,7 +297,7 @@ shortest_of(Attempts, Measure) ->
     end.
 
 
-%% Of a switch to the one store, and one back.
+%% The longest change during a switch to the one store, and during one back.
 longest_changes(Holder, Entries) ->
     [ begin
           {Setter, Monitor} = spawn_monitor(fun() -> exit({set, erlmcp_rollout:set(Mode)}) end),
@@ -320,7 +324,7 @@ longest_change(Monitor, Holder, Count, LongestUs) ->
     end.
 
 
-%% A copy that is behind changes all the time refuses them at last, and then ends.
+%% A copy that stays behind a stream of changes eventually refuses them, and then completes.
 changes_without_end_wait(_Config) ->
     Source = erlmcp_registry_classic:open(none),
     Refused = change_until_refused(erlmcp_rollout_copy:to_native(Source), Source),
@@ -337,7 +341,7 @@ change_until_refused(Copy, Source) ->
     end.
 
 
-%% A change of all bindings waits for the end of the copy, and for longer than is allowed.
+%% A change of all bindings waits for the end of the copy. That takes longer than the switch allows.
 a_switch_that_is_too_slow_is_given_up(_Config) ->
     Holder = many_transports(50_000),
     [ begin
@@ -353,15 +357,15 @@ a_switch_that_is_too_slow_is_given_up(_Config) ->
           ?assertMatch(#{result := {error, {too_slow, Copied, 50_000}}}, LastSwitch),
           ?assert(WaitMs >= 1),
           ?assertEqual({ok, Before}, erlmcp_registry:get_all_state()),
-          %% Nobody waits for a change: then it may take as long as it takes.
+          %% No change waits during this switch, so it may take any time.
           ?assertEqual(ok, erlmcp_rollout:set(Mode, #{max_pause_ms => 1})),
           ?assertEqual({ok, Before}, erlmcp_registry:get_all_state())
       end || {Former, Mode} <- [{'100x', current}, {current, '100x'}, {{percent, 50}, current}, {current, {percent, 50}}] ],
     end_all([Holder]).
 
 
-%% Servers, transports and what is bound exit in the middle of a copy: nothing of them is left, and no binding
-%% comes back.
+%% Servers, transports and bound processes exit in the middle of a copy: none of their entries is left, and no
+%% binding comes back.
 processes_exit_during_a_switch(_Config) ->
     [ begin
           ok = erlmcp_rollout:set(Former),
@@ -388,7 +392,7 @@ processes_exit_during_a_switch(_Config) ->
           test_support:await_value({ok, {registry_state, Expected}}, fun erlmcp_registry:get_all_state/0),
           ?assertEqual(lists:sort([ Id || {Id, _} <- Staying ]), lists:sort([ Id || {Id, _} <- erlmcp_registry:list_servers() ])),
           ?assertEqual(map_size(Left), length(erlmcp_registry:list_transports())),
-          %% A new server of that name finds nothing bound to it.
+          %% A new server under a former id has nothing bound to it.
           [ ok = erlmcp_registry:register_server(Id, self(), #{}) || {Id, _} <- Ending ],
           ?assertEqual({ok, {registry_state, Expected}}, erlmcp_registry:get_all_state()),
           [ ok = erlmcp_registry:unregister_server(Id) || {Id, _} <- Ending ],
@@ -398,8 +402,8 @@ processes_exit_during_a_switch(_Config) ->
       end || {Former, Mode} <- [{'100x', current}, {current, '100x'}, {{percent, 50}, current}, {current, {percent, 0}}] ].
 
 
-%% The process is killed at the Nth step of a switch, for every N. The one that follows has everything,
-%% whichever mode it finds, and switches.
+%% The process is killed at the Nth step of a switch, for every N. Its successor has all entries, in whichever
+%% mode it starts, and can switch.
 killed_at_every_step(_Config) ->
     Holder = many_transports(1000),
     ok = erlmcp_registry:register_server(s, self(), #{}),
@@ -420,7 +424,7 @@ kill_at_steps(From, To, Nth, Holder) ->
     end.
 
 
-%% What a switch does, in both directions.
+%% The steps of a switch, in both directions.
 -define(STEPS,
         [{erlmcp_rollout_path, hold_changes, 0},
          {erlmcp_rollout_path, put_in_force, 1},
@@ -435,7 +439,7 @@ kill_at_steps(From, To, Nth, Holder) ->
          {erlmcp_rollout_copy, slice, 2},
          {erlmcp_rollout_copy, clean, 1},
          {erlmcp_rollout, remember, 1}]).
-%% Of the steps that are made for each entry or page, one of so many.
+%% Of the steps that are made for each entry or page, one in this many counts.
 -define(EVERY, #{insert => 200, next => 200, page => 20}).
 
 
@@ -451,7 +455,7 @@ kill_at_step(To, Nth) ->
     Pid ! go,
     Outcome = case result(Setter) of
                   ok ->
-                      %% It may be cleaning still.
+                      %% The old store may still be being emptied.
                       test_support:await(fun() -> is_clean(Registry) end),
                       Tracer ! {over, self()},
                       receive {Tracer, Said} -> Said end;
@@ -463,7 +467,7 @@ kill_at_step(To, Nth) ->
     Outcome.
 
 
-%% Or killed.
+%% Also true if the process was killed.
 is_clean(Registry) ->
     case whereis(erlmcp_registry) of
         Registry ->
@@ -495,7 +499,7 @@ count_steps(Registry, Nth, Counts0, Killer) ->
 
 
 check_everything(From, To, Holder) ->
-    %% Without the process too, a route is refused by nobody.
+    %% Without the process, too, routes are not refused.
     ok = erlmcp_registry:route_to_server(s, t, m),
     _ = start_registry(),
     Mode = erlmcp_rollout:get(),
@@ -507,12 +511,12 @@ check_everything(From, To, Holder) ->
     ?assertEqual(lists:seq(1, 1000), lists:sort([ Id || {Id, {Pid, _}} <- erlmcp_registry:list_transports(), Pid =:= Holder ])),
     {ok, {registry_state, Bindings}} = erlmcp_registry:get_all_state(),
     ?assertEqual(maps:from_keys(lists:seq(1, 1000), s), Bindings),
-    %% Nothing of the other store is in the way of a change.
+    %% Nothing left in the other store gets in the way of a change.
     ok = erlmcp_registry:register_server(s2, self(), #{}),
     ok = erlmcp_registry:unregister_server(s2).
 
 
-%% Whoever waits for a change learns that the process was killed.
+%% A caller that waits for a change exits when the registry's process is killed.
 changes_that_wait_exit_with_the_process(_Config) ->
     Holder = many_transports(50_000),
     {Setter, SetterMonitor} = spawn_monitor(fun() -> exit({set, erlmcp_rollout:set(current)}) end),
@@ -538,7 +542,7 @@ changes_that_wait_exit_with_the_process(_Config) ->
     end_all([Holder]).
 
 
-%% It answers nobody while it stops an application.
+%% The application controller does not answer while it stops an application.
 the_application_controller_is_not_waited_for(_Config) ->
     ok = sys:suspend(application_controller),
     try
@@ -547,7 +551,7 @@ the_application_controller_is_not_waited_for(_Config) ->
         ?assertEqual(ok, erlmcp_rollout:set({percent, 60})),
         ?assertMatch(#{mode := {percent, 60}, configured := {percent, 60}}, erlmcp_rollout:status()),
         ?assertEqual(ok, gen_server:call(erlmcp_registry, {register_server, s, self(), #{}})),
-        %% The next process starts with it.
+        %% The next process starts in this mode.
         killed = test_support:kill(whereis(erlmcp_registry)),
         ?assertEqual({percent, 60}, erlmcp_rollout:get()),
         ?assertEqual(ok, erlmcp_rollout:set({percent, 61})),
@@ -558,12 +562,12 @@ the_application_controller_is_not_waited_for(_Config) ->
     end,
     ok = await({ok, {percent, 61}}, fun() -> application:get_env(erlmcp_native, architecture_version) end),
     ok = await_written(),
-    %% From then on the environment says what is configured.
+    %% From then on the environment determines what is configured.
     ok = application:set_env(erlmcp_native, architecture_version, '100x'),
     ?assertMatch(#{mode := {percent, 61}, configured := '100x'}, erlmcp_rollout:status()).
 
 
-%% As the callback of an application.
+%% The switch is made in the callback of an application.
 a_switch_in_prep_stop_keeps_nothing_from_stopping(_Config) ->
     Application = {application,
                    ?MODULE,
@@ -599,7 +603,7 @@ wrong_mode_in_the_environment_is_replaced(_Config) ->
     ok = application:stop(erlmcp_native).
 
 
-%% The registry's process has been restarted and makes the mode be the configured one.
+%% The registry's process has been restarted and is switching to the configured mode.
 application_starts_during_a_switch(_Config) ->
     [ begin
           ok = erlmcp_rollout:set('100x'),
@@ -617,7 +621,7 @@ application_starts_during_a_switch(_Config) ->
       end || Mode <- [current, {percent, 5}] ].
 
 
-%% Neither thresholds, for which nobody would sample, nor a filter of logs.
+%% No thresholds are left, for which nothing would sample, and no log filter.
 start_that_fails_leaves_nothing(_Config) ->
     Long = binary:copy(<<"long">>, 20_000),
     ok = erlmcp_rollout:set(current),

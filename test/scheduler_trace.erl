@@ -1,8 +1,8 @@
-%%% How long a call holds normal schedulers.
+%%% Measures for how long a call holds normal schedulers.
 %%%
-%%% Native functions may move to a dirty scheduler, so that the time that a call takes says nothing about
-%%% the time for which it keeps other processes from running. The VM's trace of scheduling tells the two
-%%% apart: a dirty scheduler has the number 0 in it.
+%%% A native function may move to a dirty scheduler, so the duration of a call is not the time for which it
+%%% keeps other processes from running. The VM's trace of scheduling tells the two apart: a dirty scheduler has
+%%% the number 0 there.
 -module(scheduler_trace).
 
 -export([start/0, held_us/1]).
@@ -22,8 +22,8 @@ start() ->
     ok.
 
 
-%% @doc Runs `Call' and returns the longest time, in microseconds, for which it held a normal scheduler
-%% without a break. In a process that is not traced: the time that it took.
+%% @doc Runs `Call' and returns the longest time, in microseconds, for which it held a normal scheduler without
+%% a break. In a process that is not traced it returns the duration of the call.
 -spec held_us(fun(() -> term())) -> non_neg_integer().
 held_us(Call) ->
     Start = erlang:monotonic_time(),
@@ -48,7 +48,7 @@ trace(Traced, Events) ->
     end.
 
 
-%% Between two times, the first one first.
+%% The events between two times, oldest first.
 -spec events(pid(), integer(), integer()) -> [event()].
 events(Tracer, Start, End) ->
     Delivered = erlang:trace_delivered(self()),
@@ -61,7 +61,7 @@ events(Tracer, Start, End) ->
     end.
 
 
-%% The caller is on a normal scheduler at both times.
+%% The caller runs on a normal scheduler at both times.
 -spec longest([event()], integer(), integer()) -> integer().
 longest(Events, Start, End) -> longest(Events, Start, End, 0).
 

@@ -1,9 +1,9 @@
 %%% Changes of settings in a running node.
 %%%
-%%% The contract: a setting changes the keys that it names and keeps the others, whatever its form; over
-%%% `infinity' or `off' the others are the last ones that were in force, else the configured ones, else
-%%% the defaults; what is in force natively is what was set, whoever sets at the same time and whoever is
-%%% killed; nobody waits for the application controller.
+%%% The contract: a setting changes the keys that it names and keeps the others, in whichever form it is given.
+%%% After `infinity' or `off' the other keys have the values that were in force last, else the configured ones,
+%%% else the defaults. The native values in force are those that were set, regardless of concurrent setters and
+%%% of processes that are killed. No setter waits for the application controller.
 -module(settings_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -74,7 +74,7 @@ end_per_testcase(_Case, _Config) ->
     application:stop(erlmcp_native).
 
 
-%% Values that are no defaults, and others.
+%% For each key, values that differ from the defaults, and values that differ from those.
 settings() ->
     #{
       token_bucket => {#{capacity => 70, rate_per_second => 30}, #{capacity => 60, rate_per_second => 20}},
@@ -120,7 +120,7 @@ each_key_changes_alone(_Config) ->
                                        Before,
                                        After),
                          ok = is_in_force(Key, After),
-                         %% No key at all.
+                         %% A setting may name no key at all.
                          ok = erlmcp_native:set(Key, #{}),
                          ok = is_in_force(Key, After)
                  end,
@@ -149,7 +149,7 @@ keys_come_back_after_off(_Config) ->
                           [Field | _] = maps:keys(After),
                           ok = erlmcp_native:set(Layer, off(Layer)),
                           ok = is_in_force(Layer, off(Layer)),
-                          %% Twice is the same.
+                          %% Switching off twice has the effect of once.
                           ok = erlmcp_native:set(Layer, off(Layer)),
                           ok = erlmcp_native:set(Layer, maps:with([Field], After)),
                           ok = is_in_force(Layer, Before#{Field => maps:get(Field, After)}),
@@ -160,7 +160,7 @@ keys_come_back_after_off(_Config) ->
                   layers()).
 
 
-%% Nothing was set before it was switched off.
+%% No value was set before the layer was switched off.
 configured_keys_come_back(_Config) ->
     _ = [ ok = application:set_env(erlmcp_native, Layer, configured(Layer)) || Layer <- layers() ],
     ok = application:start(erlmcp_native),
@@ -257,13 +257,13 @@ thresholds_over_every_environment(_Config) ->
                                              {[{sample_interval_ms, 200}], 200},
                                              {#{sample_interval_ms => 200}, 200},
                                              {[], 100}] ],
-    %% Without the application too.
+    %% The same holds without the application.
     ok = application:set_env(erlmcp_native, admission, [{sample_interval_ms, 300}]),
     ?assertEqual(ok, erlmcp_admission_control:set_threshold(78)),
     ?assertEqual(#{threshold => 78, sample_interval_ms => 300}, ?C:get(admission)).
 
 
-%% Wrong values of other keys do not keep a wrong key from being put right.
+%% Wrong values of other keys do not prevent the correction of one wrong key.
 wrong_keys_of_the_environment_are_put_right(_Config) ->
     Keys = [ Key || Key <- maps:keys(settings()) ] ++ [backpressure],
     [ ok = application:set_env(erlmcp_native, Key, wrong) || Key <- Keys ],
@@ -315,7 +315,7 @@ settings_survive_a_restart(_Config) ->
     ok = application:start(erlmcp_native),
     _ = [ ok = is_in_force(Key, Before) || {Key, {Before, _}} <- maps:to_list(settings()) ],
     ok = application:stop(erlmcp_native),
-    %% Unless it was changed meanwhile.
+    %% Values that were changed while the application was stopped come into force.
     _ = [ ok = application:set_env(erlmcp_native, Key, After) || {Key, {_, After}} <- maps:to_list(settings()) ],
     ok = application:start(erlmcp_native),
     _ = [ ok = is_in_force(Key, After) || {Key, {_, After}} <- maps:to_list(settings()) ],
@@ -352,7 +352,7 @@ killed_setters_leave_it_consistent(_Config) ->
     ok = application:start(erlmcp_native),
     lists:foreach(fun(N) ->
                           Setter = spawn(fun() -> change_for_ever(N) end),
-                          %% Somewhere on its way, another one each time.
+                          %% The setter is killed at a different point each time.
                           busy(N * 37 rem 1000),
                           exit(Setter, kill),
                           ok = await_consistent()
@@ -360,7 +360,7 @@ killed_setters_leave_it_consistent(_Config) ->
                   lists:seq(1, 200)).
 
 
-%% The process that makes the change is killed: the caller has it made again.
+%% The process that makes a change is killed. The caller has the change made again.
 killed_workers_are_made_good(_Config) ->
     ok = application:start(erlmcp_native),
     Self = self(),
@@ -370,7 +370,7 @@ killed_workers_are_made_good(_Config) ->
                   try erlmcp_native:set(admission, #{threshold => Threshold}) of
                       ok -> ?assertMatch(#{threshold := Threshold}, ?C:get(admission))
                   catch
-                      %% Three times in a row.
+                      %% The process was killed three times in a row.
                       exit:killed -> ok
                   end,
                   receive
@@ -417,7 +417,7 @@ busy(N) ->
     busy(N - 1).
 
 
-%% What was being changed when the setter was killed is changed to its end.
+%% A change that was in progress when its setter was killed is completed.
 await_consistent() ->
     test_support:await(fun() -> lists:all(fun is_consistent/1, layers()) end).
 
@@ -429,7 +429,7 @@ is_consistent(Key) ->
 %%% Where nothing runs
 
 
-%% The application controller answers nobody while it stops an application.
+%% The application controller does not answer while it stops an application.
 blocked_controller(_Config) ->
     ?assertEqual(ok, test_support:in_peer(?MODULE, in_blocked_controller)).
 
@@ -461,7 +461,7 @@ in_no_application() ->
     {5, 6.0} = erlmcp_nif:shared_limits(),
     ok = erlmcp_native:set(circuit_breaker, [{timeout_ms, 7}]),
     #{config := {50, 10000, 10, 7, 10}} = erlmcp_nif:breaker_stats(),
-    %% The registry's process starts, and again after it was killed: what was set stays.
+    %% The registry's process starts, and starts again after being killed: the values that were set stay.
     _ = [ begin
               {ok, Pid} = gen_server:start({local, erlmcp_registry}, erlmcp_registry, [], []),
               {5, 6.0} = erlmcp_nif:shared_limits(),
@@ -508,7 +508,7 @@ expected_native(token_bucket, infinity) ->
 expected_native(admission, #{threshold := Threshold, sample_interval_ms := IntervalMs}) ->
     {[Threshold], IntervalMs};
 expected_native(admission, infinity) ->
-    %% The interval stays.
+    %% The sampling interval stays.
     {[infinity], erlmcp_shard_sampler:interval_ms()};
 expected_native(circuit_breaker, off) ->
     off;
