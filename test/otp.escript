@@ -1,8 +1,8 @@
 #!/usr/bin/env escript
 %% -*- erlang -*-
 
-%%% Compiles the application and its tests as rebar.config says, with warnings as errors, and runs
-%%% suites. Without rebar3, which may not exist for the release. See test/otp.
+%%% Compiles the application and its tests with the options of rebar.config and warnings as errors, and runs
+%%% suites. It works without rebar3, which may not exist for the release. See test/otp.
 
 -mode(compile).
 
@@ -69,10 +69,10 @@ suites(Patterns) ->
     [ filename:basename(File, ".beam") || File <- Files ].
 
 
-%% In the words of rebar3, which test/run counts.
+%% Prints the results in the format of rebar3, which test/run parses.
 run(Suites) ->
     ok = filelib:ensure_dir("logs/any"),
-    %% Common Test writes log events into its own logs.
+    %% Common Test writes log events to its own logs.
     ok = logger:set_handler_config(default, level, none),
     Result = ct:run_test([{dir, filename:absname("test")},
                           {suite, Suites},

@@ -1,11 +1,11 @@
-%%% Health tells the truth: each reason of erlmcp_shard_health is provoked for real, is seen, and goes by
-%%% itself when its cause has gone.
+%%% Health is accurate: each reason of erlmcp_shard_health is provoked for real, is reported, and disappears by
+%%% itself when its cause is gone.
 %%%
-%%% The contract: what is not as it should be now is a reason, and nothing else is; the question is
-%%% answered by the caller alone, however dead the control plane is. Limits, the log and the memory of the
-%%% node have suites of their own (health_limits_SUITE, health_log_SUITE, node_memory_SUITE).
+%%% The contract: every current problem is a reason, and nothing else is. The caller alone computes the answer,
+%%% in whatever state the control plane is. Limits, the log and the memory of the node have their own suites
+%%% (health_limits_SUITE, health_log_SUITE, node_memory_SUITE).
 %%%
-%%% What waits, waits for a condition: other work on the machine makes a case slower and not wrong.
+%%% Cases wait for conditions, so other work on the machine makes a case slower but not wrong.
 -module(shard_health_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -18,7 +18,6 @@
 -define(THRESHOLD,   200).
 -define(INTERVAL_MS, 20).
 -define(DEADLINE_MS, 60_000).
-%% No reason comes from how busy the machine is.
 
 
 suite() ->
@@ -103,24 +102,25 @@ shard_managers_down(_Config) ->
     ?assertEqual({degraded, [{shard_managers_down, Down}]}, erlmcp_native:health()),
     _ = [ {ok, _} = supervisor:restart_child(erlmcp_shard_sup, Shard) || Shard <- Down ],
     ?assertEqual(ok, erlmcp_native:health()),
-    %% All of them, with their supervisor.
+    %% All managers, and their supervisor.
     ok = supervisor:terminate_child(erlmcp_native_sup, erlmcp_shard_sup),
     ?assertEqual({degraded, [{shard_managers_down, shards()}]}, erlmcp_native:health()),
     {ok, _} = supervisor:restart_child(erlmcp_native_sup, erlmcp_shard_sup),
     ok = health_is(ok),
-    %% Killed, they come back by themselves.
+    %% Killed managers are restarted.
     _ = [ exit(manager(Shard), kill) || Shard <- shards() ],
     ok = health_is(ok).
 
 
-%% The manager is there, and does nothing.
+%% The manager is alive and does nothing.
 stale_samples(_Config) ->
     [{Id, Pid}] = receivers(?SHARD, 1),
     ok = sys:suspend(manager(?SHARD)),
     ?assertEqual(ok, erlmcp_native:health()),
     ok = erlmcp_shard_manager:route_message(Id, x),
     ok = health_is({degraded, [{stale_samples, [?SHARD]}]}),
-    %% It is as it says: everything is admitted, if not to whoever asks for a sample and waits for that.
+    %% The shard behaves as reported: it admits every message, except perhaps from a sender that requests a sample and
+    %% waits for it.
     test_support:await(fun() -> lists:usort(send(Id, 2 * ?THRESHOLD)) =:= [ok] end, ?DEADLINE_MS),
     {degraded, Reasons} = erlmcp_native:health(),
     ?assertEqual([?SHARD], proplists:get_value(stale_samples, Reasons)),
@@ -143,8 +143,8 @@ stale_samples_without_a_manager(_Config) ->
     ok = health_is(ok).
 
 
-%% Whoever was to ask for a sample has ended before it did so, and nobody sends any more. Health tells of it and
-%% does nothing about it; the next one who sends asks again.
+%% The process that was to request a sample exited before it did so, and no process sends any more. Health
+%% reports that and does nothing about it; the next sender requests the sample again.
 lost_requests_for_samples(_Config) ->
     Shards = [3, ?SHARD],
     Ids = [ lose_request(Shard) || Shard <- Shards ],
@@ -155,8 +155,8 @@ lost_requests_for_samples(_Config) ->
     ok = health_is(ok).
 
 
-%% The next ones who send ask again, also while the control plane is dead; a receiver that takes nothing
-%% gets as much as the threshold, and then nothing any more.
+%% The next senders request a sample again, also while the control plane is down. A stalled receiver gets as
+%% many messages as the threshold, and none after that.
 lost_request_at_a_stalled_receiver(_Config) ->
     ok = supervisor:terminate_child(erlmcp_native_sup, erlmcp_control_plane_sup),
     _ = lose_request(?SHARD),
@@ -165,7 +165,7 @@ lost_request_at_a_stalled_receiver(_Config) ->
     Overloaded = {error, shard_overloaded},
     test_support:await(fun() -> erlmcp_shard_manager:route_message(Id, x) =:= Overloaded end, ?DEADLINE_MS),
     ?assertEqual({message_queue_len, ?THRESHOLD}, process_info(Pid, message_queue_len)),
-    %% A shard that is not sampled for ten intervals admits everything.
+    %% A shard that is not sampled for ten intervals admits every message.
     ok = sampled(12, [?SHARD]),
     ?assertEqual(Overloaded, erlmcp_shard_manager:route_message(Id, x)),
     {ok, _} = supervisor:restart_child(erlmcp_native_sup, erlmcp_control_plane_sup).
@@ -173,20 +173,20 @@ lost_request_at_a_stalled_receiver(_Config) ->
 
 lose_request(Shard) ->
     [{Id, Pid}] = receivers(Shard, 1),
-    %% A manager that has nothing to do has no timer, and the next message asks it for a sample.
+    %% An idle manager has no timer, and the next message requests a sample from it.
     ok = test_support:await(fun() -> has_paused(Shard) end, ?DEADLINE_MS),
     ?assertEqual({Pid, [{sample, Shard}]}, erlmcp_nif:route_connection(Id)),
     Id.
 
 
-%% By the fields `timer' and `sampling' of its state.
+%% Reads the fields `timer' and `sampling' of the manager's state.
 has_paused(Shard) ->
     State = sys:get_state(erlmcp_shard_sampler:name(Shard)),
     {element(3, State), element(4, State)} =:= {idle, none}.
 
 
-%% The managers of shards whose one receiver takes nothing have each looked at it so many times more. As long as nobody
-%% sends, they do so once an interval.
+%% Waits until the managers of shards with one stalled receiver have each sampled it `Times' more times. While
+%% no process sends, they do so once per interval.
 sampled(Times, Shards) ->
     Looks = fun(Shard) -> element(1, erlmcp_nif:sample_counts(Shard)) end,
     Due = [ {Shard, Looks(Shard) + Times} || Shard <- Shards ],
@@ -212,19 +212,19 @@ circuit(_Config) ->
     ok = erlmcp_circuit_breaker:record_failure(),
     ?assertEqual({degraded, [{circuit, open}]}, erlmcp_native:health()),
     test_support:await(fun() -> erlmcp_shard_manager:route_message(Id, x) =:= ok end, ?DEADLINE_MS),
-    %% Half open.
+    %% The circuit is half-open.
     ?assertEqual(ok, erlmcp_native:health()),
     ok = erlmcp_shard_manager:route_message(Id, x),
     ?assertEqual(closed, erlmcp_circuit_breaker:get_state()),
     ok = erlmcp_circuit_breaker:force_open(),
     ?assertEqual({degraded, [{circuit, open}]}, erlmcp_native:health()),
-    %% Off, it refuses nothing.
+    %% A circuit that is off refuses nothing.
     ok = erlmcp_native:set(circuit_breaker, off),
     ?assertEqual(ok, erlmcp_native:health()).
 
 
-%% Nobody sends anything because the node is degraded, or its circuit open: it becomes half open all the
-%% same, so that somebody does.
+%% No process sends anything, because the node is degraded or its circuit open. The circuit becomes half-open
+%% nevertheless, so that sending starts again.
 circuit_without_messages(_Config) ->
     ok = erlmcp_native:set(circuit_breaker, #{timeout_ms => 50, success_threshold => 1}),
     [{Id, _}] = receivers(?SHARD, 1),
@@ -245,7 +245,7 @@ overloaded_shards(_Config) ->
     ?assertMatch([{5, D5, ?THRESHOLD}, {?SHARD, D17, ?THRESHOLD}] when D5 >= ?THRESHOLD andalso D17 >= ?THRESHOLD,
                  proplists:get_value(queue_depths, Reasons)),
     ?assertEqual([overloaded_shards, queue_depths], lists:sort([ element(1, R) || R <- Reasons ])),
-    %% It lasts as long as they stall.
+    %% The reason lasts as long as the receivers stall.
     ok = sampled(15, [5, ?SHARD]),
     {degraded, Later} = erlmcp_native:health(),
     ?assertEqual([5, ?SHARD], proplists:get_value(overloaded_shards, Later)),
@@ -260,7 +260,7 @@ overloaded_shards(_Config) ->
     ok = health_is(ok).
 
 
-%% No message has been refused yet.
+%% The reason appears before any message is refused.
 queue_depths(_Config) ->
     [{Id, Pid}] = receivers(?SHARD, 1),
     Nearly = ?THRESHOLD * 80 div 100,
@@ -268,7 +268,7 @@ queue_depths(_Config) ->
     ?assertEqual(ok, settled(?SHARD, Nearly - 1)),
     _ = send(Id, 1),
     ok = health_is({degraded, [{queue_depths, [{?SHARD, Nearly, ?THRESHOLD}]}]}),
-    %% The limit is read with each check.
+    %% The limit is read at each check.
     ok = erlmcp_native:set(health, (quiet())#{queue_depth_percent => 81}),
     ?assertEqual(ok, erlmcp_native:health()),
     ok = erlmcp_native:set(health, (quiet())#{queue_depth_percent => 1}),
@@ -277,14 +277,14 @@ queue_depths(_Config) ->
     ok = health_is(ok).
 
 
-%% What has no threshold is never full.
+%% A shard without a threshold is never full.
 queue_depths_of_shards_without_a_threshold(_Config) ->
     ok = erlmcp_native:set(health, (quiet())#{queue_depth_percent => 1}),
     [{Id, _}] = receivers(?SHARD, 1),
     ok = erlmcp_admission_control:set_threshold(?SHARD, infinity),
     _ = send(Id, 10 * ?THRESHOLD),
     ?assertEqual(ok, erlmcp_native:health()),
-    %% The others are empty.
+    %% The other shards are empty.
     ok = erlmcp_admission_control:set_threshold(1),
     ?assertEqual(ok, erlmcp_native:health()).
 
@@ -293,7 +293,7 @@ run_queue_and_scheduler_use(_Config) ->
     Schedulers = erlang:system_info(schedulers_online),
     ok = erlmcp_native:set(health, (quiet())#{run_queue_per_scheduler => 5, scheduler_use_percent => 90}),
     Busy = [ spawn(fun Loop() -> Loop() end) || _ <- lists:seq(1, 20 * Schedulers) ],
-    %% A spike is no reason: the first measurements are not enough.
+    %% A spike is no reason: the first measurements do not suffice.
     test_support:await(fun() ->
                                case erlmcp_native:health() of
                                    {degraded, Reasons} ->
@@ -308,7 +308,7 @@ run_queue_and_scheduler_use(_Config) ->
     ?assertEqual(5 * Schedulers, QueueLimit),
     ?assert(Length > QueueLimit andalso Length =< 21 * Schedulers, Length),
     ?assert(Used > 90 andalso Used =< 100, Used),
-    %% Each limit for itself.
+    %% Each limit alone.
     ok = erlmcp_native:set(health, (quiet())#{run_queue_per_scheduler => 1}),
     ?assertMatch({degraded, [{run_queue, _, Schedulers}]}, erlmcp_native:health()),
     ok = erlmcp_native:set(health, (quiet())#{scheduler_use_percent => 1}),
@@ -316,7 +316,7 @@ run_queue_and_scheduler_use(_Config) ->
     ok = erlmcp_native:set(health, (quiet())#{scheduler_use_percent => 100, run_queue_per_scheduler => 1000}),
     ?assertEqual(ok, erlmcp_native:health()),
     ok = erlmcp_native:set(health, (quiet())#{run_queue_per_scheduler => 5, scheduler_use_percent => 90}),
-    %% What was measured more than five seconds ago says nothing of now.
+    %% A measurement older than five seconds says nothing about the current load.
     ok = sys:suspend(erlmcp_shard_health),
     _ = [ exit(Pid, kill) || Pid <- Busy ],
     ok = health_is({degraded, [{control_plane_down, [erlmcp_shard_health]}]}),
@@ -324,7 +324,7 @@ run_queue_and_scheduler_use(_Config) ->
     ok = health_is(ok).
 
 
-%% The only scheduler that is online has no time left.
+%% The only scheduler that is online is fully used.
 schedulers_that_are_not_online(_Config) ->
     test_support:in_peer(?MODULE, one_of_four_is_online, [], #{flags => ["+S", "4:4"]}).
 
@@ -341,7 +341,7 @@ one_of_four_is_online() ->
                      end
              end,
     test_support:await(IsBusy, ?DEADLINE_MS),
-    %% With the others it has time again.
+    %% With the other schedulers online, there is spare time again.
     1 = erlang:system_flag(schedulers_online, 4),
     ok = health_is(ok),
     exit(Busy, kill),
@@ -351,14 +351,14 @@ one_of_four_is_online() ->
 memory(_Config) ->
     ok = erlmcp_native:set(health, (quiet())#{memory_bytes => 1000}),
     {degraded, [{memory_bytes, Used, 1000}]} = erlmcp_native:health(),
-    %% That of the operating system's process, give or take.
+    %% Roughly the memory of the operating system's process.
     Total = erlang:memory(total),
     ?assert(Used > Total div 2 andalso Used < 20 * Total, {Used, Total}),
     ok = erlmcp_native:set(health, (quiet())#{memory_bytes => 1 bsl 50}),
     ?assertEqual(ok, erlmcp_native:health()),
     ok = erlmcp_native:set(health, maps:without([memory_bytes], quiet())),
     ?assertEqual(ok, erlmcp_native:health()),
-    %% A limit that memory is really allocated beyond, and that it falls below again.
+    %% A limit that a real allocation exceeds, and that memory falls below again.
     Limit = erlmcp_shard_health:memory_used_bytes() + 100_000_000,
     ok = erlmcp_native:set(health, (quiet())#{memory_bytes => Limit}),
     ?assertEqual(ok, erlmcp_native:health()),
@@ -392,12 +392,12 @@ control_plane_down(_Config) ->
     ?assertEqual({degraded, [{control_plane_down, [erlmcp_control_plane_sup | Names]}]}, erlmcp_native:health()),
     {ok, _} = supervisor:restart_child(erlmcp_native_sup, erlmcp_control_plane_sup),
     ?assertEqual(ok, erlmcp_native:health()),
-    %% Killed, they come back by themselves.
+    %% Killed processes are restarted.
     _ = [ exit(whereis(Name), kill) || Name <- [erlmcp_control_plane_sup | Names] ],
     ok = health_is(ok).
 
 
-%% They are there, and do nothing.
+%% The processes are alive and do nothing.
 control_plane_is_silent(_Config) ->
     Names = [erlmcp_shard_health, erlmcp_shard_metrics, erlmcp_shard_recovery],
     test_support:await(fun() -> is_map(erlmcp_shard_metrics:get()) end, ?DEADLINE_MS),
@@ -414,7 +414,7 @@ control_plane_is_silent(_Config) ->
     ok = health_is(ok).
 
 
-%% Processes that stand still before they have measured anything.
+%% Processes that are suspended before their first measurement.
 silent_from_the_beginning(_Config) ->
     Names = [erlmcp_shard_health, erlmcp_shard_metrics, erlmcp_shard_recovery],
     _ = [ begin
@@ -441,13 +441,13 @@ several_reasons_at_once(_Config) ->
     ?assertEqual([open, [erlmcp_shard_metrics], [?SHARD], [3]],
                  [ proplists:get_value(Key, Reasons)
                    || Key <- [circuit, control_plane_down, overloaded_shards, shard_managers_down] ]),
-    %% The shell shows all of them.
+    %% The shell shows all reasons.
     ct:capture_start(),
     ok = erlmcp_native:i(),
     ct:capture_stop(),
     Shown = lists:flatten(ct:capture_get()),
     _ = [ ?assertNotEqual(nomatch, string:find(Shown, atom_to_list(element(1, Reason)))) || Reason <- Reasons ],
-    %% One goes after the other.
+    %% The reasons disappear one after the other.
     ok = erlmcp_circuit_breaker:force_close(),
     ok = erlmcp_native:set(health, quiet()),
     Pid ! take_all,
@@ -461,10 +461,10 @@ several_reasons_at_once(_Config) ->
     ok = health_is(ok).
 
 
-%%% Whom it asks
+%%% Which processes it asks
 
 
-%% Nobody: the caller sends no message and links no port.
+%% It asks none: the caller sends no message and links to no port.
 asks_no_process(_Config) ->
     ok = erlmcp_native:set(health, maps:without([memory_bytes], quiet())),
     Self = self(),
@@ -499,7 +499,7 @@ answers_while_everything_stands_still(_Config) ->
               end,
     ct:pal("health takes ~b us", [Fastest]),
     ?assert(Fastest < 10_000, Fastest),
-    %% And while nothing is there.
+    %% It also answers while none of these processes exists.
     ok = supervisor:terminate_child(erlmcp_native_sup, erlmcp_control_plane_sup),
     ok = supervisor:terminate_child(erlmcp_native_sup, erlmcp_shard_sup),
     ?assertMatch({degraded, [{shard_managers_down, [0 | _]}, {control_plane_down, [_, _, _, _]}]}, erlmcp_native:health()),
@@ -538,7 +538,7 @@ manager(Shard) ->
     whereis(erlmcp_shard_sampler:name(Shard)).
 
 
-%% Connections of one shard, whose processes take nothing until they are told.
+%% Connections of one shard whose processes receive nothing until they are told to.
 receivers(Shard, Number) ->
     [ begin
           Pid = spawn(fun stalled/0),
@@ -570,7 +570,7 @@ send(Id, Number) ->
     [ erlmcp_shard_manager:route_message(Id, x) || _ <- lists:seq(1, Number) ].
 
 
-%% Until it is refused, also after the next samples.
+%% Sends until messages are refused, and are still refused after the next samples.
 overload(Id) ->
     Shard = erlmcp_shard_registry:get_shard_id(Id),
     test_support:await(fun() ->
@@ -583,7 +583,7 @@ overload(Id) ->
     ok.
 
 
-%% Health is ok after samples have found so many messages.
+%% Health after a sample has found `Depth' messages.
 settled(Shard, Depth) ->
     test_support:await(fun() -> element(1, erlmcp_admission_control:load(Shard)) =:= Depth end, ?DEADLINE_MS),
     erlmcp_native:health().
@@ -597,6 +597,6 @@ now_ms() ->
     erlang:monotonic_time(millisecond).
 
 
-%% No limit of these is reached.
+%% None of these limits can be reached.
 quiet() ->
     #{run_queue_per_scheduler => infinity, scheduler_use_percent => infinity, memory_bytes => infinity}.

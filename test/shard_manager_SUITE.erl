@@ -1,11 +1,11 @@
 %%% Guarded routes: erlmcp_shard_manager and the routes of erlmcp_registry, and how the three layers of
 %%% backpressure work together.
 %%%
-%%% The contract: circuit, admission and bucket are asked in this order, and the first one that
-%%% refuses names the reason; each message pays once, and where it should; what one process sends
-%%% to one target arrives in the order sent, single or in batches; a probe is answered by what
-%%% became of it; with backpressure off, or without the application, nothing is refused that the
-%%% original would not have refused.
+%%% The contract: circuit breaker, admission control and token bucket are checked in this order, and the first
+%%% one that refuses determines the reason. Each message is charged once, to the right bucket. Messages from one
+%%% process to one target arrive in the order sent, single or in batches. A probe is concluded by the outcome of
+%%% its message. With backpressure off, or without the application, nothing is refused that the original would
+%%% not have refused.
 -module(shard_manager_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -48,7 +48,6 @@
 -define(R,     erlmcp_registry).
 -define(SLOW,  1 / 3600).
 -define(SHARD, 5).
-%% Not over within a case.
 
 
 suite() ->
@@ -129,7 +128,7 @@ route_message(_Config) ->
     ?assertEqual({error, not_found}, ?M:route_message(s, x)),
     ?assertError(badarg, ?M:route_message(binary:copy(<<"x">>, 65_536), x)),
     ?assertEqual([], test_support:flush()),
-    %% A process that has ended.
+    %% A process that has exited.
     {Pid, Monitor} = spawn_monitor(fun() -> receive stop -> ok end end),
     ok = erlmcp_shard_registry:register_connection(ended, Pid, #{}),
     Pid ! stop,
@@ -168,14 +167,14 @@ route_batch(_Config) ->
     ?assertEqual(Messages, test_support:flush()).
 
 
-%% Of all lengths around the slices that it is cut into, and the groups that are looked up together.
+%% Batches of all lengths around the size of a slice, and of a group that is looked up together.
 route_batch_of_thousands(_Config) ->
     ok = erlmcp_native:set(token_bucket, infinity),
     Self = self(),
     Pids = list_to_tuple([ spawn_link(fun() -> forward(Self) end) || _ <- lists:seq(1, 7) ]),
     _ = [ ok = erlmcp_shard_registry:register_connection({c, N}, element(N, Pids), #{}) || N <- lists:seq(1, 7) ],
     lists:foreach(fun(Length) ->
-                          %% Every eighth one is unknown.
+                          %% Every eighth id is unknown.
                           Batch = [ {{c, N rem 8}, N} || N <- lists:seq(1, Length) ],
                           Expected = [ if N rem 8 =:= 0 -> {error, not_found}; true -> ok end || N <- lists:seq(1, Length) ],
                           ?assertEqual(Expected, ?M:route_batch(Batch)),
@@ -186,14 +185,14 @@ route_batch_of_thousands(_Config) ->
                   [1, 15, 16, 17, 255, 256, 257, 511, 512, 513, 10_000]).
 
 
-%% The bucket has two tokens, and the third and fourth message are refused in the middle.
+%% The bucket has two tokens. The third and fourth message to it are refused in the middle of the batch.
 route_batch_with_refusals(_Config) ->
     _ = [ ok = erlmcp_shard_registry:register_connection(Id, self(), #{}) || Id <- [limited, free] ],
     ok = ?B:set_limits(limited, #{capacity => 2, rate_per_second => ?SLOW}),
     ?assertEqual([ok, ok, ok, {error, rate_limited}, ok, {error, rate_limited}, {error, not_found}, ok],
                  ?M:route_batch([{limited, 1}, {free, 2}, {limited, 3}, {limited, 4}, {free, 5}, {limited, 6}, {unknown, 7}, {free, 8}])),
     ?assertEqual([1, 2, 3, 5, 8], test_support:flush()),
-    %% The shard admits three.
+    %% The shard admits three messages.
     ok = ?B:set_limits(free, infinity),
     Shard = erlmcp_shard_registry:get_shard_id(free),
     ok = supervisor:terminate_child(erlmcp_shard_sup, Shard),
@@ -202,7 +201,7 @@ route_batch_with_refusals(_Config) ->
     ?assertEqual([ok, ok, ok, {error, shard_overloaded}, {error, shard_overloaded}],
                  ?M:route_batch([ {free, N} || N <- lists:seq(1, 5) ])),
     ?assertEqual([1, 2, 3], test_support:flush()),
-    %% And the circuit nothing.
+    %% The open circuit admits none.
     open = erlmcp_nif:breaker_set(open),
     ?assertEqual([{error, circuit_open}, {error, not_found}], ?M:route_batch([{free, 1}, {unknown, 2}])),
     ?assertEqual([], test_support:flush()).
@@ -228,7 +227,7 @@ wrong_batches_send_nothing(_Config) ->
     ?assertEqual([], test_support:flush()).
 
 
-%% Single messages and batches of one sender, beside other senders.
+%% One sender sends single messages and batches, concurrently with other senders.
 order_of_one_sender(_Config) ->
     ok = erlmcp_native:set(token_bucket, infinity),
     ok = erlmcp_native:set(admission, infinity),
@@ -313,12 +312,12 @@ open_circuit(_Config) ->
     ?assertEqual({error, circuit_open}, ?R:route_to_transport(broadcast, s, x)),
     ?assertEqual({error, circuit_open}, ?R:route_message({transport, t}, x)),
     ?assertEqual({error, circuit_open}, ?R:route_message({server, s}, x)),
-    %% Those who are not there are not there.
+    %% Unknown targets are still reported as such.
     ?assertEqual({error, not_found}, ?M:route_message(unknown, x)),
     ?assertEqual(ok, ?R:route_to_server(unknown, t, x)),
     ?assertEqual(ok, ?R:route_to_transport(unknown, s, x)),
     ?assertEqual([], test_support:flush()),
-    %% Nobody has paid for that, and nobody is refused afterwards.
+    %% No bucket was charged for that, and no sender is refused afterwards.
     ?assertMatch(#{tokens := 1000}, ?B:get_state(transport, t)),
     ?assertMatch(#{tokens := 1000}, ?B:get_state(Id)),
     closed = erlmcp_nif:breaker_set(closed),
@@ -335,7 +334,7 @@ half_open() ->
 probes_that_are_admitted_close_it(_Config) ->
     ok = half_open(),
     ok = erlmcp_shard_registry:register_connection(c, self(), #{}),
-    %% Look-ups that find nobody are no probes.
+    %% Look-ups that find nothing are no probes.
     {error, not_found} = ?M:route_message(unknown, x),
     ?assertMatch(#{state := half_open, successes := 0, probes := 0}, erlmcp_nif:breaker_stats()),
     ?assertEqual(ok, ?M:route_message(c, 1)),
@@ -347,7 +346,7 @@ probes_that_are_admitted_close_it(_Config) ->
     ?assertEqual([1, 2, 3], test_support:flush()).
 
 
-%% Of two changes by one message both are told, in their order.
+%% One message that causes two changes reports both, in their order.
 probe_that_closes_it_at_once(_Config) ->
     ok = erlmcp_shard_registry:register_connection(c, self(), #{}),
     ok = erlmcp_native:set(circuit_breaker, (circuit())#{success_threshold => 1, timeout_ms => 0}),
@@ -366,7 +365,7 @@ probe_that_its_shard_refuses(_Config) ->
     ?assertEqual({error, shard_overloaded}, ?M:route_message(Id, x)),
     ?assertEqual(open, erlmcp_nif:breaker_state()),
     ?assertEqual({error, circuit_open}, ?M:route_message(c, 2)),
-    %% As the first probe too.
+    %% The same holds for the first probe.
     ok = test_support:await_value(half_open, fun() -> erlmcp_nif:breaker_state() end),
     ?assertEqual({error, shard_overloaded}, ?M:route_message(Id, x)),
     ?assertEqual(open, erlmcp_nif:breaker_state()),
@@ -378,7 +377,8 @@ probe_that_is_rate_limited(_Config) ->
     ok = erlmcp_shard_registry:register_connection(c, self(), #{}),
     ok = ?B:set_limits(c, #{capacity => 1, rate_per_second => ?SLOW}),
     {ok, 0} = ?B:consume(c, 1),
-    %% Neither a success nor a failure, and its place is free again: more than there are places.
+    %% The outcome is neither a success nor a failure, and the probe's place is released: there are more probes
+    %% than places.
     _ = [ begin
               ?assertEqual({error, rate_limited}, ?M:route_message(c, x)),
               ?assertMatch(#{state := half_open, successes := 0, probes := 0}, erlmcp_nif:breaker_stats())
@@ -388,7 +388,7 @@ probe_that_is_rate_limited(_Config) ->
     ?assertEqual(closed, erlmcp_nif:breaker_state()).
 
 
-%% Each shard that enters overload is a failure.
+%% Each shard that becomes overloaded counts as a failure.
 overload_of_many_shards_opens_it(_Config) ->
     ok = erlmcp_native:set(circuit_breaker, (circuit())#{timeout_ms => 60_000}),
     Receivers = lists:append([ overloaded(Shard) || Shard <- lists:seq(0, 3) ]),
@@ -398,7 +398,7 @@ overload_of_many_shards_opens_it(_Config) ->
     end_all(Receivers ++ More).
 
 
-%% However often it is refused, and however often it comes and goes within a second.
+%% However many messages it refuses, and however often it becomes overloaded within a second.
 overload_of_one_shard_does_not_open_it(_Config) ->
     ok = erlmcp_native:set(circuit_breaker, circuit()),
     ok = erlmcp_native:set(admission, #{threshold => 20, sample_interval_ms => 10}),
@@ -430,7 +430,7 @@ layers_are_asked_in_order(_Config) ->
     Receivers = [{Id, _} | _] = overloaded(?SHARD),
     ok = ?B:set_limits(Id, infinity),
     ok = ?B:set_limits(Id, #{capacity => 1, rate_per_second => ?SLOW}),
-    %% The shard refuses before the bucket is asked,
+    %% The shard refuses before the bucket is charged,
     ?assertEqual({error, shard_overloaded}, ?M:route_message(Id, x)),
     ?assertMatch(#{tokens := 1}, ?B:get_state(Id)),
     _ = ?B:consume(Id, 1),
@@ -439,7 +439,7 @@ layers_are_asked_in_order(_Config) ->
     open = erlmcp_nif:breaker_set(open),
     ?assertEqual({error, circuit_open}, ?M:route_message(Id, x)),
     closed = erlmcp_nif:breaker_set(closed),
-    %% What the bucket refuses is not counted in the shard.
+    %% A message that the bucket refuses is not counted in the shard.
     #{admitted := Admitted} = ?A:get_shard_stats(?SHARD),
     ok = ?A:set_threshold(?SHARD, 1000),
     ?assertEqual({error, rate_limited}, ?M:route_message(Id, x)),
@@ -447,7 +447,7 @@ layers_are_asked_in_order(_Config) ->
     end_all(Receivers).
 
 
-%%% Who pays
+%%% Which bucket is charged
 
 
 transports_pay_for_requests(_Config) ->
@@ -456,16 +456,16 @@ transports_pay_for_requests(_Config) ->
     _ = [ ok = ?B:set_limits(transport, T, #{capacity => 2, rate_per_second => ?SLOW}) || T <- [t1, t2] ],
     ?assertEqual([ok, ok, {error, rate_limited}, {error, rate_limited}],
                  [ ?R:route_to_server(s, t1, N) || N <- lists:seq(1, 4) ]),
-    %% Its neighbour is not concerned, and who is not registered has no bucket.
+    %% The other transport is not affected, and an unregistered transport has no bucket.
     ?assertEqual([ok, ok, {error, rate_limited}], [ ?R:route_to_server(s, t2, N) || N <- lists:seq(1, 3) ]),
     ?assertEqual([], [ E || E <- [ ?R:route_to_server(s, unknown, N) || N <- lists:seq(1, 2000) ], E =/= ok ]),
     _ = test_support:flush(),
-    %% A connection, or a server, of the same id does not pay for it.
+    %% A connection or a server of the same id is not charged for it.
     ok = erlmcp_shard_registry:register_connection(t1, self(), #{}),
     ok = ?R:register_server(t1, self(), #{}),
     ?assertEqual({error, rate_limited}, ?R:route_to_server(t1, t1, x)),
     ?assertMatch(#{tokens := 1000}, ?B:get_state(connection, t1)),
-    %% A message that goes nowhere costs nothing.
+    %% A message to an unknown target is not charged.
     ok = ?B:set_limits(transport, t2, default),
     ok = ?R:route_to_server(unknown, t2, x),
     Tokens = fun() -> maps:get(tokens, ?B:get_state(transport, t2)) end,
@@ -473,7 +473,7 @@ transports_pay_for_requests(_Config) ->
     ?assertEqual([], test_support:flush()).
 
 
-%% Three messages each; together they are far more than any one of them may send.
+%% Three messages each. Together they exceed by far what any one of them may send.
 thousands_of_transports_of_one_server(_Config) ->
     ok = erlmcp_native:set(token_bucket, #{capacity => 2, rate_per_second => ?SLOW}),
     ok = ?R:register_server(s, self(), #{}),
@@ -484,7 +484,7 @@ thousands_of_transports_of_one_server(_Config) ->
     ?assertEqual([ {mcp_message, Id, {N, Id}} || Id <- Ids, N <- [1, 2] ], test_support:flush()).
 
 
-%% Neither side pays, but the shard of the transport admits.
+%% Neither side is charged, but the transport's shard admits or refuses.
 answers_cost_nothing(_Config) ->
     [{Id, Pid}] = receivers(?SHARD, 1),
     ok = ?R:register_transport(Id, Pid, #{server_id => s}),
@@ -512,7 +512,7 @@ broadcast_admits_each_by_itself(_Config) ->
     ?assertEqual(Waiting, queue(FullPid)),
     _ = [ ?assertEqual({messages, [ {mcp_response, s, N} || N <- [1, 2, 3] ]}, process_info(Pid, messages))
           || {_, Pid} <- Others ],
-    %% More than are done on a normal scheduler.
+    %% More transports than are handled on a normal scheduler.
     Many = [ {<<"many ", N:32>>, spawn(fun() -> stalled() end)} || N <- lists:seq(1, 2000) ],
     _ = [ ok = ?R:register_transport(Id, Pid, #{server_id => s}) || {Id, Pid} <- Many ],
     ?assertEqual({error, shard_overloaded}, ?R:route_to_transport(broadcast, s, 4)),
@@ -547,14 +547,14 @@ backpressure_off(_Config) ->
     ?assertEqual([ok], lists:usort(lists:append([ Routes() || _ <- lists:seq(1, 500) ]))),
     ?assertEqual(Before + 8 * 500, queue(Pid)),
     ?assertEqual(ok, ?A:check_admission(?SHARD)),
-    %% Other settings are noted and not in force.
+    %% Other settings are stored and not in force.
     ok = erlmcp_native:set(admission, #{threshold => 1}),
     ok = erlmcp_native:set(token_bucket, #{capacity => 1, rate_per_second => ?SLOW}),
     ok = erlmcp_native:set(circuit_breaker, circuit()),
     _ = erlmcp_nif:breaker_set(open),
     ?assertEqual([ok], lists:usort(lists:append([ Routes() || _ <- lists:seq(1, 100) ]))),
     ?assertEqual({error, not_found}, ?M:route_message(unknown, x)),
-    %% And on again, with all that.
+    %% Backpressure is switched on again, with all of these settings.
     ok = erlmcp_native:set(backpressure, on),
     ?assertMatch(#{threshold := 1}, ?A:get_shard_stats(?SHARD)),
     test_support:await(fun() -> ?M:route_message(Id, x) =:= {error, shard_overloaded} end),
@@ -562,7 +562,7 @@ backpressure_off(_Config) ->
     end_all(Receivers).
 
 
-%% The transport is not checked: one whose id is too long to be registered has no bucket.
+%% The transport's id is not validated: a transport whose id is too long to be registered has no bucket.
 long_transport_id(_Config) ->
     ok = ?R:register_server(s, self(), #{}),
     Long = binary:copy(<<"x">>, 65_536),

@@ -1,9 +1,9 @@
-%%% Metrics of the shards: rates, refusals and percentiles against a load that is known.
+%%% Metrics of the shards: rates, refusals and percentiles under a known load.
 %%%
-%%% The contract of erlmcp_shard_metrics: every refusal is counted once, under its reason; rates are what
-%%% was counted over the time that has really passed, so that rate times interval adds up to the load;
-%%% percentiles are those of the rates that were told; the counts never fall, whatever happens to the
-%%% process; and no route needs it.
+%%% The contract of erlmcp_shard_metrics: every refusal is counted once, under its reason. A rate is the count
+%%% divided by the time that really passed, so that the sum of rate times interval equals the load. Percentiles
+%%% are those of the reported rates. The counts never decrease, whatever happens to the process. No route needs
+%%% the process.
 -module(shard_metrics_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -54,7 +54,7 @@ end_per_suite(_Config) ->
     ok.
 
 
-%% The application stays, since the first measurement takes a second.
+%% The application is not stopped between cases, because the first measurement takes a second.
 init_per_testcase(_Case, Config) ->
     {ok, _} = application:ensure_all_started(erlmcp_native),
     ok = erlmcp_native:set(token_bucket, infinity),
@@ -86,7 +86,7 @@ not_running(_Config) ->
     test_support:await(fun() -> is_map(?M:get()) end, ?DEADLINE_MS),
     ok = supervisor:terminate_child(erlmcp_control_plane_sup, ?M),
     ?assertEqual({error, not_running}, ?M:get()),
-    %% Nothing has been measured in the first second.
+    %% There is no measurement in the first second.
     Began = now_ms(),
     {ok, _} = supervisor:restart_child(erlmcp_control_plane_sup, ?M),
     First = ?M:get(),
@@ -136,7 +136,8 @@ idle(_Config) ->
 %%% Rates
 
 
-%% 2,000 a second, as well as this machine keeps the time. What was told adds up to what was sent.
+%% About 2,000 messages a second, as exactly as this machine keeps time. The reported rates add up to what was
+%% sent.
 rates_of_a_known_load(_Config) ->
     Receiver = receiver(),
     [Id] = ids(?SHARD, 1),
@@ -150,13 +151,13 @@ rates_of_a_known_load(_Config) ->
     Told = [ Rate * Ms / 1000 || #{messages_per_second := Rate, interval_ms := Ms} <- Metrics ++ Last ],
     ct:log("~b sent, ~p told: ~p", [Sent, lists:sum(Told), [ R || #{messages_per_second := R} <- Metrics ++ Last ]]),
     ?assert(abs(lists:sum(Told) - Sent) =< 0.01 * Sent + 5, {Told, Sent}),
-    %% Exactly, by the counts.
+    %% The counts are exact.
     ?assertEqual(Sent, maps:get(admitted, hd(Last)) - maps:get(admitted, Before)),
-    %% A whole second under load, and nobody else: the rate of the node is that of the shard.
+    %% The maximum is a whole second under this load alone, so the rate of the node is that of the shard.
     {Rate, OfShards} = lists:max([ {R, S} || #{messages_per_second := R, messages_per_second_of_shards := S} <- Metrics ]),
     ?assertEqual(#{?SHARD => Rate}, OfShards),
     ?assert(Rate > 0, Rate),
-    %% And it ends.
+    %% The rate falls to zero after the load.
     ?assertMatch([#{messages_per_second := 0}], measurements(1)).
 
 
@@ -188,14 +189,15 @@ not_found_is_counted_once(_Config) ->
                                        || N <- lists:seq(1, 123) ],
                                  [Id] = ids(?SHARD, 1),
                                  ok = erlmcp_shard_registry:register_connection(Id, self(), #{}),
-                                 %% It is in another shard.
+                                 %% The connection is in another shard.
                                  {error, not_found} = erlmcp_shard_manager:route_message(?SHARD + 1, Id, x),
                                  {error, not_found} = erlmcp_shard_manager:route_message(?SHARD, {nobody, 1}, x)
                          end),
     ?assertEqual(#{not_found => 125}, Counts).
 
 
-%% They are dropped with a warning, and `ok'. The pure-Erlang registry counts nothing.
+%% Such messages are dropped with a warning, and the result is `ok'. The pure-Erlang registry counts none of
+%% them.
 unknown_servers_and_transports_are_counted_once(_Config) ->
     Route = fun() ->
                     _ = [ ok = erlmcp_registry:route_to_server({nobody, N}, t, x) || N <- lists:seq(1, 10) ],
@@ -220,7 +222,7 @@ circuit_open_is_counted(_Config) ->
                                  _ = [ {error, circuit_open} = erlmcp_shard_manager:route_message(c, x) || _ <- lists:seq(1, 50) ],
                                  {error, circuit_open} = erlmcp_registry:route_to_server(s, {t, 1}, x),
                                  {error, circuit_open} = erlmcp_registry:route_to_transport({t, 1}, s, x),
-                                 %% Each transport by itself.
+                                 %% Each transport counts separately.
                                  {error, circuit_open} = erlmcp_registry:route_to_transport(broadcast, s, x)
                          end),
     ?assertEqual(#{circuit_open => 55}, Counts).
@@ -263,7 +265,7 @@ refusals_of_batches(_Config) ->
     ?assertEqual(#{not_found => 1001, rate_limited => 990}, Counts).
 
 
-%% Nothing is lost between processes that are refused at once.
+%% No refusal of concurrent senders is lost.
 refusals_of_many_processes(_Config) ->
     ok = erlmcp_shard_registry:register_connection(c, self(), #{}),
     ok = erlmcp_circuit_breaker:force_open(),
@@ -299,7 +301,7 @@ explanations_and_questions_are_not_counted(_Config) ->
 %%% Percentiles
 
 
-%% Of a process that has just begun, against those of the rates that it has told.
+%% The percentiles of a process that has just started, against those of the rates that it has reported.
 percentiles_of_the_last_minute(_Config) ->
     ok = erlmcp_shard_registry:register_connection(c, receiver(), #{}),
     ok = supervisor:terminate_child(erlmcp_control_plane_sup, ?M),
@@ -318,32 +320,32 @@ percentiles_of_the_last_minute(_Config) ->
     ?assert(maps:get(p99, OfMessages) > maps:get(p50, OfMessages)).
 
 
-%% The smallest value that so many percent are not above.
+%% The smallest value that at least `P' percent of the values do not exceed.
 percentiles(Values) ->
     maps:from_list([ {Key, hd([ V || V <- lists:sort(Values), 100 * length([ W || W <- Values, W =< V ]) >= P * length(Values) ])}
                      || {Key, P} <- [{p50, 50}, {p95, 95}, {p99, 99}] ]).
 
 
-%% Those of the last samples of the shards with traffic, whatever has been sampled.
+%% The latencies are those of the last samples of the shards with traffic, whichever other shards were sampled.
 latencies(_Config) ->
     Samples = [{0, lists:seq(100, 199)}, {?SHARD, lists:seq(1, 99)}, {63, [1_000_000]}],
     Shards = [ Shard || {Shard, _} <- Samples ],
     [First, Second, _] = Ids = [ hd(ids(Shard, 1)) || Shard <- Shards ],
     _ = [ ok = erlmcp_shard_registry:register_connection(Id, receiver(), #{}) || Id <- Ids ],
-    %% The managers would sample too.
+    %% The managers would sample as well.
     _ = [ ok = supervisor:terminate_child(erlmcp_shard_sup, Shard) || Shard <- Shards ],
     try
         _ = [ ok = erlmcp_shard_sampler:insert(Shard, 1, LatenciesUs) || {Shard, LatenciesUs} <- Samples ],
         ?assertEqual(#{p50 => 50, p95 => 95, p99 => 99}, latency_of_traffic_to([Second])),
         ?assertEqual(#{p50 => 100, p95 => 190, p99 => 198}, latency_of_traffic_to([First, Second])),
-        %% Shards without traffic have none.
+        %% Shards without traffic have no latency.
         ?assertEqual(#{p50 => 0, p95 => 0, p99 => 0}, latency_of_traffic_to([]))
     after
         [ {ok, _} = supervisor:restart_child(erlmcp_shard_sup, Shard) || Shard <- Shards ]
     end.
 
 
-%% All of it is in one measurement.
+%% All of the traffic falls into one measurement.
 latency_of_traffic_to(Ids) ->
     ok = sys:suspend(?M),
     Before = ?M:get(),
@@ -384,7 +386,7 @@ counts_outlive_the_process(_Config) ->
     ?assertEqual(100 + 30, lists:sum(Third) - lists:sum(Second)),
     _ = [ ?assert(lists:all(fun({Was, Is}) -> Is >= Was end, lists:zip(Before, After)))
           || {Before, After} <- [{First, Second}, {Second, Third}] ],
-    %% What was counted while it was not there makes no peak in the first rate.
+    %% Counts from the time without the process make no peak in the first rate.
     Restart(),
     #{messages_per_second := Rate} = next_measurement(),
     ?assert(Rate =< 101, Rate).
@@ -402,13 +404,13 @@ routes_need_no_process(_Config) ->
     {ok, _} = supervisor:restart_child(erlmcp_native_sup, erlmcp_control_plane_sup).
 
 
-%% But for its own timer.
+%% Apart from the messages of its own timer.
 process_info_of_waiting(Name) ->
     {messages, Messages} = process_info(whereis(Name), messages),
     {message_queue_len, length([ M || M <- Messages, M =/= measure ])}.
 
 
-%% A route leaves no trace then, as the documentation says; refusals are counted all the same.
+%% Routes are not counted then, as documented. Refusals are counted nevertheless.
 without_thresholds(_Config) ->
     ok = erlmcp_shard_registry:register_connection(c, receiver(), #{}),
     ok = erlmcp_admission_control:set_threshold(infinity),
@@ -435,7 +437,7 @@ results_and_refusals_of(Fun) ->
     Result = Fun(),
     Metrics = [_, #{refused := After}] = measurements(2),
     Counts = maps:map(fun(Reason, Count) -> Count - maps:get(Reason, Before) end, After),
-    %% The rates are those of the counts.
+    %% The rates agree with the counts.
     _ = [ begin
               Told = lists:sum([ maps:get(Reason, Rates) * Ms / 1000
                                  || #{refusals_per_second := Rates, interval_ms := Ms} <- Metrics ]),
@@ -444,7 +446,7 @@ results_and_refusals_of(Fun) ->
     {Result, maps:filter(fun(_Reason, Count) -> Count =/= 0 end, Counts)}.
 
 
-%% From the shards themselves.
+%% Read from the shards themselves.
 refused() ->
     Counts = [ tuple_to_list(erlmcp_nif:refused(Shard)) || Shard <- shards() ],
     Sums = [ lists:sum([ lists:nth(N, OfShard) || OfShard <- Counts ]) || N <- [1, 2, 3, 4] ],
@@ -455,7 +457,7 @@ shards() ->
     lists:seq(0, ?SHARDS - 1).
 
 
-%% The next ones, none of which is missed.
+%% The next measurements, without a gap.
 measurements(Number) ->
     [ next_measurement() || _ <- lists:seq(1, Number) ].
 
@@ -469,7 +471,7 @@ next_measurement(Before) ->
     ?M:get().
 
 
-%% Those of the time in which the fun runs, however long that is.
+%% The measurements during the run of the fun, however long it takes.
 measured_while(Fun) ->
     Before = ?M:get(),
     Recorder = spawn_opt(fun() -> record(Before, []) end, [link, {priority, high}]),
@@ -485,7 +487,7 @@ record(Last, Metrics) ->
                    end,
     receive
         {stop, From} ->
-            %% The next one may have been taken before the end, the one after that was not.
+            %% The next measurement may have been taken before the fun returned. The one after it was not.
             Next = next_measurement(Now),
             From ! {recorded, self(), lists:reverse([next_measurement(Next), Next | Sofar])}
     after
@@ -502,7 +504,7 @@ receiver() ->
     spawn(fun Loop() -> receive _ -> Loop() end end).
 
 
-%% So many every so many milliseconds; what is late is made up for.
+%% Sends `Number' messages every `EveryMs' milliseconds. Late messages are sent at once.
 paced(Id, Number, EveryMs, DueMs, Sent) ->
     receive
         {stop, From} -> From ! {sent, self(), Sent}

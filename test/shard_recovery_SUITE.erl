@@ -1,8 +1,9 @@
-%%% Recovery of shards: who is told of a manager's restart, how often, and what is kept account of.
+%%% Recovery of shards: which processes are notified of a manager's restart, how often, and the account of
+%%% downtimes.
 %%%
-%%% The contract of erlmcp_shard_recovery: each subscriber is told once of each recovery; the downtimes are
-%%% those that there were, measured, or given as an upper bound and counted apart where nobody has seen
-%%% them begin; and all that outlives the process itself and its supervisor.
+%%% The contract of erlmcp_shard_recovery: each subscriber is notified once of each recovery. Downtimes are
+%%% measured; a downtime whose beginning was not observed is counted separately, with an upper bound. All this
+%%% outlives the process itself and its supervisor.
 -module(shard_recovery_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -60,7 +61,7 @@ init_per_testcase(_Case, Config) ->
     _ = application:load(erlmcp_native),
     ok = application:set_env(erlmcp_native, token_bucket, infinity),
     ok = application:start(erlmcp_native),
-    %% The first samples of all managers, since downtimes are measured from one on.
+    %% Waits for the first samples of all managers, because downtimes are measured only after one.
     ok = test_support:await_samplers(),
     Config.
 
@@ -87,7 +88,7 @@ a_killed_manager_is_told_once(_Config) ->
               {Shard, Ms} = told(),
               Elapsed = now_us() - Began,
               ?assertEqual(New, manager(Shard)),
-              %% On a busy machine one may be over before anybody can see it, and is an upper bound.
+              %% On a busy machine a downtime may be over before it is observed, and is an upper bound.
               #{count := Count, unobserved_count := Unobserved, unobserved_worst_us := Bound, down := []} = ?M:downtimes(),
               ?assertEqual(N, Count + Unobserved),
               ?assert(Ms >= 0 andalso Ms * 1000 =< max(Elapsed, Bound) + 1000, {Ms, Elapsed, Bound})
@@ -112,7 +113,7 @@ subscribing_twice_is_once(_Config) ->
     _ = kill_manager(?SHARD),
     {?SHARD, _} = told(),
     ok = told_nothing_more(),
-    %% One unsubscription ends it.
+    %% One unsubscription cancels all subscriptions of the process.
     ok = ?M:unsubscribe(),
     _ = kill_manager(?SHARD),
     ok = counted(2),
@@ -143,14 +144,14 @@ subscribers_that_end(_Config) ->
     ?assertEqual([Other], subscribers()),
     exit(Other, kill),
     test_support:await(fun() -> subscribers() =:= [] end, ?DEADLINE_MS),
-    %% Also if the process that knew of them has ended.
+    %% The same holds if the process that knew the subscriber was killed.
     Third = subscriber(),
     ok = ?M:subscribe(Third),
     test_support:kill(whereis(?M)),
     test_support:await(fun() -> is_pid(whereis(?M)) end, ?DEADLINE_MS),
     exit(Third, kill),
     test_support:await(fun() -> subscribers() =:= [] end, ?DEADLINE_MS),
-    %% It goes on for others.
+    %% Others are still notified.
     ok = ?M:subscribe(),
     _ = kill_manager(?SHARD),
     {?SHARD, _} = told().
@@ -231,12 +232,12 @@ managers_that_cannot_start_are_down(_Config) ->
     _ = [ ok = supervisor:terminate_child(erlmcp_shard_sup, Shard) || Shard <- [40, ?SHARD] ],
     test_support:await(fun() -> maps:get(down, ?M:downtimes()) =:= [?SHARD, 40] end, ?DEADLINE_MS),
     ?assertMatch(#{count := 0}, ?M:downtimes()),
-    %% Who watches may be exchanged meanwhile.
+    %% The observing process may be replaced meanwhile.
     test_support:kill(whereis(?M)),
     test_support:await(fun() -> is_pid(whereis(?M)) end, ?DEADLINE_MS),
     _ = [ {ok, _} = supervisor:restart_child(erlmcp_shard_sup, Shard) || Shard <- [40, ?SHARD] ],
     test_support:await(fun() -> maps:get(down, ?M:downtimes()) =:= [] end, ?DEADLINE_MS),
-    %% Their beginning was seen.
+    %% The beginning of these downtimes was observed.
     ?assertMatch(#{count := 2, unobserved_count := 0}, ?M:downtimes()).
 
 
@@ -250,8 +251,8 @@ all_managers_at_once(_Config) ->
     ?assertEqual(?SHARDS, Count + Unobserved).
 
 
-%% As many messages as downtimes, and none missing. Every other one is killed whatever it is doing, also before it has
-%% sampled, which is one downtime with the former.
+%% There are as many notifications as downtimes, and none is missing. Every other manager is killed at any time,
+%% also before its first sample; that extends the former downtime.
 managers_killed_at_random(_Config) ->
     ok = ?M:subscribe(),
     Supervisors = [ whereis(Name) || Name <- [erlmcp_native_sup, erlmcp_shard_sup, erlmcp_control_plane_sup] ],
@@ -264,14 +265,15 @@ managers_killed_at_random(_Config) ->
     ?assertEqual(Count + Unobserved, length(Told)),
     ?assertEqual(lists:usort([ Shard || {Shard, _} <- Killed ]), lists:usort([ Shard || {Shard, _} <- Told ])),
     ?assert(length(Told) =< length(Killed), {length(Told), length(Killed)}),
-    %% The end of one that was known to be there is a downtime of its own.
+    %% The exit of a manager that was known to have sampled is a downtime of its own.
     OfKnown = length([ Shard || {Shard, true} <- Killed ]),
     ?assert(length(Told) >= OfKnown andalso OfKnown >= 150, {length(Told), OfKnown}),
     ?assertEqual(Supervisors, [ whereis(Name) || Name <- [erlmcp_native_sup, erlmcp_shard_sup, erlmcp_control_plane_sup] ]),
     ?assert(Worst < 30_000_000, Worst).
 
 
-%% The shard of a manager, and whether that one was known to have sampled; nothing where there is none just now.
+%% The shard of the killed manager, and whether that manager was known to have sampled. Empty if there is no
+%% manager at the moment.
 kill_at_random(IsAwaited) ->
     Shard = rand:uniform(?SHARDS) - 1,
     _ = IsAwaited andalso test_support:await(fun() -> is_known(Shard, manager(Shard)) end, ?DEADLINE_MS),
@@ -295,15 +297,15 @@ killed_while_nobody_watches(_Config) ->
     _ = [ kill_manager(Shard) || Shard <- [3, ?SHARD] ],
     test_support:await(fun() -> has_sampled(3) andalso has_sampled(?SHARD) end, ?DEADLINE_MS),
     ?assertMatch(#{count := 0, unobserved_count := 0}, ?M:downtimes()),
-    %% There is nobody who could tell more later.
+    %% Nothing runs that could report more later.
     ?assertEqual([], all_told()),
     {ok, _} = supervisor:restart_child(erlmcp_control_plane_sup, ?M),
     ?assertEqual([3, ?SHARD], lists:sort([ element(1, told()) || _ <- [1, 2] ])),
     ok = told_nothing_more(),
     #{count := 0, worst_us := 0, mean_us := 0, unobserved_count := 2, unobserved_worst_us := Bound} = ?M:downtimes(),
-    %% From its last sign of life.
+    %% The bound counts from the last sign of life.
     ?assert(Bound > 0 andalso Bound =< now_us() - LastAlive, Bound),
-    %% What it sees again, it measures again.
+    %% Downtimes that it observes again are measured again.
     ok = supervisor:terminate_child(erlmcp_shard_sup, 5),
     test_support:await(fun() -> maps:get(down, ?M:downtimes()) =:= [5] end, ?DEADLINE_MS),
     {ok, _} = supervisor:restart_child(erlmcp_shard_sup, 5),
@@ -311,12 +313,12 @@ killed_while_nobody_watches(_Config) ->
     ?assertMatch(#{count := 1, unobserved_count := 2}, ?M:downtimes()).
 
 
-%% Restarts that it learns of when they are over are none that it has seen begin.
+%% A restart that is noticed only when it is over was not observed from its beginning.
 killed_while_the_watcher_stands_still(_Config) ->
     ok = ?M:subscribe(),
     ok = sys:suspend(?M),
     LastAlive = last_alive_us(),
-    %% Its signs of life wait too, and are no signs of now.
+    %% Its own signs of life wait in the mailbox as well, and are not current.
     test_support:await(fun() -> has_waiting(sign_of_life) end, ?DEADLINE_MS),
     ok = supervisor:terminate_child(erlmcp_shard_sup, ?SHARD),
     Ended = now_us(),
@@ -329,13 +331,13 @@ killed_while_the_watcher_stands_still(_Config) ->
     ok = told_nothing_more(),
     #{count := Count, unobserved_count := Unobserved, unobserved_worst_us := Bound} = ?M:downtimes(),
     ?assertEqual({0, 1}, {Count, Unobserved}),
-    %% A bound is no less than what it bounds.
+    %% The bound is not less than the downtime.
     ?assert(Bound >= 300_000 andalso Bound =< After - LastAlive, Bound),
     ?assert(Ms >= 300, Ms).
 
 
-%% Whatever the order of their ends, each restart is told, and counted here or there. It must be so before the next
-%% round: two restarts of one shard that the watcher finds at once are one to it.
+%% In whatever order they exit, each restart is notified, and counted either as observed or as unobserved. Each
+%% round waits for that: two restarts of one shard that the observer notices at once count as one.
 watcher_is_killed_too(_Config) ->
     ok = ?M:subscribe(),
     Rounds = 40,
@@ -351,12 +353,12 @@ watcher_is_killed_too(_Config) ->
     #{count := Count, unobserved_count := Unobserved, unobserved_worst_us := Bound} = ?M:downtimes(),
     ct:pal("~b seen, ~b unobserved, at most ~b us; ~b messages", [Count, Unobserved, Bound, length(Told)]),
     ?assertEqual(4 * Rounds, Count + Unobserved),
-    %% One may come twice if it was being told of.
+    %% A notification that was in progress at the kill may arrive twice.
     ?assert(length(Told) >= 4 * Rounds, length(Told)),
     ?assert(length(Told) =< 4 * Rounds + Rounds, length(Told)).
 
 
-%% One downtime, from the first end to the first sample of whoever takes one.
+%% There is one downtime, from the first exit to the first sample by any successor.
 killed_again_before_the_first_sample(_Config) ->
     ok = ?M:subscribe(),
     Supervisor = whereis(erlmcp_shard_sup),
@@ -364,7 +366,7 @@ killed_again_before_the_first_sample(_Config) ->
     ok = supervisor:terminate_child(erlmcp_shard_sup, ?SHARD),
     test_support:await(fun() -> maps:get(down, ?M:downtimes()) =:= [?SHARD] end, ?DEADLINE_MS),
     ok = test_support:sleep_until(now_us() + 100_000),
-    %% Most of them end before their first sample.
+    %% Most of these managers exit before their first sample.
     _ = [ begin
               {ok, Pid} = supervisor:restart_child(erlmcp_shard_sup, ?SHARD),
               ok = supervisor:terminate_child(erlmcp_shard_sup, ?SHARD),
@@ -380,8 +382,8 @@ killed_again_before_the_first_sample(_Config) ->
     ?assertEqual(Supervisor, whereis(erlmcp_shard_sup)).
 
 
-%% The sampler of a manager that was killed may hold what the first sample of the next one needs. No message comes that
-%% would make that manager sample later, so it tries again by itself.
+%% The sampler of a killed manager may hold what the first sample of its successor needs. No message arrives
+%% that would make the successor sample later, so it retries by itself.
 first_samples_that_find_another_sampler(_Config) ->
     ok = ?M:subscribe(),
     Rounds = 20,
@@ -430,7 +432,7 @@ subscriptions_survive_the_supervisors(_Config) ->
     ok = told_nothing_more().
 
 
-%% What is subscribed and unsubscribed while it is not there counts when it is.
+%% Subscriptions and unsubscriptions made without the process are in force when it runs again.
 subscribing_needs_no_process(_Config) ->
     Other = subscriber(),
     ok = ?M:subscribe(Other),
@@ -448,7 +450,7 @@ subscribing_needs_no_process(_Config) ->
     test_support:await(fun() -> subscribers() =:= [self()] end, ?DEADLINE_MS).
 
 
-%% The first sample of a manager that is told after a later one's, or before its predecessor's end.
+%% The first sample of a manager is reported after that of a later manager, or before its predecessor's exit.
 news_that_come_in_another_order(_Config) ->
     ok = ?M:subscribe(),
     Old = manager(?SHARD),
@@ -462,7 +464,7 @@ news_that_come_in_another_order(_Config) ->
     _ = kill_manager(?SHARD),
     test_support:await(fun() -> has_sampled(?SHARD) end, ?DEADLINE_MS),
     {Manager, Us} = erlmcp_shard_sampler:first_sample(?SHARD),
-    %% Before whatever is in the mailbox.
+    %% Handled before the messages in the mailbox.
     _ = sys:replace_state(?M,
                           fun(State) ->
                                   {noreply, Next} = ?M:handle_info({first_sample, ?SHARD, Manager, Us}, State),
@@ -474,7 +476,7 @@ news_that_come_in_another_order(_Config) ->
     ok = told_nothing_more(),
     #{count := Count, unobserved_count := Unobserved, down := []} = ?M:downtimes(),
     ?assertEqual(2, Count + Unobserved),
-    %% The present one is watched.
+    %% The current manager is monitored.
     _ = kill_manager(?SHARD),
     {?SHARD, _} = told().
 
@@ -520,7 +522,7 @@ has_sampled(Shard) ->
     end.
 
 
-%% Returns its successor.
+%% Kills a manager and returns its successor.
 kill_manager(Shard) ->
     Old = manager(Shard),
     true = is_pid(Old),
@@ -533,7 +535,7 @@ subscribers() ->
     lists:append(ets:match(?M, {{subscriber, '$1'}})).
 
 
-%% All that has happened to managers is known, and told.
+%% Waits until all changes of managers are known and notified.
 settle() ->
     test_support:await(fun() ->
                                lists:all(fun(Shard) -> is_known(Shard, manager(Shard)) end, shards())
@@ -543,7 +545,7 @@ settle() ->
     ok.
 
 
-%% It is known to have sampled, and what went before has been told.
+%% The manager is known to have sampled, and all earlier recoveries have been notified.
 is_known(Shard, Manager) ->
     ets:lookup(?M, {shard, Shard}) =:= [{{shard, Shard}, Manager, up}].
 
@@ -552,13 +554,13 @@ last_alive_us() ->
     ets:lookup_element(?M, alive_us, 2).
 
 
-%% Whether such a message waits in the mailbox of the process.
+%% Whether a message of this kind waits in the mailbox of the process.
 has_waiting(Kind) ->
     {messages, Messages} = process_info(whereis(?M), messages),
     lists:any(fun(Message) -> is_tuple(Message) andalso element(1, Message) =:= Kind end, Messages).
 
 
-%% Downtimes, and all of them told.
+%% Waits for `Number' downtimes, and until all of them are notified.
 counted(Number) ->
     Counted = fun() ->
                       #{count := Count, unobserved_count := Unobserved} = ?M:downtimes(),
@@ -586,7 +588,7 @@ told_nothing_more() ->
     receive {erlmcp_shard_recovered, _, _} = More -> More after 0 -> ok end.
 
 
-%% A process that keeps what it is told.
+%% A process that keeps its notifications.
 subscriber() ->
     spawn(fun() -> subscriber([]) end).
 

@@ -1,7 +1,7 @@
 %%% erlmcp_shard_registry through its API alone.
 %%%
-%%% The contract stated here: what is registered is found until its process ends or it is unregistered; a
-%%% shard is erlang:phash2(Id, Shards); wrong arguments raise badarg and change nothing.
+%%% The contract: a registered id is found until its process exits or it is unregistered; a shard is
+%%% erlang:phash2(Id, Shards); wrong arguments raise badarg and change nothing.
 %%%
 %%% The grouped cases run on the default registry and on registries from new/1: see registry_variants.
 -module(shard_registry_SUITE).
@@ -110,7 +110,7 @@ first_registration_wins(Config) ->
     ?assertEqual({error, already_registered}, api(R, register_connection, [Id, Other, second])),
     ?assertEqual({error, already_registered}, api(R, register_connection, [Id, self(), third])),
     ?assertEqual({ok, {self(), first}}, api(R, lookup_connection, [Id])),
-    %% The loser's end changes nothing.
+    %% The exit of the process that was refused changes nothing.
     stop(Other),
     ?assertEqual({ok, {self(), first}}, api(R, lookup_connection, [Id])),
     ok = api(R, unregister_connection, [Id]),
@@ -163,7 +163,7 @@ ends_with_its_process(Config) ->
           Monitor = monitor(process, Pid),
           End(Pid),
           receive {'DOWN', Monitor, process, Pid, _} -> ok end,
-          %% Whoever has seen it end does not find it, and can take its id.
+          %% A process that has observed the exit does not find the entry, and can register its id.
           ?assertEqual({error, not_found}, api(R, lookup_connection, [Id])),
           ?assertEqual(ok, api(R, register_connection, [Id, self(), none])),
           ?assertEqual({ok, {self(), none}}, api(R, lookup_connection, [Id])),
@@ -191,7 +191,7 @@ shard_is_phash2(Config) ->
     #{shards := Shards} = api(R, limits, []),
     [ ?assertEqual({Id, erlang:phash2(Id, Shards)}, {Id, api(R, get_shard_id, [Id])})
       || Id <- all_ids() ++ [ {shard, N} || N <- lists:seq(1, 1000) ] ],
-    %% Of every number of shards there can be.
+    %% For every possible number of shards.
     [ begin
           Own = ?M:new(#{shards => 1 bsl Bits}),
           [ ?assertEqual(erlang:phash2(Id, 1 bsl Bits), ?M:get_shard_id(Own, Id))
@@ -277,12 +277,12 @@ list_of_thousands(Config) ->
     #{shards := Shards} = api(R, limits, []),
     Pid = process(),
     Caps = [lists:seq(1, 100), <<0:8000>>, #{a => b}],
-    %% All in one shard.
+    %% All ids are in one shard.
     Ids = same_shard(Shards, 3000),
     [ ok = api(R, register_connection, [Id, Pid, Caps]) || Id <- Ids ],
     Listed = [ Id || {Id, {Of, C}} <- api(R, list_connections, [0]), Of =:= Pid, C =:= Caps ],
     ?assertEqual(lists:sort(Ids), lists:sort(Listed)),
-    %% Holes are not listed.
+    %% Free slots are not listed.
     {Half, Rest} = lists:split(1500, Ids),
     [ ok = api(R, unregister_connection, [Id]) || Id <- Half ],
     Left = [ Id || {Id, {Of, _}} <- api(R, list_connections, [0]), Of =:= Pid ],
@@ -298,10 +298,10 @@ same_shard(Shards, N) ->
                   N).
 
 
-%%% Configs
+%%% Processes
 
 
-%% A process of this node's name, but of an earlier life of it, is one that has ended.
+%% A process of an earlier incarnation of this node counts as exited.
 process_of_a_former_node(Config) ->
     R = registry(Config),
     Former = external_pid(atom_to_binary(node()), 123),
@@ -316,7 +316,7 @@ process_of_a_former_node(Config) ->
 %%% Registries
 
 
-%% A new function needs a test.
+%% Every new function needs a test.
 exports_are_known(_Config) ->
     Expected = [{new, 0},
                 {new, 1},

@@ -1,8 +1,8 @@
-%%% The node stops in time, whatever an application asks of this one meanwhile.
+%%% The node stops in time, whatever an application asks of erlmcp_native meanwhile.
 %%%
-%%% The contract: no public function waits for the application controller, which answers nobody while it
-%%% stops an application. A host application calls each of them in its `prep_stop' and its `stop', in a
-%%% node of its own that `init:stop/0' ends.
+%%% The contract: no public function waits for the application controller, which does not answer while it stops
+%%% an application. A host application calls these functions in its `prep_stop' and its `stop', in a peer node
+%%% that `init:stop/0' stops.
 -module(shutdown_SUITE).
 
 -behaviour(application).
@@ -21,7 +21,7 @@
 
 -define(HOST,        shutdown_host).
 -define(DEADLINE_MS, 60_000).
-%% Far less than what a call that times out takes (5 s), times the number of calls.
+%% Far less than the number of calls times the timeout of one call (5 s).
 -define(STOPPED_MS, 20_000).
 
 
@@ -44,7 +44,7 @@ node_stops_while_an_application_asks(Config) ->
     ?assertEqual({[], []}, {failed(prep_stop, File), failed(stop, File)}).
 
 
-%% The library used by a host that does not list the application.
+%% A host that does not list the application uses the library.
 node_stops_without_the_application(Config) ->
     Peer = start_peer(),
     File = results_file(Config),
@@ -53,7 +53,7 @@ node_stops_without_the_application(Config) ->
     ?assertEqual({[], []}, {failed(prep_stop, File), failed(stop, File)}).
 
 
-%% Not the node stops but one application, which is the other case in which the controller's answers wait.
+%% One application stops and not the node. This is the other case in which the controller does not answer.
 application_stops_while_another_one_asks(Config) ->
     Peer = start_peer(),
     File = results_file(Config),
@@ -87,7 +87,7 @@ stops(Peer) ->
     ?assert(Ms < ?STOPPED_MS, Ms).
 
 
-%% Not linked: that it ends is what is waited for.
+%% The peer is unlinked, because the case waits for its exit.
 start_peer() ->
     {ok, Peer, _} = test_support:start_peer(?MODULE, #{}),
     true = unlink(Peer),
@@ -98,7 +98,7 @@ results_file(Config) ->
     filename:join(proplists:get_value(priv_dir, Config), "results_" ++ integer_to_list(erlang:unique_integer([positive]))).
 
 
-%% What did not return.
+%% The calls that did not return.
 failed(Callback, File) ->
     {ok, Results} = file:consult(File ++ "." ++ atom_to_list(Callback)),
     ?assert(length(Results) > 15, Results),
@@ -127,7 +127,7 @@ run_host(File, Applications) ->
     ok.
 
 
-%% The milliseconds that it took.
+%% The duration in milliseconds.
 stop_host() ->
     Began = now_ms(),
     ok = application:stop(?HOST),
@@ -164,7 +164,7 @@ ask_everything(Callback) ->
     ok = file:write_file(File ++ "." ++ atom_to_list(Callback), Results).
 
 
-%% Some answer with an error where the application or the registry's process is not there.
+%% Some calls fail where the application or the registry's process is not running.
 outcome(Call) ->
     Began = now_ms(),
     try Call() of

@@ -1,6 +1,6 @@
-%%% Nodes that are connected and do not answer: their processes are stopped by SIGSTOP. The scope `global' waits
-%%% for them no longer than `global_timeout_ms', for all of them together. Routes to their processes wait for
-%%% nothing.
+%%% Connected nodes that do not answer, because their operating system processes are stopped by SIGSTOP. The
+%%% scope `global' waits for all of them together no longer than `global_timeout_ms'. Routes to processes on
+%%% them do not wait.
 -module(silent_nodes_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -23,7 +23,7 @@
 -export([register_all/3, idle/0, others/1]).
 
 -define(BOUND_MS, 1_000).
-%% What a call may take that waits for one bound: less than two.
+%% Added to the bound, this limits a call that waits for one bound. Two bounds would take longer.
 -define(SLACK_MS, 900).
 
 
@@ -97,7 +97,7 @@ find_is_bounded(Config) ->
     [PidA] = register_all(A, Module, [a]),
     [PidB] = register_all(B, Module, [b]),
     ?assertEqual({ok, {A, PidA, #{}}}, Module:find_server(global, a)),
-    %% An entry for a process of that node, which another node holds.
+    %% An entry that node B holds for a process on the silent node.
     ok = erpc:call(B, Module, register_transport, [global, held_by_b, PidA, #{}]),
     Running = running([A, B]),
     ok = freeze(Silent),
@@ -110,7 +110,7 @@ find_is_bounded(Config) ->
     ?assertEqual(none, stray(Running)).
 
 
-%% Two silent nodes with many entries cost no more than one with one.
+%% Two silent nodes with many entries take no longer than one with one entry.
 list_returns_what_is_known(Config) ->
     Module = module(Config),
     [{_, A, _}, {_, B, _}] = Peers = peers(Config),
@@ -134,7 +134,7 @@ list_returns_what_is_known(Config) ->
 %%% Changes
 
 
-%% A registration is one of the whole cluster. What was given up leaves nothing behind.
+%% A registration is cluster-wide. One that timed out leaves nothing behind.
 registration_is_bounded(Config) ->
     Module = module(Config),
     [{_, A, _} = Silent, {_, B, _}] = peers(Config),
@@ -172,7 +172,7 @@ removal_is_bounded(Config) ->
     ok = freeze(Silent),
     ?assertEqual({error, timeout}, bounded(fun() -> Module:unregister_server(global, a) end)),
     ok = thaw(Silent),
-    %% The node goes on, and so does the removal.
+    %% When the node runs again, the removal is completed.
     ok = test_support:await(fun() -> Module:find_server(global, a) =:= {error, not_found} end).
 
 
@@ -186,14 +186,14 @@ exit_is_known_whoever_is_silent(Config) ->
     ok = test_support:await(fun() -> quick(fun() -> Module:find_server(global, b) end) =:= {error, not_found} end).
 
 
-%% What is sent to a node that does not read it suspends the sender, once buffers are full.
+%% Sending to a node that does not read suspends the sender once the buffers are full.
 answers_to_a_silent_node_hold_up_nobody(Config) ->
     Module = module(Config),
     [{_, A, _} = Silent, {_, B, _}] = peers(Config),
     Large = #{large => binary:copy(<<1>>, 1_000_000)},
     [Pid] = [erpc:call(B, erlang, spawn, [?MODULE, idle, []])],
     ok = erpc:call(B, Module, register_server, [global, b, Pid, Large]),
-    %% As find_server/2 of a process of the silent node sends it.
+    %% The same message that find_server/2 sends on the silent node.
     Alias = erpc:call(A, erlang, alias, []),
     Holder = global:whereis_name({erlmcp_registry, server, b}),
     ok = freeze(Silent),
@@ -204,7 +204,7 @@ answers_to_a_silent_node_hold_up_nobody(Config) ->
 %%% Routes
 
 
-%% Each route to a process of a silent node is answered at once: `ok' until the buffers are full, then `busy'.
+%% Each route to a process on a silent node returns at once: `ok' until the buffers are full, then `busy'.
 routes_do_not_suspend(Config) ->
     [{_, A, _} = Silent, _] = peers(Config),
     {ok, Registry} = gen_server:start({local, erlmcp_registry}, erlmcp_registry, [], []),
@@ -223,7 +223,7 @@ routes_do_not_suspend(Config) ->
               fun() -> erlmcp_registry:route_message({transport, t}, Message) end,
               fun() -> erlmcp_shard_manager:route_message(c, Message) end,
               fun() -> hd(erlmcp_shard_manager:route_batch([{c, Message}])) end],
-    %% Each by itself: what was waiting may go into the socket's buffer between two of them.
+    %% One route after the other: between two of them, buffered data may move into the socket's buffer.
     [ ok = until_busy(Route) || Route <- Routes ],
     ok = thaw(Silent),
     [ ok = test_support:await(fun() -> Route() =:= ok end) || Route <- Routes ],
@@ -274,7 +274,7 @@ sends_do_not_connect(_Config) ->
 %%% Nodes
 
 
-%% With the operating system's identifier of its process.
+%% A peer with the process id of its operating system process.
 start_peer() ->
     {ok, Peer, Node} = test_support:start_peer(?MODULE, #{name => peer:random_name()}),
     ok = peer:call(Peer, application, set_env, [erlmcp_native, global_timeout_ms, 60_000]),
@@ -288,7 +288,7 @@ freeze({_Peer, _Node, OsPid}) -> test_support:freeze(OsPid).
 thaw({_Peer, _Node, OsPid}) -> test_support:thaw(OsPid).
 
 
-%% Registers a process of the node under each id, there.
+%% Registers a process on the node under each id, from that node.
 register_all(Node, Module, Ids) when Node =/= node() ->
     erpc:call(Node, ?MODULE, register_all, [Node, Module, Ids]);
 register_all(_Node, Module, Ids) ->
@@ -306,7 +306,7 @@ idle() ->
 %%% Times
 
 
-%% The result of a call that waits for the bound, and for no second one.
+%% The result of a call that waits for one bound but not for two.
 bounded(Fun) ->
     {Us, Result} = timer:tc(Fun),
     ?assert(Us >= ?BOUND_MS * 1000, Us),
@@ -321,12 +321,13 @@ quick(Fun) ->
     Result.
 
 
-%% The processes of nodes.
+%% The processes on these nodes.
 running(Nodes) ->
     [ {Node, erpc:call(Node, erlang, processes, [])} || Node <- Nodes ].
 
 
-%% What has come for this process, when whatever was begun on the nodes since then has ended.
+%% A message that arrived for this process, once all processes that were started on the nodes since then have
+%% exited.
 stray(Running) ->
     [ test_support:await_value([], fun() -> erpc:call(Node, ?MODULE, others, [Pids]) end) || {Node, Pids} <- Running ],
     receive Message -> Message after 0 -> none end.

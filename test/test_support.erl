@@ -1,5 +1,5 @@
-%%% What several suites need and none of them is about: functions that run in a node of their own, waiting
-%%% for what becomes true, processes and their end, and what the environment says.
+%%% Shared by several suites and the subject of none: functions that run in a peer node, waiting for conditions,
+%%% processes and their exits, and environment variables.
 -module(test_support).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -12,7 +12,7 @@
 -export([shown_error/1]).
 -export([positive_integer/2, seed/1]).
 
-%% flags are arguments of the emulator; timeout_ms is for the function and not for the start of its node.
+%% `flags' are arguments of the emulator. `timeout_ms' applies to the function and not to the start of its node.
 -type peer_options() :: #{flags => [string()], timeout_ms => timeout()}.
 
 -define(BOOT_MS,     60_000).
@@ -28,7 +28,7 @@ in_peer(Module, Function) ->
     in_peer(Module, Function, [], #{}).
 
 
-%% What the function returns in a node of its own, whose end ends the case.
+%% The result of the function in a peer node. If that node crashes, the case fails.
 -spec in_peer(module(), atom(), [term()], peer_options()) -> term().
 in_peer(Module, Function, Arguments, Options) ->
     {ok, Peer, _} = start_peer(Module, #{args => maps:get(flags, Options, [])}),
@@ -37,12 +37,12 @@ in_peer(Module, Function, Arguments, Options) ->
     Result.
 
 
-%% A node that finds the module and all that this one finds. It ends with the process that starts it.
+%% A node that finds the module and all modules that this node finds. It stops when the calling process exits.
 -spec start_peer(module(), peer:start_options()) -> {ok, pid(), node()}.
 start_peer(Module, Options) ->
     Root = code:root_dir(),
     Paths = [ filename:absname(Path) || Path <- code:get_path(), not lists:prefix(Root, Path), Path =/= "." ],
-    %% Compiled for cover, a module has no file.
+    %% A module compiled for cover has no file.
     Own = [ filename:dirname(File) || File <- [code:which(Module)], is_list(File) ],
     {ok, _, _} = peer:start_link(Options#{
                                    connection => standard_io,
@@ -51,15 +51,15 @@ start_peer(Module, Options) ->
                                   }).
 
 
-%% Stops all threads of an operating system process. The signal alone stops each as it is scheduled next, which
-%% takes a busy machine many milliseconds.
+%% Stops all threads of an operating system process, and waits for that. The signal alone stops each thread when
+%% it is scheduled next, which takes many milliseconds on a busy machine.
 -spec freeze(OsPid :: string()) -> ok.
 freeze(OsPid) ->
     "" = os:cmd("kill -STOP " ++ OsPid),
     await(fun() -> lists:all(fun is_stopped/1, filelib:wildcard("/proc/" ++ OsPid ++ "/task/*/stat")) end).
 
 
-%% By the state, the first field after the name of the thread, which stands in parentheses.
+%% By the state, which is the first field after the thread's name in parentheses.
 is_stopped(Stat) ->
     {ok, Fields} = file:read_file(Stat),
     lists:prefix(") T", string:find(binary_to_list(Fields), ")", trailing)).
@@ -79,7 +79,7 @@ await(Condition) ->
     await(Condition, ?DEADLINE_MS).
 
 
-%% Asks until it is true, once at least.
+%% Polls until the condition is true, at least once.
 -spec await(fun(() -> boolean()), non_neg_integer()) -> ok.
 await(Condition, TimeoutMs) ->
     await_until(Condition, now_ms() + TimeoutMs, TimeoutMs).
@@ -101,7 +101,7 @@ await_value(Expected, Read) ->
     await_value(Expected, Read, ?DEADLINE_MS).
 
 
-%% Reads until it is what was expected. If it is not in time, the error says what it is.
+%% Reads until the value is the expected one. After the timeout the error shows the actual value.
 -spec await_value(term(), fun(() -> term()), non_neg_integer()) -> ok.
 await_value(Expected, Read, TimeoutMs) ->
     await_value_until(Expected, Read, now_ms() + TimeoutMs).
@@ -125,8 +125,8 @@ now_ms() ->
 %%% Shards
 
 
-%% Every manager of the default registry has sampled, and nothing that cases before have sent counts any more. The
-%% shards outlive the application. If it is not so in time, the error says where.
+%% Waits until every manager of the default registry has sampled, and no message of earlier cases counts any
+%% more: the shards outlive the application. After the timeout the error shows the shards concerned.
 -spec await_samplers() -> ok.
 await_samplers() ->
     #{shards := Shards} = erlmcp_shard_registry:limits(),
@@ -150,7 +150,7 @@ has_sampled(Shard) ->
 %%% Processes
 
 
-%% A process that answers pings, and ends with its parent at the latest.
+%% A process that answers pings. It exits with its parent at the latest.
 -spec process() -> pid().
 process() ->
     Parent = self(),
@@ -179,7 +179,7 @@ stop(Pid) ->
     receive {'DOWN', Monitor, process, Pid, _} -> ok end.
 
 
-%% The fun's result, from a process that is gone, and with it what it referred to.
+%% The fun's result, from a process that has exited, so that its references are gone.
 -spec in_process(fun(() -> Result)) -> Result.
 in_process(Fun) ->
     Parent = self(),
@@ -204,8 +204,8 @@ on_every_scheduler(Fun) ->
                   Monitors).
 
 
-%% The reason of its end, which is another one than `killed' if it was ending already. The caller may be
-%% linked to it.
+%% Kills a process and returns its exit reason. That is not `killed' if it was already exiting. The caller may
+%% be linked to it.
 -spec kill(pid()) -> term().
 kill(Pid) ->
     true = unlink(Pid),
@@ -214,15 +214,15 @@ kill(Pid) ->
     receive {'DOWN', Monitor, process, Pid, Reason} -> Reason end.
 
 
-%% The reason of its end, or `noproc' if it has ended before.
+%% The exit reason of a process, or `noproc' if it had exited before.
 -spec await_end(pid()) -> term().
 await_end(Pid) ->
     Monitor = monitor(process, Pid),
     receive {'DOWN', Monitor, process, Pid, Reason} -> Reason end.
 
 
-%% Waits until whoever has a name has received a message so many times, and handled it; how often it was in the
-%% end. Whoever has it is a `gen_server', and is not traced otherwise.
+%% Waits until the named process has received and handled a message `Number' times. Returns how often it has
+%% received it in all. The process must be a `gen_server' and must not be traced otherwise.
 -spec await_received(atom(), term(), pos_integer()) -> pos_integer().
 await_received(Name, Message, Number) ->
     ok = await(fun() -> is_pid(whereis(Name)) end, ?CALL_MS),
@@ -245,13 +245,13 @@ traces() ->
     receive Trace when element(1, Trace) =:= trace -> [Trace | traces()] after 0 -> [] end.
 
 
-%% All messages of the caller, in the order in which they came.
+%% All messages of the caller, in the order of arrival.
 -spec flush() -> [term()].
 flush() ->
     receive Message -> [Message | flush()] after 0 -> [] end.
 
 
-%% Returns at this monotonic time, in microseconds, or later.
+%% Returns at or after this monotonic time in microseconds.
 -spec sleep_until(integer()) -> ok.
 sleep_until(DueUs) ->
     case DueUs - erlang:monotonic_time(microsecond) of
@@ -276,7 +276,7 @@ result(Fun) ->
 %%% The environment
 
 
-%% What the variable says, or the default if it is not set. A wrong value fails the case.
+%% The value of the variable, or the default if it is not set. An invalid value fails the case.
 -spec positive_integer(string(), pos_integer()) -> pos_integer().
 positive_integer(Variable, Default) ->
     case os:getenv(Variable) of
@@ -290,7 +290,8 @@ positive_integer(Variable, Default) ->
     end.
 
 
-%% Another one in each run, unless the variable says which. It is shown, so that a run can be repeated.
+%% A different seed in each run, unless the variable sets it. The seed is printed, so that a run can be
+%% repeated.
 -spec seed(string()) -> integer().
 seed(Variable) ->
     Seed = case os:getenv(Variable) of
@@ -301,7 +302,7 @@ seed(Variable) ->
     Seed.
 
 
-%% What the shell shows of the error that a function raises.
+%% What the shell prints for the error that a function raises.
 -spec shown_error(fun(() -> term())) -> string().
 shown_error(Function) ->
     try

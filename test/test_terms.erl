@@ -12,7 +12,7 @@ fun_with(Environment) ->
     fun(X) -> {Environment, X} end.
 
 
-%% One or more of every kind of term there is.
+%% At least one of every kind of term.
 all_ids() ->
     Ref = make_ref(),
     [Port | _] = erlang:ports(),
@@ -98,7 +98,7 @@ all_ids() ->
      nested(4000, fun(T) -> [T] end)].
 
 
-%% Terms that are easily taken for one another.
+%% Terms that are easily mistaken for each other.
 look_alikes() ->
     [1,
      1.0,
@@ -198,8 +198,8 @@ map_of(N, regrown) ->
     lists:foldl(fun(I, M) -> maps:remove(key(I), M) end, More, lists:seq(N + 50, N + 1, -1)).
 
 
-%% Keys of several kinds, whose order differs between comparison, hash and insertion. No integer
-%% above a byte.
+%% Keys of several kinds. Their orders by comparison, by hash and by insertion differ. No integer is above one
+%% byte.
 key(I) when I rem 4 =:= 0 -> <<"key", I:16>>;
 key(I) when I rem 4 =:= 1 -> float(I);
 key(I) when I rem 4 =:= 2 -> {I div 256, [I rem 256]};

@@ -1,11 +1,11 @@
-%%% Token buckets through erlmcp_token_bucket, and what routes take from them.
+%%% Token buckets through erlmcp_token_bucket, and what routes consume from them.
 %%%
-%%% The contract: in every window of time t at most capacity + rate * t tokens are taken, by however
-%%% many processes; a time to wait is enough, and no millisecond too long; limits change while
-%%% buckets are in use, and tokens that are held stay; limits of one's own go with the
-%%% registration; wrong arguments raise an error and change nothing.
+%%% The contract: in every window of time t at most capacity + rate * t tokens are consumed, by any number of
+%%% processes. A wait time suffices and is not a millisecond too long. Limits change while buckets are in use,
+%%% and the tokens in them stay. A connection's or transport's own limits are removed with its registration.
+%%% Wrong arguments raise an error and change nothing.
 %%%
-%%% All runs on the default registry, with the application and without it.
+%%% All cases run on the default registry, with the application and without it.
 -module(token_bucket_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -40,7 +40,7 @@
 
 -define(M,       erlmcp_token_bucket).
 -define(DEFAULT, #{capacity => 1000, rate_per_second => 10000}).
-%% One token an hour: tokens that come back do not disturb.
+%% One token an hour, so that refilled tokens do not interfere.
 -define(SLOW,        1 / 3600).
 -define(DEADLINE_MS, 60_000).
 
@@ -106,7 +106,7 @@ full_at_first_and_never_negative(_Config) ->
     ?assertEqual({ok, 3}, ?M:consume(Bucket, 2)),
     ?assertEqual({ok, 2}, ?M:consume_or_wait_time(Bucket, 1)),
     ?assertEqual({error, rate_limited}, ?M:consume(Bucket, 3)),
-    %% What was refused has taken nothing.
+    %% A refused request consumes nothing.
     ?assertEqual({ok, 0}, ?M:consume(Bucket, 2)),
     ?assertEqual({error, rate_limited}, ?M:consume(Bucket, 1)),
     ?assertMatch({error, {rate_limited, Ms}} when Ms > 0, ?M:consume_or_wait_time(Bucket, 1)),
@@ -120,7 +120,7 @@ defaults_complete_limits(_Config) ->
                  ?M:get_state(?M:new(#{capacity => 7}))),
     ?assertMatch(#{tokens := 1000, capacity := 1000, rate_per_second := 7.0},
                  ?M:get_state(?M:new(#{rate_per_second => 7}))),
-    %% At the bounds.
+    %% Limits at the bounds.
     _ = [ ?assertMatch(#{tokens := Capacity, capacity := Capacity},
                        ?M:get_state(?M:new(#{capacity => Capacity, rate_per_second => Rate})))
           || {Capacity, Rate} <- [{1, 1 / 3600}, {1, 1.0e9}, {(1 bsl 32) - 1, 1.0e9}, {(1 bsl 32) - 1, 477}] ],
@@ -136,7 +136,7 @@ nothing_and_more_than_capacity(_Config) ->
               ?assertEqual({error, exceeds_capacity}, ?M:consume_or_wait_time(Bucket, N))
           end || N <- more_than_five() ],
     ?assertEqual({ok, 0}, ?M:consume(Bucket, 5)),
-    %% Nothing is there even in an empty one.
+    %% Zero tokens can be consumed even from an empty bucket.
     ?assertEqual({ok, 0}, ?M:consume(Bucket, 0)),
     _ = [ ?assertEqual({error, exceeds_capacity}, ?M:consume(Bucket, N)) || N <- more_than_five() ],
     ok.
@@ -166,10 +166,10 @@ refilled_at_the_rate(_Config) ->
     Before = now_us(),
     #{tokens := Tokens} = ?M:get_state(Bucket),
     After = now_us(),
-    %% A token or two are held back for rounding.
+    %% One or two tokens are held back for rounding.
     ?assert(Tokens >= min(1000, (Before - Emptied) * 2000 div 1_000_000 - 2), Tokens),
     ?assert(Tokens =< (After - Full) * 2000 div 1_000_000 + 2, Tokens),
-    %% It does not run over.
+    %% The bucket does not overflow.
     ok = test_support:sleep_until(Emptied + 700_000),
     ?assertMatch(#{tokens := 1000}, ?M:get_state(Bucket)),
     ?assertEqual({ok, 999}, ?M:consume(Bucket, 1)).
@@ -182,7 +182,8 @@ wait_time_is_honoured(_Config) ->
                   [{1, 100, 1}, {10, 100, 10}, {100, 1000, 37}, {1000, 5000, 1000}, {3, 7.5, 1}, {50, 333.3, 50}]).
 
 
-%% False if the tokens were there before their time had been asked for, since this process had to wait for a processor.
+%% False if the tokens were there before the wait time was read, because this process had to wait for a
+%% processor.
 is_wait_time_honoured(Capacity, Rate, N) ->
     Bucket = ?M:new(#{capacity => Capacity, rate_per_second => Rate}),
     Full = now_us(),
@@ -193,7 +194,7 @@ is_wait_time_honoured(Capacity, Rate, N) ->
         WaitMs ->
             Asked = now_us(),
             ?assert(WaitMs =< ceil(N / Rate * 1000) + 1, {WaitMs, N, Rate}),
-            %% Asking costs nothing.
+            %% Reading the wait time consumes nothing.
             Again = wait_ms(Bucket, N, Rate, Full),
             ?assert(Again =:= none orelse Again =< WaitMs, {Again, WaitMs}),
             ok = test_support:sleep_until(Asked + WaitMs * 500),
@@ -207,7 +208,7 @@ is_wait_time_honoured(Capacity, Rate, N) ->
     end.
 
 
-%% What is to be waited for the tokens of a bucket that was emptied after it was full; `none' if they are there, which
+%% The wait time for the tokens of a bucket that was emptied after it was full. `none' if they are there, which
 %% they must not be before their time.
 wait_ms(Bucket, N, Rate, Full) ->
     case ?M:consume_or_wait_time(Bucket, N) of
@@ -230,20 +231,20 @@ slow_bucket(_Config) ->
 limits_of_a_bucket_change_live(_Config) ->
     Bucket = ?M:new(#{capacity => 10, rate_per_second => ?SLOW}),
     {ok, 7} = ?M:consume(Bucket, 3),
-    %% What it holds stays,
+    %% The tokens in it stay,
     ok = ?M:set_limits(Bucket, #{capacity => 100, rate_per_second => ?SLOW}),
     ?assertEqual(#{tokens => 7, capacity => 100, rate_per_second => ?SLOW}, ?M:get_state(Bucket)),
-    %% as far as there is room for it.
+    %% as far as the capacity allows.
     ok = ?M:set_limits(Bucket, #{capacity => 5, rate_per_second => ?SLOW}),
     ?assertMatch(#{tokens := 5, capacity := 5}, ?M:get_state(Bucket)),
     ok = ?M:set_limits(Bucket, infinity),
     ?assertEqual({ok, infinity}, ?M:consume(Bucket, 1000)),
     ok = ?M:set_limits(Bucket, #{capacity => 5, rate_per_second => 1000}),
     test_support:await_value(5, fun() -> maps:get(tokens, ?M:get_state(Bucket)) end, ?DEADLINE_MS),
-    %% A key that is not given stays.
+    %% A key that is not given keeps its value.
     ok = ?M:set_limits(Bucket, #{rate_per_second => 1000}),
     ?assertMatch(#{capacity := 5, rate_per_second := 1000.0}, ?M:get_state(Bucket)),
-    %% Buckets are apart.
+    %% Buckets are independent.
     ?assertMatch(#{capacity := 1000, rate_per_second := 10000.0}, ?M:get_state(?M:new(#{}))).
 
 
@@ -256,7 +257,7 @@ bucket_lives_as_long_as_its_reference(_Config) ->
                                      end),
     receive {'DOWN', Monitor, process, Maker, normal} -> ok end,
     receive {bucket, Bucket} -> ?assertEqual({ok, 3}, ?M:consume(Bucket, 1)) end,
-    %% Many, without a trace.
+    %% Many buckets leave no trace.
     Before = erlang:memory(total),
     _ = [ ?M:new(#{}) || _ <- lists:seq(1, 200_000) ],
     garbage_collect(),
@@ -278,7 +279,7 @@ bucket_of_an_entry(_Config) ->
               ?assertEqual({error, exceeds_capacity}, ?M:consume(NS, Id, 1001)),
               ?assertEqual({error, exceeds_capacity}, ?M:consume_or_wait_time(NS, Id, 1001))
           end || {NS, Id} <- [{connection, c}, {transport, t}] ],
-    %% An id alone is a connection's.
+    %% An id alone is that of a connection.
     ok = ?M:set_limits(c, #{capacity => 10, rate_per_second => ?SLOW}),
     ?assertEqual({ok, 8}, ?M:consume(c, 2)),
     ?assertEqual({ok, 7}, ?M:consume_or_wait_time(c, 1)),
@@ -291,7 +292,7 @@ bucket_of_an_entry(_Config) ->
     ok = erlmcp_shard_registry:unregister_connection(c).
 
 
-%% The same id is a connection, a transport and a server, which has none.
+%% The same id is a connection, a transport and a server. The server has no bucket.
 namespaces_are_apart(_Config) ->
     ok = erlmcp_shard_registry:register_connection(x, self(), #{}),
     ok = erlmcp_registry:register_transport(x, self(), #{}),
@@ -315,21 +316,21 @@ own_limits_and_default_again(_Config) ->
     ?assertEqual(#{tokens => 3, capacity => 3, rate_per_second => ?SLOW}, ?M:get_state(own)),
     ?assertMatch(#{tokens := 1000, capacity := 1000}, ?M:get_state(other)),
     {ok, 1} = ?M:consume(own, 2),
-    %% Tokens stay when limits of its own change, or go.
+    %% Tokens stay when an entry's own limits change or are removed.
     ok = ?M:set_limits(own, #{capacity => 50, rate_per_second => ?SLOW}),
     ?assertMatch(#{tokens := 1, capacity := 50}, ?M:get_state(own)),
     ok = erlmcp_native:set(token_bucket, #{capacity => 20, rate_per_second => ?SLOW}),
-    %% Limits of its own are not those of the configuration.
+    %% The configuration does not change an entry's own limits.
     ?assertMatch(#{tokens := 1, capacity := 50}, ?M:get_state(own)),
     ok = ?M:set_limits(own, default),
     ?assertEqual(#{tokens => 1, capacity => 20, rate_per_second => ?SLOW}, ?M:get_state(own)),
-    %% Again nothing happens.
+    %% Doing it again changes nothing.
     ok = ?M:set_limits(own, default),
     ?assertMatch(#{tokens := 1}, ?M:get_state(own)),
-    %% From then on it follows the configuration.
+    %% From then on the bucket follows the configuration.
     ok = erlmcp_native:set(token_bucket, #{capacity => 30, rate_per_second => ?SLOW}),
     ?assertMatch(#{tokens := 1, capacity := 30}, ?M:get_state(own)),
-    %% No limits at all.
+    %% Without limits.
     ok = ?M:set_limits(own, infinity),
     ?assertEqual(#{tokens => infinity, capacity => infinity, rate_per_second => infinity}, ?M:get_state(own)),
     ?assertEqual({ok, infinity}, ?M:consume(own, 1_000_000)),
@@ -337,7 +338,7 @@ own_limits_and_default_again(_Config) ->
     ok.
 
 
-%% The next connection of that name begins with a full bucket and the limits of the configuration.
+%% The next connection of that id starts with a full bucket and the limits of the configuration.
 own_limits_go_with_the_entry(_Config) ->
     Strict = #{capacity => 2, rate_per_second => ?SLOW},
     Ends = [{connection, fun(_Pid) -> erlmcp_shard_registry:unregister_connection(x) end},
@@ -380,7 +381,7 @@ references_that_are_no_buckets_are_ids(_Config) ->
               ?assertMatch(#{tokens := 1}, ?M:get_state(Ref)),
               ok = erlmcp_shard_registry:unregister_connection(Ref)
           end || Ref <- References ],
-    %% A bucket is none, even if a connection has it for its id.
+    %% A reference to a bucket is not an id, even if a connection is registered under it.
     Bucket = ?M:new(#{capacity => 5, rate_per_second => ?SLOW}),
     ok = erlmcp_shard_registry:register_connection(Bucket, self(), #{}),
     ?assertEqual({ok, 4}, ?M:consume(Bucket, 1)),
@@ -410,7 +411,7 @@ unknown_ids(_Config) ->
 %%% Routes
 
 
-%% A message to a connection is one token of its own; one to a server is one of the transport's.
+%% A message to a connection consumes one of its own tokens; one to a server consumes one of the transport's.
 routes_take_from_the_bucket(_Config) ->
     Limits = #{capacity => 3, rate_per_second => ?SLOW},
     ok = erlmcp_shard_registry:register_connection(c, self(), #{}),
@@ -424,10 +425,10 @@ routes_take_from_the_bucket(_Config) ->
     ?assertEqual([ok, ok, ok, {error, rate_limited}],
                  [ erlmcp_registry:route_to_server(s, t, N) || N <- lists:seq(1, 4) ]),
     ?assertEqual([ {mcp_message, t, N} || N <- lists:seq(1, 3) ], test_support:flush()),
-    %% Answers are paced by what was asked.
+    %% Answers consume nothing, because requests already limit them.
     ?assertEqual([ ok || _ <- lists:seq(1, 20) ],
                  [ erlmcp_registry:route_to_transport(t, s, N) || N <- lists:seq(1, 20) ]),
-    %% What is consumed by hand counts with what is routed.
+    %% Tokens consumed by hand are missing for routes.
     ok = ?M:set_limits(c, default),
     ok = ?M:set_limits(c, #{capacity => 100, rate_per_second => ?SLOW}),
     #{tokens := Tokens} = ?M:get_state(c),
@@ -450,13 +451,13 @@ shared_limits_change_live(_Config) ->
     Expected = #{tokens => 10, capacity => 10, rate_per_second => ?SLOW},
     _ = [ ?assertEqual(Expected, ?M:get_state(Id)) || Id <- Ids ],
     ?assertEqual(Expected, ?M:get_state(transport, t)),
-    %% What has come later has them too.
+    %% A later registration has the same limits.
     ok = erlmcp_shard_registry:register_connection(later, self(), #{}),
     ?assertEqual(Expected, ?M:get_state(later)),
     _ = [ ?assertEqual({ok, 10 - Id rem 10}, ?M:consume(Id, Id rem 10)) || Id <- Ids ],
     ok = erlmcp_native:set(token_bucket, #{capacity => 5, rate_per_second => ?SLOW}),
     _ = [ ?assertEqual({Id, min(5, 10 - Id rem 10)}, {Id, maps:get(tokens, ?M:get_state(Id))}) || Id <- Ids ],
-    %% Wrong ones change nothing.
+    %% Wrong limits change nothing.
     _ = [ begin
               ?assertMatch({error, {bad_option, token_bucket, Wrong, [_ | _]}},
                            erlmcp_native:set(token_bucket, Wrong)),
@@ -464,15 +465,15 @@ shared_limits_change_live(_Config) ->
                            application:get_env(erlmcp_native, token_bucket)),
               ?assertMatch(#{capacity := 5}, ?M:get_state(later))
           end || Wrong <- wrong_limits() ],
-    %% Very many changes later that is still so.
+    %% That still holds after very many changes.
     ok = change_shared(1000),
     _ = [ ?assertEqual({Id, min(5, 10 - Id rem 10)}, {Id, maps:get(tokens, ?M:get_state(Id))}) || Id <- Ids ],
-    %% Who comes now begins with a full bucket.
+    %% A new registration starts with a full bucket.
     ok = erlmcp_shard_registry:register_connection(last, self(), #{}),
     ok = erlmcp_registry:register_transport(last, self(), #{}),
     ?assertMatch(#{tokens := 5, capacity := 5}, ?M:get_state(last)),
     ?assertMatch(#{tokens := 5, capacity := 5}, ?M:get_state(transport, last)),
-    %% Who had limits of its own and has two tokens keeps these two.
+    %% A connection that had its own limits and holds two tokens keeps these two.
     ok = ?M:set_limits(last, #{capacity => 2, rate_per_second => ?SLOW}),
     ok = ?M:set_limits(last, default),
     ?assertMatch(#{tokens := 2, capacity := 5}, ?M:get_state(last)),
@@ -494,7 +495,7 @@ shared_limits_infinity(_Config) ->
     ?assertEqual(#{tokens => infinity, capacity => infinity, rate_per_second => infinity}, ?M:get_state(c)),
     ?assertEqual([], [ E || E <- [ erlmcp_shard_manager:route_message(c, x) || _ <- lists:seq(1, 5000) ], E =/= ok ]),
     ?assertEqual(5000, length(test_support:flush())),
-    %% A connection can have limits all the same.
+    %% A connection can have limits nevertheless.
     ok = ?M:set_limits(c, #{capacity => 1, rate_per_second => ?SLOW}),
     ?assertEqual([ok, {error, rate_limited}], [ erlmcp_shard_manager:route_message(c, x) || _ <- [1, 2] ]),
     [x] = test_support:flush(),
@@ -557,7 +558,7 @@ wrong_limits() ->
     [ #{capacity => Wrong} || Wrong <- [0, -1, 1.0, 1 bsl 32, 1 bsl 100, many, infinity, "5", undefined] ] ++
     [ #{rate_per_second => Wrong}
       || Wrong <- [0, 0.0, -1, -0.5, 1 / 3601, 1.0e9 + 1, 1 bsl 100, 1.0e300, 1 bsl 5000, fast, infinity, <<"9">>] ] ++
-    %% Would not be full for months.
+    %% The first two would take months to fill.
     [#{capacity => (1 bsl 32) - 1, rate_per_second => 1 / 3600},
      #{capacity => (1 bsl 32) - 1, rate_per_second => 476},
      #{capacity => 5, rate => 5},
@@ -598,7 +599,7 @@ sixteen_processes_on_one_bucket(_Config) ->
 sixteen_processes_on_one_connection(_Config) ->
     ok = erlmcp_shard_registry:register_connection(c, self(), #{}),
     never_exceeded(fun(Limits) ->
-                           %% A full bucket each time.
+                           %% A full bucket in each trial.
                            ok = erlmcp_shard_registry:unregister_connection(c),
                            ok = erlmcp_shard_registry:register_connection(c, self(), #{}),
                            ok = ?M:set_limits(c, infinity),
@@ -608,8 +609,8 @@ sixteen_processes_on_one_connection(_Config) ->
     ok = erlmcp_shard_registry:unregister_connection(c).
 
 
-%% In 100 trials, what all have taken against the time that has passed on the clock of the
-%% operating system, from before the first one to after the last one.
+%% In each of 100 trials, compares the tokens consumed by all processes with the time that passed, by the clock
+%% of the operating system, from before the first call to after the last one.
 never_exceeded(Make) ->
     Trials = [ begin
                    {Capacity, Rate, N} = lists:nth(Trial rem 4 + 1,
@@ -618,14 +619,14 @@ never_exceeded(Make) ->
                    {Taken, Refused, Schedulers, Us} = trial(Take, N, 16, 5000),
                    Allowed = Capacity + Rate * Us / 1_000_000,
                    ?assert(Taken =< Allowed, {Trial, Taken, Allowed}),
-                   %% As many as were there for all.
+                   %% At least the tokens that were there at first are consumed.
                    ?assert(Taken >= Capacity - N, {Trial, Taken}),
                    {Refused > 0, Schedulers, Taken / Allowed}
                end || Trial <- lists:seq(1, 100) ],
     {Refusals, Schedulers, Shares} = lists:unzip3(Trials),
     ct:log("share of what was allowed: ~p", [lists:sort(Shares)]),
-    %% They did get into each other's way: nearly always somebody was refused, and tokens went to
-    %% processes on different processors.
+    %% The processes did contend: nearly every trial saw a refusal, and most saw tokens go to processes on
+    %% different schedulers.
     ?assert(length([ x || true <- Refusals ]) > 90),
     erlang:system_info(schedulers_online) =:= 1 orelse
     ?assert(length([ x || Number <- Schedulers, Number > 1 ]) > 50, Schedulers).
@@ -644,7 +645,7 @@ trial(Take, N, Processes, Us) ->
     {lists:sum(Taken), lists:sum(Refused), length(lists:usort(lists:append(Schedulers))), End - Start}.
 
 
-%% At least until it was refused: then what was there has been taken, however late a process had its turn.
+%% Continues at least until one refusal. Then the initial tokens have been consumed, however late a process ran.
 take_until(Take, N, Until, Taken, Refused, Schedulers) ->
     case Refused > 0 andalso os:perf_counter(microsecond) >= Until of
         true ->
@@ -660,8 +661,8 @@ take_until(Take, N, Until, Taken, Refused, Schedulers) ->
     end.
 
 
-%% Whichever limits are in force, no more than the largest of them allow, and none is refused for
-%% good.
+%% Whichever limits are in force, at most what the largest of them allow is consumed, and no process is refused
+%% for good.
 limits_change_under_load(_Config) ->
     ok = erlmcp_shard_registry:register_connection(c, self(), #{}),
     ok = erlmcp_native:set(token_bucket, #{capacity => 10, rate_per_second => 50_000}),

@@ -1,8 +1,8 @@
 %%% Changes of the limits of token buckets.
 %%%
-%%% The contract: a change keeps the limits that it does not name, and the tokens that buckets hold up to the new
-%%% capacity, however many changes there are; a connection that gets limits of its own begins with the shared
-%%% ones; concurrent changes of different limits lose nothing; senders that never stop do not delay a change.
+%%% The contract: a change keeps the limits that it does not name, and the tokens in buckets up to the new
+%%% capacity, however many changes there are. A connection that gets its own limits starts with the shared ones.
+%%% Concurrent changes of different limits are all kept. Senders that never stop do not delay a change.
 -module(token_limits_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -77,7 +77,7 @@ a_change_keeps_the_other_limit(_Config) ->
 own_limits_begin_with_the_shared_ones(_Config) ->
     ok = ?M:set_limits(c, #{capacity => 60}),
     ?assertEqual({60, 100.0}, limits(c)),
-    %% And keep them.
+    %% They are kept from then on.
     ok = erlmcp_native:set(token_bucket, #{rate_per_second => 300}),
     ?assertEqual({60, 100.0}, limits(c)),
     ok = ?M:set_limits(c, default),
@@ -94,7 +94,7 @@ limits_come_back_after_infinity(_Config) ->
     ?assertEqual({infinity, infinity}, limits(c)),
     ok = ?M:set_limits(c, #{rate_per_second => 7}),
     ?assertEqual({60, 7.0}, limits(c)),
-    %% The shared ones were switched off meanwhile.
+    %% The shared limits were switched off meanwhile.
     ok = ?M:set_limits(c, default),
     ok = erlmcp_native:set(token_bucket, infinity),
     ok = ?M:set_limits(c, #{rate_per_second => 7}),
@@ -127,14 +127,14 @@ what_depends_on_the_other_limit_is_checked(_Config) ->
                            ?M:set_limits(Of, #{rate_per_second => 0.01})),
               ?assertEqual({1_000_000, 1.0}, limits(Of))
           end || Of <- [c, Bucket] ],
-    %% At the first change too.
+    %% The same holds for the first change.
     ok = ?M:set_limits(c, default),
     ?assertError({bad_option, token_bucket, #{capacity := 4_000_000_000}, _},
                  ?M:set_limits(c, #{capacity => 4_000_000_000})),
     ?assertEqual({200, 100.0}, limits(c)).
 
 
-%% Quotas an hour: nine changes within the time in which a bucket fills, and a thousand.
+%% Hourly quotas and a thousand changes, all within the time in which a bucket fills.
 tokens_stay_under_many_changes(_Config) ->
     Hourly = fun(N) -> #{capacity => N, rate_per_second => N / 3600} end,
     Bucket = ?M:new(Hourly(1000)),
@@ -149,7 +149,7 @@ tokens_stay_under_many_changes(_Config) ->
                           ok = ?M:set_limits(Bucket, Limits)
                   end,
                   lists:seq(1, 1000)),
-    %% A token or two may have been refilled.
+    %% A few tokens may have been refilled.
     _ = [ ?assertMatch(#{tokens := Tokens} when Tokens >= Held - 1 andalso Tokens =< Held + 10, ?M:get_state(Of))
           || {Of, Held} <- [{used, 600}, {Bucket, 600}, {unused, 1000}] ],
     _ = [ ok = erlmcp_shard_registry:unregister_connection(Id) || Id <- [used, unused] ],
@@ -189,7 +189,7 @@ concurrent_changes_lose_nothing(_Config) ->
     ok.
 
 
-%% Takings never make a change begin again. Reductions count what the caller does, and a change is one call.
+%% Senders that consume tokens all the time never make a change start over.
 senders_do_not_delay_a_change(_Config) ->
     ok = erlmcp_native:set(token_bucket, #{capacity => 1 bsl 31, rate_per_second => 1_000_000_000}),
     Senders = [ spawn_link(fun() -> consume_until_stopped(c, 0, 0) end)
@@ -206,7 +206,7 @@ senders_do_not_delay_a_change(_Config) ->
                                      end || Sender <- Senders ]),
     ct:log("~p taken, ~p refused", [Taken, Refused]),
     ?assertMatch(#{capacity := Capacity} when Capacity >= (1 bsl 31) - 1, ?M:get_state(c)),
-    %% The bucket is full all the time.
+    %% The bucket never runs empty.
     ?assertEqual(0, lists:sum(Refused)).
 
 

@@ -110,7 +110,7 @@ via_gen_server(_Config) ->
     {ok, Last} = gen_server:start(Via, ?MODULE, last, []),
     ?assertEqual({last, hello}, gen_server:call(Via, hello)),
     ok = gen_server:stop(Last),
-    %% One whose init fails leaves no name.
+    %% A process whose init fails leaves no name.
     ?assertEqual({error, refused}, gen_server:start(Via, ?MODULE, refuse, [])),
     ?assertEqual(undefined, ?M:whereis_name(Name)).
 
@@ -121,7 +121,7 @@ via_supervisor(_Config) ->
     {ok, Sup} = supervisor:start_link(?MODULE, supervise),
     Child = #{id => child, start => {?MODULE, start_named, [Via]}},
     {ok, First} = supervisor:start_child(Sup, Child),
-    %% Restarted under the same name as often as it dies.
+    %% Restarted under the same name each time it exits.
     lists:foldl(fun(_, Pid) ->
                         exit(Pid, kill),
                         IsAnother = fun() ->
