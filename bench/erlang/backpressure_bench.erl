@@ -1,13 +1,11 @@
-%%% What the three layers of backpressure cost: the guarded look-up alone, and what it costs to be refused by
-%%% each of them.
+%%% The cost of the three layers of backpressure: of the guarded look-up alone, and of a refusal by each layer.
 %%%
-%%% The configuration is the default one, with the shard managers at work. A connection gets some
-%%% twenty messages a round, less than its bucket holds, and none is sent, so that no mailbox fills.
-%%% For the refusals a layer is made to refuse everything, before the clock is started: buckets of one
-%%% token an hour; a threshold of one message a shard, with a message in every mailbox; the circuit
-%%% forced open.
+%%% The configuration is the default one, and the shard managers are running. A connection gets some twenty
+%%% messages a round, less than its bucket holds. None is sent, so that no mailbox fills. For the refusals a
+%%% layer is made to refuse everything before the clock is started: buckets of one token an hour; a threshold of
+%%% one message a shard, with a message in every mailbox; the circuit forced open.
 %%%
-%%% Loops, tables and the time that is taken off are those of {@link lookup_bench}.
+%%% Loops, tables and the time that is subtracted are those of {@link lookup_bench}.
 -module(backpressure_bench).
 
 -export([run/1]).
@@ -99,7 +97,7 @@ measure(Work, Layers, Connections, Ids, Table, Passes) ->
     ok = set(Layers, Connections),
     ok = expect(Work, Layers, hd(Ids)),
     Context = context(Work, Ids, Table),
-    %% Not counted: the first taking from a bucket after a change of limits converts it.
+    %% This pass is not measured: the first consume from a bucket after a change of limits converts the bucket.
     ok = passes(Work, Ids, Context, 1),
     Loop = elapsed(nothing, Ids, Context, Passes),
     Whole = elapsed(Work, Ids, Context, Passes),
@@ -108,8 +106,8 @@ measure(Work, Layers, Connections, Ids, Table, Passes) ->
     max(0.1, (Whole - Loop) / (length(Ids) * Passes)).
 
 
-%% Nanoseconds of `route' or `route_batch' for an id in the default registry, as it is set: the median of parts of
-%% 2,000 ids, so that samplers and what else is scheduled meanwhile do not count.
+%% Nanoseconds of `route' or `route_batch' for an id in the default registry with its current settings. This is
+%% the median of parts of 2,000 ids, so that samplers and other processes scheduled meanwhile do not count.
 -spec time(route | route_batch, [binary()]) -> float().
 time(Work, Ids) ->
     bench_rounds:median([ begin
@@ -120,7 +118,7 @@ time(Work, Ids) ->
                           || Part <- parts(4 * ?BATCH, Ids) ]).
 
 
-%% Leaves messages where they are until it is told to take them.
+%% Keeps messages in the mailbox until it is told to receive them.
 -spec receiver() -> ok.
 receiver() ->
     receive
@@ -139,7 +137,7 @@ take() ->
     end.
 
 
-%% The layers do what the case is about.
+%% Checks that the layers behave as the case requires.
 -spec expect(work(), layers(), binary() | {binary(), binary()}) -> ok.
 expect(lookup_element, _Layers, _Id) -> ok;
 expect(lookup_element_of_pair, _Layers, _Id) -> ok;
@@ -175,7 +173,7 @@ set(no_tokens, Connections) ->
     ok = erlmcp_native:set(token_bucket, #{capacity => 1, rate_per_second => 1 / 3600}),
     spend(Connections);
 set(no_room, Connections) ->
-    %% So many overloaded shards would open it.
+    %% That many overloaded shards would open the circuit.
     ok = erlmcp_native:set(circuit_breaker, off),
     lists:foreach(fun({_Id, Pid}) -> Pid ! waiting end, Connections),
     ok = erlmcp_admission_control:set_threshold(1),
@@ -191,7 +189,7 @@ reset(off, _Connections) ->
     ok = erlmcp_native:set(backpressure, on);
 reset(no_tokens, _Connections) ->
     ok = erlmcp_native:set(token_bucket, erlmcp_native_config:default(token_bucket)),
-    %% Until the buckets are full again.
+    %% Waits until the buckets are full again.
     timer:sleep(150);
 reset(no_room, Connections) ->
     #{threshold := Threshold} = erlmcp_native_config:default(admission),
@@ -207,7 +205,7 @@ spend(Connections) ->
     lists:foreach(fun({Id, _Pid}) -> _ = erlmcp_token_bucket:consume(Id, 1) end, Connections).
 
 
-%% A sample is taken with the first message; then the shard refuses.
+%% The first message requests a sample. After the sample the shard refuses.
 -spec await_overload([{binary(), pid()}]) -> ok.
 await_overload(Connections) ->
     lists:foreach(fun({Id, _Pid}) -> await_refusal(Id) end, Connections).
@@ -278,7 +276,7 @@ route([]) ->
     ok.
 
 
-%% The bucket of the registered transport pays.
+%% The bucket of the registered transport is charged.
 -spec route_servers([{binary(), binary()}]) -> ok.
 route_servers([{Server, Transport} | Others]) ->
     case erlmcp_nif:route_server(Server, Transport) of

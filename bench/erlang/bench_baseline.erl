@@ -1,13 +1,13 @@
-%%% What everything is compared with: the registry as one gen_server, without native code. It is
-%%% erlmcp_registry in the mode `current' and in its quickest form: an instance that keeps no copy of its
-%%% registrations for a successor, with its mailbox off-heap, driven by raw requests.
+%%% The baseline of all comparisons: the registry as one gen_server, without native code. It is erlmcp_registry
+%%% in the mode `current' and in its fastest form: an instance that keeps no copy of its registrations for a
+%%% successor, with an off-heap mailbox, driven by raw requests.
 -module(bench_baseline).
 
 -export([start_link/0]).
 -export([register_server/3, unregister_server/1, find_server/1, list_servers/0, route_to_server/3]).
 
 
-%% Before the registry under its own name is started.
+%% Must be called before the registry with its own name is started.
 -spec start_link() -> ok.
 start_link() ->
     ok = erlmcp_rollout:set(current),

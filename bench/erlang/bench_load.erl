@@ -1,10 +1,11 @@
-%%% A closed loop: senders that go through all receivers again and again, as fast as these keep up.
+%%% A closed loop: senders that iterate over all receivers again and again, as fast as the receivers keep up.
 %%%
-%%% Every sender goes through all receivers, in an order other than that of their registration, each from a
-%%% place of its own. Senders sleep while `?WINDOW' messages a receiver are under way, or `?MOST_UNDER_WAY'
-%%% in all. A message that is refused is counted and sent again.
+%%% Every sender visits all receivers in an order other than that of their registration, starting at its own
+%%% place. Senders sleep while `?WINDOW' messages per receiver are in flight, or `?MOST_UNDER_WAY' in all. A
+%%% refused message is counted and sent again.
 %%%
-%%% *A rate* is what receivers have counted within the time, after a run-up in which the loop closes.
+%%% *A rate* is the number of messages that receivers have counted within the time, after a run-up in which the
+%%% loop closes.
 -module(bench_load).
 
 -export([start/2, during/4, rate/2, delivered/1, refused/1]).
@@ -23,7 +24,7 @@
 -type way() :: bare | ets | connection | native.
 -opaque load() :: #load{}.
 
-%% Messages a receiver that are under way at most, and in all.
+%% The maximum number of messages in flight, per receiver and in all.
 -define(WINDOW,         8).
 -define(MOST_UNDER_WAY, 256_000).
 -define(LARGEST_CHUNK,  500).
@@ -32,7 +33,7 @@
 -define(CHUNKS,         {?MODULE, chunks}).
 
 
-%% The receivers, which are yet to be registered, and what their load needs for up to so many senders.
+%% Starts the receivers, which the caller has to register, and prepares the load for up to `Senders' senders.
 -spec start(Receivers :: pos_integer(), Senders :: pos_integer()) -> {load(), bench_population:population()}.
 start(Size, MostSenders) ->
     Delivered = counters:new(1, [write_concurrency]),
@@ -40,9 +41,9 @@ start(Size, MostSenders) ->
     Config = bench_population:small_config(),
     Table = bench_population:ets_table([ {Id, Pid, Config} || {Id, Pid} <- Connections ]),
     Window = min(?WINDOW * Size, ?MOST_UNDER_WAY),
-    %% Several chunks a sender and window.
+    %% Several chunks per sender fit into the window.
     Chunk = max(1, min(?LARGEST_CHUNK, Window div (4 * MostSenders))),
-    %% Senders share them, however many there are.
+    %% All senders share the chunks, however many senders there are.
     ok = persistent_term:put(?CHUNKS, chunks(bench_population:visited(Connections), Chunk)),
     Load = #load{
              delivered = Delivered,
@@ -54,7 +55,7 @@ start(Size, MostSenders) ->
     {Load, Population}.
 
 
-%% Messages a second that the receivers count from now on, while {@link during/4} lasts.
+%% Messages per second that the receivers count from now on, during {@link during/4}.
 -spec rate(load(), float()) -> float().
 rate(Load, Seconds) ->
     {Count, Time} = {delivered(Load), erlang:monotonic_time()},
@@ -62,7 +63,7 @@ rate(Load, Seconds) ->
     (delivered(Load) - Count) / bench_report:seconds(erlang:monotonic_time() - Time).
 
 
-%% Messages that the receivers have counted since {@link during/4} began.
+%% Messages that the receivers have counted since the start of {@link during/4}.
 -spec delivered(load()) -> non_neg_integer().
 delivered(#load{delivered = Delivered}) ->
     counters:get(Delivered, 1).
@@ -87,7 +88,7 @@ chunks(Connections, Left, Length) ->
     [Chunk | chunks(Others, Left - Length, Length)].
 
 
-%% The result of a fun that is called while messages are sent.
+%% The result of a fun that runs while messages are sent.
 -spec during(way(), Senders :: pos_integer(), load(), fun(() -> Result)) -> Result.
 during(Way, Number, #load{delivered = Delivered, control = Control} = Loop, Measure) ->
     Load = Loop#load{senders = Number},
@@ -131,7 +132,7 @@ receiver(Delivered) ->
 %%% Senders
 
 
-%% The number of messages that it has sent when it is told to stop.
+%% The number of messages that the sender has sent when it is told to stop.
 -spec sender(way(), non_neg_integer(), #load{}) -> non_neg_integer().
 sender(Way, Sender, #load{senders = Number} = Load) ->
     Chunks = persistent_term:get(?CHUNKS),
@@ -154,7 +155,7 @@ sender(Way, Next, Chunks, Sent, #load{control = Control} = Load) ->
     end.
 
 
-%% All senders are taken to be as far as this one. Those that are not are held up by none but the receivers.
+%% Assumes that all senders have sent as much as this one. Slower senders are held up by the receivers alone.
 -spec keep_to_window(non_neg_integer(), #load{}) -> ok.
 keep_to_window(Sent, #load{delivered = Delivered, control = Control, senders = Number, window = Window} = Load) ->
     case Sent * Number - counters:get(Delivered, 1) > Window andalso atomics:get(Control, 1) =:= 0 of
@@ -166,7 +167,7 @@ keep_to_window(Sent, #load{delivered = Delivered, control = Control, senders = N
     end.
 
 
-%% A loop each, with the call spelled out.
+%% One loop per way, with the call spelled out.
 -spec send(way(), [bench_senders:connection()], #load{}) -> ok.
 send(bare, Chunk, _Load) -> bench_senders:send(bare, Chunk, ?MESSAGE);
 send(ets, Chunk, #load{table = Table}) -> ets(Chunk, Table);

@@ -1,10 +1,10 @@
-%%% The machine and the versions that figures belong to.
+%%% The machine and the versions that the figures belong to.
 -module(bench_machine).
 
 -export([describe/1]).
 
 
-%% The folder is that of the project.
+%% `Root' is the folder of the project.
 -spec describe(file:filename()) -> [{atom(), io_lib:chars()}].
 describe(Root) ->
     [{cpu, cpu()},
@@ -72,7 +72,7 @@ revision(Root) ->
     command("GIT_OPTIONAL_LOCKS=0 git -C '" ++ Root ++ "' describe --always --dirty").
 
 
-%% What a command prints, `unknown' if it fails.
+%% The output of a command, `unknown' if it fails.
 -spec command(string()) -> string().
 command(Command) ->
     case string:trim(os:cmd("{ " ++ Command ++ "; } 2>/dev/null")) of

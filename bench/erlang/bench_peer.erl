@@ -1,5 +1,5 @@
-%%% A VM of its own for what must not share memory or a process table with the rest, and the
-%%% resident memory of a VM as the operating system sees it.
+%%% A VM of its own for measurements that must not share memory or a process table with others, and the resident
+%%% memory of a VM as the operating system sees it.
 -module(bench_peer).
 
 -export([start/0, start/1, stop/1, call/4]).
@@ -9,17 +9,17 @@
 
 -opaque peer() :: pid().
 
-%% For two million processes; costs 16 MB before anything is measured.
+%% Enough for two million processes. It costs 16 MB before anything is measured.
 -define(PROCESSES, "2000000").
 
 
-%% With the application and both registries running.
+%% Starts a VM with the application and both registries running.
 -spec start() -> peer().
 start() ->
     start([]).
 
 
-%% With further arguments of the emulator.
+%% Starts such a VM with further arguments of the emulator.
 -spec start([string()]) -> peer().
 start(Arguments) ->
     Paths = [ filename:absname(Path) || Path <- code:get_path(), Path =/= "." ],
@@ -41,7 +41,7 @@ call(Peer, Module, Function, Arguments) ->
     peer:call(Peer, Module, Function, Arguments, infinity).
 
 
-%% Bytes of memory that this VM has in use, after all of its processes were collected.
+%% Resident memory of this VM in bytes, after a garbage collection of all processes.
 -spec resident() -> non_neg_integer().
 resident() ->
     _ = [ erlang:garbage_collect(Pid) || Pid <- processes() ],

@@ -1,9 +1,9 @@
-%%% What the benchmarks work on: ids, the processes that they stand for, and configs.
+%%% The data of the benchmarks: ids, their processes, and configs.
 %%%
-%%% An id is a binary of 24 bytes. It is made from a number, so that a million of them need not be
-%%% kept while memory is measured. Connections are registered in one shuffled order, and visited in
-%%% another one, with ids that are made anew ({@link visited/1}): what is visited one after the other
-%%% was not allocated one after the other. Both orders are the same in every run.
+%%% An id is a binary of 24 bytes. It is made from a number, so that a million of them need not be kept while
+%%% memory is measured. Connections are registered in one shuffled order and visited in another one, with newly
+%%% made ids ({@link visited/1}), so that neighbours in the visit were not allocated together. Both orders are
+%%% the same in every run.
 -module(bench_population).
 
 -export([id/1, ids/1, shuffled/1]).
@@ -15,11 +15,11 @@
 
 -export_type([population/0]).
 
-%% The process that all others are linked to with those that hold transports, and the connections in the
-%% order in which they are to be registered.
+%% The hub, to which all other processes are linked, with the processes that hold transports; and the
+%% connections in the order in which they are to be registered.
 -type population() :: {{pid(), Holders :: [pid()]}, [{binary(), pid()}]}.
 
-%% Processes that hold transports.
+%% Number of processes that hold transports.
 -define(HOLDERS, 16).
 
 %%% Ids
@@ -55,7 +55,7 @@ shuffled(List, Order) ->
 %%% Processes
 
 
-%% One process a connection, each of which runs `Loop'.
+%% Starts one process per connection. Each runs `Loop'.
 -spec start(pos_integer(), fun(() -> term())) -> population().
 start(Count, Loop) ->
     Asking = self(),
@@ -75,7 +75,7 @@ start(Count, Loop) ->
     end.
 
 
-%% Returns when all of them have ended.
+%% Stops all processes and returns when they have exited.
 -spec stop(population()) -> ok.
 stop({{Hub, Holders}, Connections}) ->
     Monitors = [ monitor(process, Pid) || Pid <- Holders ++ [ Connection || {_, Connection} <- Connections ] ],
@@ -83,27 +83,27 @@ stop({{Hub, Holders}, Connections}) ->
     lists:foreach(fun(Monitor) -> receive {'DOWN', Monitor, process, _, _} -> ok end end, Monitors).
 
 
-%% Registers each of them as a connection, as a server, and with a transport of its own, whose bucket pays
-%% for what is routed to the server. A few processes hold all transports: these are no receivers.
+%% Registers each process as a connection and as a server, and registers a transport for it, whose bucket is
+%% charged for routes to the server. A few processes hold all transports and receive nothing.
 -spec register_all(population()) -> ok.
 register_all({{_Hub, Holding}, Connections}) ->
     Config = small_config(),
     Holders = list_to_tuple(Holding),
     Holder = fun(Id) -> element(erlang:phash2(Id, tuple_size(Holders)) + 1, Holders) end,
-    %% One kind after the other, as if each were the only one: its parts lie together in memory.
+    %% One kind after the other, so that each lies together in memory as if it were the only one.
     Each = fun(Register) -> lists:foreach(fun({Id, Pid}) -> ok = Register(Id, Pid) end, Connections) end,
     ok = Each(fun(Id, Pid) -> erlmcp_shard_registry:register_connection(Id, Pid, Config) end),
     ok = Each(fun(Id, Pid) -> erlmcp_registry:register_server(Id, Pid, Config) end),
     Each(fun(Id, _Pid) -> erlmcp_registry:register_transport(transport(Id), Holder(Id), Config) end).
 
 
-%% The transport of a connection.
+%% The id of a connection's transport.
 -spec transport(binary()) -> binary().
 transport(<<Unique:16/binary, _/binary>>) ->
     <<Unique/binary, "transprt">>.
 
 
-%% The connections in an order other than that of their registration, with ids of their own and the
+%% The connections in an order other than that of their registration, with copied ids, and with their
 %% transports.
 -spec visited([{binary(), pid()}]) -> [bench_senders:connection()].
 visited(Connections) ->
@@ -113,7 +113,7 @@ visited(Connections) ->
 %%% ETS
 
 
-%% A table of such rows, filled in one go.
+%% A table of these rows, inserted in one call.
 -spec ets_table([tuple()]) -> ets:table().
 ets_table(Rows) ->
     Table = ets:new(?MODULE, [set, public, {read_concurrency, true}]),
@@ -124,7 +124,7 @@ ets_table(Rows) ->
 %%% Configs
 
 
-%% What a small MCP server has to say about itself.
+%% A small MCP server's description of itself.
 -spec small_config() -> map().
 small_config() ->
     #{
@@ -134,8 +134,8 @@ small_config() ->
      }.
 
 
-%% About 50 KB on a heap: the descriptions of 100 tools. Each call makes it anew, so that no two of
-%% them are one term in memory.
+%% About 50 KB on a heap: the descriptions of 100 tools. Each call makes a new term, so that no two configs are
+%% one term in memory.
 -spec large_config() -> map().
 large_config() ->
     #{
@@ -160,13 +160,13 @@ ranges(Total, Parts) ->
       || Part <- lists:seq(0, Parts - 1) ].
 
 
-%% Runs all of them, each in a process of its own, and returns when the last one has ended.
+%% Runs each task in its own process, and returns when the last one has exited.
 -spec in_parallel([fun(() -> term())]) -> ok.
 in_parallel(Tasks) ->
     await([ spawn_monitor(Task) || Task <- Tasks ]).
 
 
-%% Returns when all these processes have ended; none of them may fail.
+%% Returns when all these processes have exited. None of them may fail.
 -spec await([{pid(), reference()}]) -> ok.
 await(Started) ->
     lists:foreach(fun({Pid, Monitor}) ->

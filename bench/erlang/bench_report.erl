@@ -1,8 +1,8 @@
 %%% Rows of results, as a table for people and as JSON for programs.
 %%%
-%%% A row is a figure of the native registry, mostly beside that of something else, and their
-%%% ratio. It may have a floor, for the figure or for the ratio. A row in which the other one is
-%%% better *loses*, whatever its floor, and says so.
+%%% A row is a figure of the native registry, usually beside that of something else, and their ratio. It may
+%%% have a floor, for the figure or for the ratio. A row in which the other side is better is marked as *loses*,
+%%% whatever its floor.
 -module(bench_report).
 
 %% Rows
@@ -74,7 +74,7 @@ medians([First | _] = Results) ->
              First).
 
 
-%% Anything of which less is better, of one measurement.
+%% A quantity of which less is better, from one measurement.
 -spec size_row(string(), string(), float(), string(), string() | none, float() | none) -> row().
 size_row(Section, Name, Figure, Unit, none, none) ->
     (row(Section, Name, Unit, less))#{figure => Figure};
@@ -111,7 +111,7 @@ compared(#{better := Better} = Row, Figures, Against, Others) ->
      }.
 
 
-%% The least that is good enough, or the most.
+%% The least acceptable value, or the greatest.
 -spec floor(figure | ratio, float(), row()) -> row().
 floor(Of, Floor, #{better := Better} = Row) ->
     Value = map_get(Of, Row),
@@ -247,14 +247,14 @@ quantity(Value, "msg/s") -> short(Value / 1.0e6) ++ " M/s";
 quantity(Value, Unit) -> short(Value) ++ " " ++ Unit.
 
 
-%% Three figures or so.
+%% About three significant figures.
 -spec short(float()) -> string().
 short(Value) when abs(Value) >= 99.95 -> integer_to_list(round(Value));
 short(Value) when abs(Value) >= 9.995 -> float_to_list(Value, [{decimals, 1}]);
 short(Value) -> float_to_list(Value, [{decimals, 2}]).
 
 
-%% With a comma after each three digits from the right.
+%% With a comma after every three digits from the right.
 -spec thousands(integer()) -> string().
 thousands(Number) when Number < 1000 ->
     integer_to_list(Number);

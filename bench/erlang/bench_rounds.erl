@@ -1,21 +1,20 @@
-%%% Interleaved rounds, medians, and ratios that are taken within a round.
+%%% Interleaved rounds, medians, and ratios within a round.
 %%%
-%%% What is compared is measured in turn, round after round, beginning with another one each time:
-%%% whatever else the machine does meets all of them alike. A ratio is the median of the ratios of
-%%% the rounds, not the ratio of two medians, and its spread is the least and the greatest of
-%%% them.
+%%% The cases are measured in turn, round after round, and each round starts with another case, so that other
+%%% work on the machine affects all of them alike. A ratio is the median of the ratios of the rounds, not the
+%%% ratio of two medians. Its spread is the least and the greatest of those ratios.
 -module(bench_rounds).
 
 -export([interleave/3, median/1, ratio/2, spread/1]).
 
 -export_type([figures/0, ratio/0]).
 
-%% One figure a round, in the order of the rounds.
+%% One figure per round, in the order of the rounds.
 -type figures() :: [float()].
 -type ratio() :: {Median :: float(), Least :: float(), Greatest :: float()}.
 
 
-%% Runs every case once a round. The first round warms up and does not count.
+%% Runs every case once per round. The first round warms up and does not count.
 -spec interleave(pos_integer(), [{Case, fun(() -> float())}], fun(() -> term())) ->
           #{Case => figures()}.
 interleave(Rounds, Cases, Progress) ->
@@ -65,7 +64,7 @@ ratio(Figures, Others) ->
     {median(Ratios), lists:min(Ratios), lists:max(Ratios)}.
 
 
-%% Half the distance between the least and the greatest, in parts of the median.
+%% Half the distance between the least and the greatest figure, as a part of the median.
 -spec spread(figures()) -> float().
 spread(Figures) ->
     (lists:max(Figures) - lists:min(Figures)) / 2 / median(Figures).

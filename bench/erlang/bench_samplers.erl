@@ -1,5 +1,5 @@
-%%% The processes that keep the depths of the shards true: waiting until they have nothing to do, and how much
-%%% of the processors' time they take.
+%%% The processes that keep the depths of the shards up to date: waiting until they are idle, and their share of
+%%% the processors' time.
 -module(bench_samplers).
 
 -export([await_idle/0, percent/1]).
@@ -9,8 +9,8 @@
 -define(LOOKS,    20).
 
 
-%% Returns when no shard manager has run for some time, so that what is measured next does not pay for what
-%% was measured before: messages that a sample finds in a mailbox are looked at again, whoever has sent them.
+%% Returns when no shard manager has run for some time. Otherwise the next measurement would pay for the former
+%% one: messages that a sample finds in a mailbox are sampled again, whichever process sent them.
 -spec await_idle() -> ok.
 await_idle() ->
     Now = reductions(),
@@ -42,9 +42,8 @@ reductions() ->
          {reductions, Reductions} <- [process_info(Manager, reductions)] ].
 
 
-%% Percent of the time of all schedulers that the processes of the application's supervision tree take, with
-%% what these spawn, during so many milliseconds: from each scheduling in to the scheduling out, as
-%% `erlang:trace/3' tells of them.
+%% Percent of the time of all schedulers during which the processes of the application's supervision tree, and
+%% those that they spawn, are scheduled within `Ms' milliseconds, by the events of `erlang:trace/3'.
 -spec percent(pos_integer()) -> float().
 percent(Ms) ->
     Traced = below(whereis(erlmcp_native_sup), supervisor),
@@ -55,7 +54,7 @@ percent(Ms) ->
     Flags = [running, exiting, set_on_spawn, monotonic_timestamp, {tracer, Tracer}],
     lists:foreach(fun(Pid) -> trace(Pid, true, Flags) end, Traced),
     ok = timer:sleep(Ms),
-    %% What was spawned has a short life, and its events come after the end.
+    %% Spawned processes are short-lived, and their events arrive after the end.
     lists:foreach(fun(Pid) -> trace(Pid, false, [running, exiting, set_on_spawn, monotonic_timestamp]) end, Traced),
     Delivered = erlang:trace_delivered(all),
     receive {trace_delivered, all, Delivered} -> ok end,
@@ -64,7 +63,7 @@ percent(Ms) ->
     100 * Running / (End - Start) / erlang:system_info(schedulers_online).
 
 
-%% One that has exited is none.
+%% A process that has exited is not traced.
 -spec trace(pid(), boolean(), [term()]) -> ok.
 trace(Pid, How, Flags) ->
     try erlang:trace(Pid, How, Flags) of
@@ -83,7 +82,7 @@ below(Supervisor, supervisor) ->
                                     is_pid(Pid) ])].
 
 
-%% Sums up the times between in and out, as far as they are before the end.
+%% Sums up the times between `in' and `out' events, up to the end.
 -spec tracer(#{pid() => integer()}, non_neg_integer(), integer(), pid()) -> {pid(), non_neg_integer()}.
 tracer(Running, Sum, End, Asking) ->
     receive
@@ -92,11 +91,11 @@ tracer(Running, Sum, End, Asking) ->
         {trace_ts, Pid, Out, _, Time} when Out =:= out; Out =:= out_exiting; Out =:= out_exited ->
             case maps:take(Pid, Running) of
                 {Since, Others} -> tracer(Others, Sum + max(0, min(Time, End) - Since), End, Asking);
-                %% It was running when tracing began.
+                %% The process was running when tracing began.
                 error -> tracer(Running, Sum, End, Asking)
             end;
         stop ->
-            %% Those that run still have run until the end.
+            %% Processes that are still running have run until the end.
             Left = lists:sum([ max(0, End - Since) || Since <- maps:values(Running) ]),
             Asking ! {self(), Sum + Left}
     end.

@@ -1,8 +1,8 @@
-%%% The ways a message takes to its receiver, each spelled out: through the native registry, one by one or
-%%% in batches, through the registry as one gen_server, and with the pid in hand.
+%%% The ways of a message to its receiver, each spelled out: through the native registry, one by one or in
+%%% batches; through the registry as one gen_server; and with the pid in hand.
 %%%
-%%% All deliver the same term, `{mcp_message, Transport, Message}', and are called with the
-%%% same list of `{Id, Pid, Transport}'.
+%%% All deliver the same term, `{mcp_message, Transport, Message}', and take the same list of `{Id, Pid,
+%%% Transport}'.
 -module(bench_senders).
 
 -export([prepare/1, send/3, ways/0, name/1]).
@@ -18,7 +18,7 @@
 ways() -> [native, classic, bare].
 
 
-%% To connections.
+%% The ways to connections.
 -spec connection_ways() -> [way()].
 connection_ways() -> [connection, batch].
 
@@ -31,14 +31,14 @@ name(classic) -> "classic route_to_server/3";
 name(bare) -> "Pid ! Msg, pids in hand".
 
 
-%% Before a way is measured: one without admission control must not pay for what a former way has left to the
-%% samplers.
+%% Runs before a way is measured. A way without admission control must not pay for the samples that a former way
+%% left to be taken.
 -spec prepare(way()) -> ok.
 prepare(Way) when Way =:= bare; Way =:= classic -> bench_samplers:await_idle();
 prepare(_Guarded) -> ok.
 
 
-%% Sends `Message' to every one of the list. A route that is refused is an error here.
+%% Sends `Message' to each connection in the list. A refused route is an error here.
 -spec send(way(), [connection()], term()) -> ok.
 send(native, Connections, Message) -> native(Connections, Message);
 send(connection, Connections, Message) -> connection(Connections, Message);
@@ -63,7 +63,7 @@ connection([], _Message) ->
     ok.
 
 
-%% Making the list is part of it.
+%% Making the list is part of the cost.
 -spec batch([connection()], term()) -> ok.
 batch(Connections, Message) ->
     Messages = [ {Id, {mcp_message, Transport, Message}} || {Id, _Pid, Transport} <- Connections ],

@@ -1,10 +1,10 @@
-%%% What a call through a named circuit breaker costs while it is closed: against an ETS look-up, against a call of
-%%% a gen_server.
+%%% The cost of a call through a named, closed circuit breaker, against an ETS look-up and a call of a
+%%% gen_server.
 %%%
 %%% A thousand breakers with binary names are called in turn, in shuffled order; the table has the same names.
-%%% The fun returns at once. What the same loop takes with the fun alone is taken off.
+%%% The fun returns at once. The time of the same loop with the fun alone is subtracted.
 %%%
-%%% The first call of a process makes a monitor of it. A process that makes one call and exits is compared
+%%% The first call of a process creates a monitor of it. A process that makes one call and exits is compared
 %%% with one that runs the fun and exits.
 -module(breaker_bench).
 

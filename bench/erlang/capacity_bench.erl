@@ -1,18 +1,17 @@
-%%% What an entry weighs, and what a look-up costs among many: 1,000,000 entries unless said.
+%%% The memory of an entry, and the cost of a look-up among many entries: 1,000,000 by default.
 %%%
-%%% *Memory* is the growth of the resident memory of a VM of its own, divided by the number of
-%%% entries, less the 24 bytes of an id. It has everything in it: the map, the entry, its lease, the
-%%% monitor, what the allocators lose. Ids are made when they are registered and kept nowhere; the
-%%% thousand processes that they are registered for, and the one config that they share, are there
-%%% before. ETS has `{Id, Pid, Config}', without monitors.
+%%% *Memory* is the growth of the resident memory of a separate VM, divided by the number of entries, less the
+%%% 24 bytes of an id. It includes the map, the entry, its lease, the monitor, and what the allocators waste.
+%%% Ids are made at their registration and not kept. The thousand processes that they are registered for, and
+%%% the one config that they share, exist before. ETS has `{Id, Pid, Config}', without monitors.
 %%%
-%%% *Shared configs*: 15,000 entries with equal configs of 50 KB, each decoded anew from the
-%%% external format, against as many with an atom.
+%%% *Shared configs*: 15,000 entries with equal configs of 50 KB, each decoded separately from the external
+%%% format, against as many with an atom.
 %%%
-%%% *Look-ups among many*: two VMs, one with 1,000 entries and one with all of them, both in the
-%%% default registry; their rounds are interleaved. All ids are looked up in shuffled order, so
-%%% that each look-up finds its entry as cold as the caches leave it. In the same order messages are routed to
-%%% all of them, one by one and in batches, in the default configuration and without the sending.
+%%% *Look-ups among many*: two VMs, one with 1,000 entries and one with all of them, both in the default
+%%% registry, with interleaved rounds. All ids are looked up in shuffled order, so that each entry is as cold as
+%%% the caches leave it. In the same order messages are routed to all of them, one by one and in batches, in the
+%%% default configuration and without the sending.
 -module(capacity_bench).
 
 -export([run/1]).
@@ -136,7 +135,7 @@ lookup_rows(Entries, Figures) ->
 %%% In the peer
 
 
-%% Registers so many connections. Returns by how much the resident memory grew.
+%% Registers `Entries' connections. Returns the growth of the resident memory.
 -spec fill(pos_integer()) -> integer().
 fill(Entries) ->
     Owners = owners(),
@@ -147,7 +146,7 @@ fill(Entries) ->
     bench_peer:resident() - Before.
 
 
-%% The same into a table of ETS, named as this module.
+%% The same for an ETS table, named after this module.
 -spec fill_ets(pos_integer()) -> integer().
 fill_ets(Entries) ->
     Self = self(),
@@ -169,8 +168,8 @@ fill_ets(Entries) ->
     bench_peer:resident() - Before.
 
 
-%% By how much memory grows with equal large configs, how many terms are kept for them, and the size
-%% of one on a heap.
+%% The growth of memory with equal large configs, the number of terms stored for them, and the size of one
+%% config on a heap.
 -spec share_configs(pos_integer()) -> {integer(), integer(), integer()}.
 share_configs(Connections) ->
     Owners = owners(),
@@ -224,7 +223,7 @@ each(N, Last, Do) ->
     each(N + 1, Last, Do).
 
 
-%% The process that looks up, with its list of ids.
+%% Starts the process that does the look-ups, with its list of ids.
 -spec host(pos_integer()) -> ok.
 host(Entries) ->
     Asking = self(),
@@ -252,7 +251,7 @@ time(Work, Ids, _Passes) when Work =:= route; Work =:= route_batch -> backpressu
 time(Lookup, Ids, Passes) -> lookup_bench:time(Lookup, ?MODULE, Ids, Passes).
 
 
-%% Nanoseconds a look-up, or a message.
+%% Nanoseconds per look-up or message.
 -spec measure(work(), pos_integer(), pos_integer()) -> float().
 measure(Lookup, Entries, Lookups) ->
     ?HOST ! {measure, self(), Lookup, max(1, Lookups div Entries)},

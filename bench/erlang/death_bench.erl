@@ -1,16 +1,16 @@
-%%% Many connections die at once: how long until the registry is clean.
+%%% Many connections exit at once: how long until the registry is clean.
 %%%
-%%% In a VM of its own, one process a connection, all linked to a few hubs, one a scheduler; the
-%%% hubs are killed, as by the crash of a listener. The clock runs from the kill until the
-%%% registry counts no connection. The same number of processes without a registration die first:
-%%% what of the time is the VM's own.
+%%% In a separate VM there is one process per connection. All of them are linked to a few hubs, one per
+%%% scheduler. The hubs are killed, as if a listener crashed. The clock runs from the kill until the registry
+%%% counts no connection. The same number of processes without registrations is killed first, which shows the
+%%% VM's own part of the time.
 -module(death_bench).
 
 -export([run/1]).
 %% In the peer
 -export([die/2, connection/0]).
 
-%% In words; the least that the VM gives.
+%% In words. This is the minimum of the VM.
 -define(HEAP, 12).
 
 
@@ -34,7 +34,7 @@ run(#{deaths := Deaths, progress := Progress}) ->
 %%% In the peer
 
 
-%% Seconds from the kill to the end of the last process, and of the last registration.
+%% Seconds from the kill to the exit of the last process, or to the removal of the last registration.
 -spec die(pos_integer(), alone | registered) -> float().
 die(Deaths, Kind) ->
     Before = erlang:system_info(process_count),

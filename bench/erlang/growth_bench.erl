@@ -1,10 +1,10 @@
-%%% Messages delivered a second, by the number of receivers: what a message costs must not grow with the
-%%% connections.
+%%% Messages delivered per second, by the number of receivers. The cost of a message must not grow with the
+%%% number of connections.
 %%%
-%%% Each size has a VM of its own. There every receiver is registered as a connection, as a server, and with
-%%% a transport of its own, whose bucket pays for `route_to_server/3'; all layers of backpressure have their
-%%% default configuration, and the shard managers are at work. What is compared runs in interleaved rounds
-%%% ({@link bench_rounds}):
+%%% Each size has its own VM. Every receiver is registered there as a connection, as a server, and with its own
+%%% transport, whose bucket is charged for `route_to_server/3'. All layers of backpressure have their default
+%%% configuration, and the shard managers are running. The ways are compared in interleaved rounds ({@link
+%%% bench_rounds}):
 %%%
 %%% <ul>
 %%% <li>`bare': `Pid ! Msg' with the pids in hand</li>
@@ -14,15 +14,15 @@
 %%% <li>`off': `erlmcp_shard_manager:route_message/2' with `backpressure' off</li>
 %%% </ul>
 %%%
-%%% The load is the closed loop of {@link bench_load}: receivers keep up, so a message that is refused is a
-%%% fault.
+%%% The load is the closed loop of {@link bench_load}. The receivers keep up, so a refused message is a fault.
 %%%
-%%% *A rate* is what receivers have counted within the time, after a run-up in which the loop closes.
+%%% *A rate* is the number of messages that receivers have counted within the time, after a run-up in which the
+%%% loop closes.
 %%%
-%%% What has no admission control begins when the shard managers are idle: they look again at what a former way
-%%% has left in the mailboxes.
+%%% A way without admission control starts when the shard managers are idle, because they sample again what a
+%%% former way has left in the mailboxes.
 %%%
-%%% *The samplers' share* is measured in runs of its own: see {@link bench_samplers}.
+%%% *The samplers' share* is measured in separate runs: see {@link bench_samplers}.
 -module(growth_bench).
 
 -export([run/1]).
@@ -32,7 +32,7 @@
 -type way() :: bench_load:way() | off.
 -type figures() :: #{{pos_integer(), way() | samplers} => bench_rounds:figures()}.
 
-%% Connections, servers and transports.
+%% For connections, servers and transports.
 -define(MAX_ENTRIES, "4000000").
 -define(WAYS,        [bare, ets, connection, native, off]).
 
@@ -52,7 +52,7 @@ run(#{progress := Progress} = Options) ->
                    || Size <- Sizes ]).
 
 
-%% All sizes if this part is the only one, and as part of the whole those that take seconds.
+%% All sizes if this is the only part. As part of all, only the sizes that take seconds.
 -spec extent(registry_bench:options()) -> registry_bench:options().
 extent(#{sections := [growth], rounds := Rounds, seconds := Seconds} = Options) ->
     given(Options#{rounds := min(Rounds, 5), seconds := Seconds / 2}, [1000, 15_000, 100_000, 500_000, 1_000_000], [2, 200]);
@@ -109,7 +109,7 @@ refused_row(Size, Refused) ->
 %%% In the peer
 
 
-%% The figures, and how many messages were refused in all.
+%% The figures, and the number of refused messages in all.
 -spec measure(pos_integer(), [pos_integer()], pos_integer(), float()) -> {figures(), non_neg_integer()}.
 measure(Size, Senders, Rounds, Seconds) ->
     {Load, Population} = bench_load:start(Size, lists:max(Senders)),
@@ -124,7 +124,7 @@ measure(Size, Senders, Rounds, Seconds) ->
     {Figures, bench_load:refused(Load)}.
 
 
-%% Messages a second.
+%% Messages per second.
 -spec rate(way(), pos_integer(), bench_load:load(), float()) -> float().
 rate(off, Senders, Load, Seconds) ->
     ok = erlmcp_native:set(backpressure, off),

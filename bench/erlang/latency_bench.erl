@@ -1,20 +1,19 @@
-%%% Latency of a message under open-loop load: how long after it was due has it been received.
+%%% Latency of a message under open-loop load: the time from when it was due until it was received.
 %%%
-%%% One generator a scheduler has messages due every millisecond, for all connections in turn,
-%%% whether or not earlier ones have arrived. Each message carries the time at which it was *due*.
-%%% A generator that is late sends what it owes at once, and being late counts as latency: nothing
-%%% is left out because the system was too busy to be asked (no coordinated omission). Generators
-%%% run at high priority, as load from outside would.
+%%% One generator per scheduler has messages due every millisecond, for all connections in turn, whether or not
+%%% earlier ones have arrived. Each message carries the time at which it was *due*. A generator that is late
+%%% sends all due messages at once, and its delay counts as latency: nothing is left out because the system was
+%%% too busy (no coordinated omission). Generators run at high priority, as load from outside would.
 %%%
-%%% A wake-up of the VM's timers is up to a millisecond late or so. That is in all figures alike;
-%%% the row of `Pid ! Msg' shows what of them is the method's.
+%%% The VM's timers wake a process up to about a millisecond late. This affects all figures alike. The row of
+%%% `Pid ! Msg' shows the part of the latency that is due to the method.
 %%%
-%%% A rate is *saturated* if the last message came more than a tenth of the time after it was due,
-%%% or if p95 is above 50 ms. The number of messages is bounded by rate and time, and so is every
-%%% mailbox. Each rate is offered three times in turn; the figures are the medians. One of the rates is 80 % of
-%%% what the registry delivers when far more is offered at once.
+%%% A rate is *saturated* if the last message came more than a tenth of the time after it was due, or if p95 is
+%%% above 50 ms. Rate and time bound the number of messages, and so every mailbox. Each rate is offered three
+%%% times in turn; the figures are the medians. One of the rates is 80 % of what the registry delivers when far
+%%% more is offered at once.
 %%%
-%%% Percentiles and the maximum are those of a log-linear histogram, as HDR histograms are: one bucket a
+%%% Percentiles and the maximum are those of a log-linear histogram, as in HDR histograms: one bucket per
 %%% microsecond up to 128, and 64 buckets for each doubling from there, so that a figure is at most 1.6 % above
 %%% the latency that it stands for.
 -module(latency_bench).
@@ -36,17 +35,17 @@
                     max := float()
                    }.
 
-%% The rates, in parts of the greatest.
+%% The rates, as parts of the greatest.
 -define(STEPS,      [0.2, 0.5, 1.0]).
 -define(REPEATS,    3).
 -define(TICK_US,    1000).
 -define(GOAL_MS,    50.0).
 -define(GIVE_UP_MS, 30000).
 -define(WARM_UP,    0.1).
-%% Buckets of one doubling. There are 20 doublings from 128 us on, up to 134 s.
+%% Buckets per doubling. There are 20 doublings from 128 us on, up to 134 s.
 -define(LINEAR,  64).
 -define(BUCKETS, (2 * ?LINEAR + 20 * ?LINEAR)).
-%% Messages a connection that are offered at once to find out what is delivered: far fewer than a shard admits.
+%% Messages per connection that are offered at once to measure what is delivered. A shard admits far more.
 -define(BURST,    16).
 -define(OF_BURST, 0.8).
 
@@ -65,7 +64,7 @@ run(#{connections := Count, rate := Rate, progress := Progress} = Options) ->
     _ = [ measure(Way, Rate div 5, ?WARM_UP, Connections, Histogram) || Way <- Ways ],
     Burst = bench_rounds:median([ burst(native, Connections, Histogram) || _ <- lists:seq(1, ?REPEATS) ]),
     Rates = [ round(Step * Rate) || Step <- ?STEPS ],
-    %% Of two figures, so that the next run on the same machine offers as much.
+    %% Rounded to 100,000, so that the next run on the same machine offers the same rate.
     Most = round(?OF_BURST * Burst / 100_000) * 100_000,
     Offered = Rates ++ [ Most || Most > 0, not lists:member(Most, Rates) ],
     Results = [ begin
@@ -78,23 +77,23 @@ run(#{connections := Count, rate := Rate, progress := Progress} = Options) ->
     lists:append([ rows(Each, Each =:= Rate, Results) || Each <- Offered ]).
 
 
-%% Ten seconds and more if this part is the only one.
+%% Ten times as long if this is the only part.
 -spec seconds(registry_bench:options()) -> float().
 seconds(#{sections := [latency], seconds := Seconds}) -> 10 * Seconds;
 seconds(#{seconds := Seconds}) -> Seconds.
 
 
-%% Messages delivered a second of which as many as possible are offered.
+%% Messages delivered per second when as many as possible are offered.
 -spec burst(bench_senders:way(), [bench_senders:connection()], histogram()) -> float().
 burst(Way, Connections, Histogram) ->
-    %% In a tick: nothing is delivered in less.
+    %% All are offered within one tick, because nothing is delivered in less.
     #{delivered := Delivered} =
         measure(Way, ?BURST * length(Connections) * (1_000_000 div ?TICK_US), ?TICK_US / 1_000_000, Connections, Histogram),
     Delivered.
 
 
-%% A row against the gen_server, and one against the method's own latency. The floor is at the
-%% greatest rate.
+%% A row against the gen_server, and rows against the method's own latency. The floors apply at the greatest
+%% rate.
 -spec rows(pos_integer(), boolean(), [result()]) -> [bench_report:row()].
 rows(Offered, IsGreatest, Results) ->
     [Native, Classic, Bare] =
@@ -131,7 +130,7 @@ measure(Way, Rate, Seconds, Connections, Histogram) ->
     Ticks = round(Seconds * 1_000_000 / ?TICK_US),
     PerTick = Rate * ?TICK_US / 1_000_000 / Number,
     Total = Number * trunc(Ticks * PerTick),
-    % Generators are up, and have their lists, before the first message is due.
+    % The generators are running, and have their lists, before the first message is due.
     Start = erlang:monotonic_time() + erlang:convert_time_unit(100, millisecond, native),
     Generators = [ spawn_generator(Way, Sender, Number, Start, Ticks, PerTick, Connections)
                    || Sender <- lists:seq(0, Number - 1) ],
@@ -202,7 +201,7 @@ generate(Tick, Ticks, Sent, Next, {Way, Start, Length, PerTick, All} = Load) ->
     generate(Tick + 1, Ticks, Owed, Rest, Load).
 
 
-%% Milliseconds are rounded up: not before it is due.
+%% Rounded up to milliseconds, so that it never returns before the due time.
 -spec sleep_until(integer()) -> ok.
 sleep_until(Due) ->
     case erlang:convert_time_unit(Due - erlang:monotonic_time(), native, microsecond) of
@@ -217,7 +216,7 @@ sleep_until(Due) ->
     end.
 
 
-%% The next ones of an endless repetition of `All'.
+%% The next elements of an endless repetition of `All'.
 -spec take(non_neg_integer(), [Element], [Element], [Element]) -> {[Element], [Element]}.
 take(0, Next, _All, Batch) -> {Batch, Next};
 take(Number, [], All, Batch) -> take(Number, All, All, Batch);
@@ -242,7 +241,7 @@ bucket(Us) when Us < 2 * ?LINEAR -> max(0, Us) + 1;
 bucket(Us) -> bucket(Us bsr 1, 1).
 
 
-%% Halved so many times.
+%% `Us' was halved `Halved' times.
 -spec bucket(pos_integer(), pos_integer()) -> 1..?BUCKETS.
 bucket(Us, Halved) when Us < 2 * ?LINEAR -> min(?BUCKETS, Halved * ?LINEAR + Us + 1);
 bucket(Us, Halved) -> bucket(Us bsr 1, Halved + 1).

@@ -1,12 +1,12 @@
 %%% Look-ups from one process: native, ETS, and the registry as one gen_server.
 %%%
-%%% Every case is its own loop over the same list of ids with the call spelled out in it, so that
-%%% no case pays for calling a fun. The time of a loop that does nothing is taken off. Each
-%%% connection is a process of its own; the list is in an order other than that of the registrations, its
-%%% ids are copies, and it is gone through as often as it takes for `lookups' look-ups a round.
+%%% Every case is a separate loop over the same list of ids with the call spelled out in it, so that no case
+%%% pays for calling a fun. The time of an empty loop is subtracted. Each connection has its own process. The
+%%% list is in an order other than that of the registrations, its ids are copies, and it is repeated until a
+%%% round has `lookups' look-ups.
 %%%
-%%% ETS is one table `[set, public, {read_concurrency, true}]' of `{Id, Pid, Config}', what a registry in ETS
-%%% would have; beside it one of `{Id, Pid}', whose rows lie closer together.
+%%% ETS is one table `[set, public, {read_concurrency, true}]' of `{Id, Pid, Config}', as a registry in ETS
+%%% would have; beside it a table of `{Id, Pid}', whose rows lie closer together.
 -module(lookup_bench).
 
 -export([run/1]).
@@ -26,7 +26,7 @@
                   erlang_whereis |
                   map_get.
 
-%% A look-up through the gen_server takes some microseconds: fewer of them a round.
+%% A look-up through the gen_server takes some microseconds, so a round has fewer of them.
 -define(SLOWER, 10).
 
 
@@ -36,7 +36,7 @@ run(#{connections := Count, rounds := Rounds, lookups := Lookups, progress := Pr
         bench_population:start(Count, fun() -> receive stop -> ok end end),
     Config = bench_population:small_config(),
     Own = erlmcp_shard_registry:new(),
-    %% One structure after the other, as if each were the only one: its parts lie together in memory.
+    %% One structure after the other, so that each lies together in memory as if it were the only one.
     Fill = fun(Register) -> lists:foreach(fun({Id, Pid}) -> ok = Register(Id, Pid, Config) end, Connections) end,
     ok = Fill(fun erlmcp_shard_registry:register_connection/3),
     ok = Fill(fun(Id, Pid, _) -> erlmcp_shard_registry:register_connection(Own, Id, Pid, Config) end),
@@ -121,7 +121,7 @@ rows(Figures) ->
              "classic find_server/1")].
 
 
-%% Nanoseconds a look-up, without those of the loop.
+%% Nanoseconds per look-up, without the time of the loop.
 -spec time(lookup(), Context :: term(), [term()], pos_integer()) -> float().
 time(Lookup, Context, Ids, Passes) ->
     Lookups = length(Ids) * Passes,

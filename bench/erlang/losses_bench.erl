@@ -1,10 +1,10 @@
-%%% Work at which the native registry loses, or may lose: on purpose.
+%%% Work at which the native registry loses or may lose, chosen on purpose.
 %%%
-%%% From one process; the time of the same loop, choosing the case included, with nothing to call is
-%%% taken off. Why each loses stands in the README.
+%%% All cases run in one process. The time of the same loop without a call, including the choice of the case, is
+%%% subtracted. The README explains each loss.
 %%%
-%%% Lists of 3 servers come from registries that never had more, by raw calls, and from the named
-%%% one after it has had as many as there are connections.
+%%% Lists of 3 servers come from registries that never had more, by raw calls, and from the named one after it
+%%% had as many servers as there are connections.
 -module(losses_bench).
 
 -export([run/1]).
@@ -112,7 +112,7 @@ await_end(Pid) ->
     receive {'DOWN', Monitor, process, Pid, _} -> ok end.
 
 
-%% In all a few milliseconds a round.
+%% Calls per round, so that a case takes a few milliseconds.
 -spec calls(work()) -> pos_integer().
 calls(Case) when Case =:= native_large; Case =:= ets_large -> 300;
 calls(native_list) -> 300;
@@ -123,7 +123,7 @@ calls(Case) when Case =:= native_insert; Case =:= ets_insert -> 5000;
 calls(_) -> 100_000.
 
 
-%% Nanoseconds a call, without those of the loop.
+%% Nanoseconds per call, without the time of the loop.
 -spec time(work(), pos_integer(), [term()], term()) -> float().
 time(Case, Calls, Ids, Context) ->
     max(0.1, (elapsed(Case, Calls, Ids, Context) - elapsed(nothing, Calls, Ids, Context)) / Calls).

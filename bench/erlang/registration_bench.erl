@@ -1,10 +1,10 @@
 %%% Register and unregister with a monitor, from one process and from several.
 %%%
-%%% A round registers every connection, each a living process of its own, and then unregisters them
-%%% all; the figure is the time for a pair of both. The several processes, four for each scheduler,
-%%% have a share of the connections each.
+%%% A round registers every connection, each a living process of its own, and then unregisters them all. The
+%%% figure is the time of one such pair. The processes, four per scheduler, each have a share of the
+%%% connections.
 %%%
-%%% The floor is taken against {@link bench_baseline}, the quickest that one gen_server can be.
+%%% The floor applies against {@link bench_baseline}, the fastest form of one gen_server.
 -module(registration_bench).
 
 -export([run/1]).
@@ -57,7 +57,7 @@ shares(List, Number) ->
       || {First, Last} <- bench_population:ranges(length(List), Number) ].
 
 
-%% Nanoseconds a connection.
+%% Nanoseconds per connection.
 -spec time(kind(), [[{binary(), pid()}]]) -> float().
 time(Case, Parts) ->
     Config = bench_population:small_config(),

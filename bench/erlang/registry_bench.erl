@@ -1,7 +1,7 @@
-%%% The benchmark of the registry: options, the order of things, and the end.
+%%% The benchmark of the registry: options, the order of the parts, and the exit code.
 %%%
-%%% Started by `bench/run', which says what the options mean. Progress goes to standard error, the
-%%% table to standard output.
+%%% Started by `bench/run', which explains the options. Progress goes to standard error, the table to standard
+%%% output.
 -module(registry_bench).
 
 -export([main/0]).
@@ -43,7 +43,7 @@
                    {deaths, death_bench},
                    {losses, losses_bench},
                    {soak, soak_bench}]).
-%% Those that take minutes run by their names alone.
+%% Parts that take minutes run only when they are named.
 -define(ON_REQUEST, [soak]).
 
 
@@ -93,10 +93,10 @@ section(Section, Module, Options) ->
     Rows.
 
 
-%% The application, the baseline and the registry. In a process that stays.
+%% Starts the application, the baseline and the registry, in a process that stays alive.
 -spec start_registries() -> ok.
 start_registries() ->
-    %% Overload and open circuits are among what is measured.
+    %% Overload and open circuits are among the measured states, so their log events are suppressed.
     ok = logger:set_primary_config(level, error),
     {ok, _} = application:ensure_all_started(erlmcp_native),
     Asking = self(),

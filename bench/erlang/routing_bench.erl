@@ -1,14 +1,14 @@
-%%% Messages routed and delivered a second, from senders on all cores to all connections.
+%%% Messages routed and delivered per second, from senders on all cores to all connections.
 %%%
-%%% As many senders as schedulers go through all connections, each in a rotation of its own, and
-%%% send the same number of messages whichever way is measured. Every connection has a registered
-%%% transport, so that `route_to_server/3' is charged by all three layers, as `route_message/2' is. Receivers count what arrives; the
-%%% clock stops when the last message has been received, so that what is still in a mailbox, that
-%%% of the gen_server included, is not counted as routed.
+%%% As many senders as schedulers iterate over all connections, each from a different starting point, and send
+%%% the same number of messages whichever way is measured. Every connection has a registered transport, so that
+%%% `route_to_server/3' is charged by all three layers, as `route_message/2' is. Receivers count the messages.
+%%% The clock stops when the last message has been received, so that messages still in a mailbox, including that
+%%% of the gen_server, do not count as routed.
 %%%
-%%% *Bounded*: a sender that is more than `?WINDOW' messages a connection ahead of the receivers
-%%% sleeps a millisecond. That keeps the mailbox of the gen_server short, and never lets it run
-%%% dry: the window takes it some hundred milliseconds.
+%%% *Bounded*: a sender that is more than `?WINDOW' messages per connection ahead of the receivers sleeps a
+%%% millisecond. That keeps the mailbox of the gen_server short and never empty: the window takes it some
+%%% hundred milliseconds.
 %%%
 %%% Receivers report every fourth message, which costs all ways the same few nanoseconds.
 -module(routing_bench).
@@ -17,9 +17,9 @@
 
 %% Messages that a receiver counts before it reports them.
 -define(REPORT, 4).
-%% Messages a connection under way: more than receivers may leave unreported.
+%% Messages in flight per connection. This is more than receivers may leave unreported.
 -define(WINDOW, 8).
-%% Messages between two looks at the window.
+%% Messages between two checks of the window.
 -define(CHUNK,   500).
 -define(MESSAGE, <<"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"ping\"}">>).
 
@@ -74,7 +74,7 @@ rows(#{native := Native, classic := Classic, bare := Bare} = Figures, Senders) -
      Against("route_batch/1 of 500", Batch)].
 
 
-%% Messages a second.
+%% Messages per second.
 -spec throughput(bench_senders:way(), [pid()], pos_integer(), counters:counters_ref()) -> float().
 throughput(Way, Senders, Count, Delivered) ->
     ok = counters:put(Delivered, 1, 0),
@@ -86,7 +86,7 @@ throughput(Way, Senders, Count, Delivered) ->
     Total / bench_report:seconds(erlang:monotonic_time() - Start).
 
 
-%% Some 32 messages for every connection in all, of each sender a multiple of `?REPORT'.
+%% About 32 messages for every connection in all. Each sender sends a multiple of `?REPORT'.
 -spec passes(pos_integer()) -> pos_integer().
 passes(Senders) ->
     ?REPORT * max(1, 32 div ?REPORT div Senders).
@@ -174,8 +174,8 @@ pass([Chunk | Chunks], Way, Number, Window, Delivered, Sent) ->
     pass(Chunks, Way, Number, Window, Delivered, Now).
 
 
-%% All senders are taken to be as far as this one. The last of them is held up by none but the
-%% receivers, so this ends.
+%% Assumes that all senders have sent as much as this one. The slowest sender is held up by the receivers alone,
+%% so this terminates.
 -spec keep_to_window(pos_integer(), pos_integer(), counters:counters_ref()) -> ok.
 keep_to_window(Sent, Window, Delivered) ->
     case Sent - counters:get(Delivered, 1) > Window of

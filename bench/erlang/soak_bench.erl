@@ -1,19 +1,19 @@
-%%% A long run with many connections: what a node of a million of them does for a minute, when one receiver
-%%% stalls, and when all exit.
+%%% A long run with many connections: how a node with a million of them behaves for a minute, when one receiver
+%%% stalls, and when all receivers exit.
 %%%
-%%% Run by its name alone (`--only soak'). In a VM of its own every receiver is registered as a connection;
+%%% It runs only by its name (`--only soak'). In a separate VM every receiver is registered as a connection, and
 %%% all layers of backpressure have their default configuration. The load is the closed loop of {@link
-%%% bench_load}, by `route_message/2', with `Pid ! Msg' for a sixth of the time before and after it.
+%%% bench_load} with `route_message/2'. Before and after it, `Pid ! Msg' is measured for a sixth of the time.
 %%%
 %%% <ul>
-%%% <li>`delivered': messages a second.</li>
+%%% <li>`delivered': messages per second.</li>
 %%% <li>`refused': all receivers keep up, so there must be none.</li>
-%%% <li>`long schedules': those of at least a millisecond that `erlang:system_monitor/2' reports in a
-%%% function of ours, a minute. Beside them all that it reports while bare messages are sent: the
-%%% operating system takes a scheduler's processor away too.</li>
+%%% <li>`long schedules': the number per minute of schedules of at least a millisecond that
+%%% `erlang:system_monitor/2' reports in a function of the application. Beside it is the number of all that it
+%%% reports while bare messages are sent, because the operating system takes a scheduler's processor away too.</li>
 %%% <li>`samplers': see {@link bench_samplers}.</li>
-%%% <li>`a stalled receiver': messages that one suspended process takes before it is refused, and of as
-%%% many others of its shard, how many are refused then.</li>
+%%% <li>`a stalled receiver': messages that one suspended process accepts before it is refused, and how many of
+%%% the messages to up to 10,000 others of its shard are refused then.</li>
 %%% <li>`exit': from the exit of all receivers until no connection is registered.</li>
 %%% </ul>
 -module(soak_bench).
@@ -68,7 +68,7 @@ run(#{entries := Receivers, seconds := Seconds, senders := Given, progress := Pr
                                                "all with bare sends",
                                                max(BareLong, 0.1))),
      Size("samplers, of all schedulers", Samplers, "%", 2.0),
-     %% One more where a look falls between the admission of a message and its sending.
+     %% One more where a sample falls between the admission of a message and its sending.
      Size("taken for a receiver that stalls", float(Taken), "msgs", 10_001.0),
      Size("refused to others of its shard", float(OthersRefused), "msgs", 0.0),
      Size("all exit, until clean", Exit, "s", 30.0)].
@@ -145,7 +145,7 @@ stop_monitor(Monitor) ->
     receive {Monitor, Events} -> Events end.
 
 
-%% Those that began or ended in a function of the application.
+%% The schedules that began or ended in a function of the application.
 -spec of_ours([list()]) -> [list()].
 of_ours(Events) ->
     [ Event
@@ -156,7 +156,7 @@ of_ours(Events) ->
                    Event) ].
 
 
-%% Messages that a process takes that is suspended, and how many of as many others of its shard are refused
+%% Messages that a suspended process accepts, and how many of those to others of its shard are refused
 %% afterwards.
 -spec stall([{binary(), pid()}]) -> {non_neg_integer(), non_neg_integer()}.
 stall([{Stalled, Pid} | Others]) ->
@@ -169,7 +169,7 @@ stall([{Stalled, Pid} | Others]) ->
     {Taken, length(Refused)}.
 
 
-%% Its bucket is filled again until the shard refuses.
+%% The bucket refills until the shard refuses.
 -spec taken(binary(), non_neg_integer()) -> non_neg_integer().
 taken(Id, Taken) ->
     case erlmcp_shard_manager:route_message(Id, {mcp_message, Id, stalled}) of
