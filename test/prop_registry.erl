@@ -935,7 +935,7 @@ await_arrivals(Arrivals, Expected, Patience) ->
     end.
 
 
-%%% What is read, in the model's terms
+%%% Results in the model's terms
 
 
 -spec process(name(), world()) -> pid().

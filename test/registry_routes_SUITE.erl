@@ -315,7 +315,7 @@ log(_Event, _Config) ->
     ok.
 
 
-%% What has been logged, by the caller or by the registry's process before it answers.
+%% The events logged so far, by the caller or by the registry's process before it answers.
 logged(Config) ->
     _ = gen_server:call(instance(Config), list_servers),
     [ Event || {logged, Event} <- test_support:flush() ].

@@ -571,7 +571,7 @@ long_transport_id(_Config) ->
     ?assertEqual([{mcp_message, Long, 1}, {mcp_message, {a, [Long]}, 2}], test_support:flush()).
 
 
-%% The defaults, but nobody is refused for the state of a shard.
+%% The defaults apply, except that no message is refused because of a shard's load.
 without_the_application(_Config) ->
     ?assertEqual(ok, test_support:in_peer(?MODULE, in_without_application)).
 
@@ -594,16 +594,16 @@ in_without_application() ->
     #{capacity := Capacity, rate_per_second := Rate} = erlmcp_native_config:default(token_bucket),
     {Capacity, SharedRate} = erlmcp_nif:shared_limits(),
     true = SharedRate == Rate,
-    %% 50,000 to receivers that take nothing.
+    %% 50,000 messages to a receiver that processes none.
     [] = [ E || E <- [ ?R:route_to_server(s, t, N) || N <- lists:seq(1, 50_000) ], E =/= ok ],
     {message_queue_len, 50_000} = process_info(Receiver, message_queue_len),
     ok = ?A:check_admission(0),
     #{threshold := infinity, queue_depth := 0, sample_age_ms := infinity, messages_per_second := 0} =
         ?A:get_shard_stats(0),
-    %% Buckets work.
+    %% Token buckets work.
     Results = [ ?M:route_message(c, x) || _ <- lists:seq(1, 3000) ],
     true = lists:member({error, rate_limited}, Results),
-    %% The same settings can be changed.
+    %% The settings can be changed as with the application.
     ok = erlmcp_native:set(token_bucket, infinity),
     [ok] = lists:usort([ ?M:route_message(c, x) || _ <- lists:seq(1, 3000) ]),
     ok = erlmcp_native:set(admission, #{threshold => 10}),
@@ -613,7 +613,7 @@ in_without_application() ->
     ok.
 
 
-%% It samples no more, so nobody is refused for the state of a shard from then on.
+%% The application samples no more, so from then on no message is refused because of a shard's load.
 after_the_application(_Config) ->
     ?assertEqual(ok, test_support:in_peer(?MODULE, in_after_application)).
 
@@ -626,7 +626,7 @@ in_after_application() ->
     _ = [ ?R:route_to_server(s, t, N) || N <- lists:seq(1, 5000) ],
     ok = application:stop(erlmcp_native),
     [] = [ E || E <- [ ?R:route_to_server(s, t, N) || N <- lists:seq(1, 50_000) ], E =/= ok ],
-    %% And again when it is back.
+    %% Refusals start again with the application.
     ok = application:start(erlmcp_native),
     test_support:await(fun() -> ?R:route_to_server(s, t, x) =:= {error, shard_overloaded} end),
     ok.
@@ -653,7 +653,7 @@ receivers(Shard, Number, N) ->
     end.
 
 
-%% Receivers of a shard that has just been overloaded by them.
+%% The receivers of a shard, which have just overloaded it.
 overloaded(Shard) ->
     Receivers = [{Id, _} | _] = receivers(Shard, 1),
     ok = ?B:set_limits(Id, infinity),
@@ -697,7 +697,7 @@ manager(Shard) ->
     whereis(list_to_atom("erlmcp_shard_manager_" ++ integer_to_list(Shard))).
 
 
-%% What it has got so far, in order.
+%% Reports on request what it has received so far, in order.
 forward(To) ->
     receive
         {report, Ref} -> To ! {Ref, self(), lists:reverse(received([]))}, forward(To)

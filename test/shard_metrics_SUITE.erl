@@ -76,7 +76,7 @@ end_per_testcase(_Case, Config) ->
     erlmcp_circuit_breaker:force_close().
 
 
-%%% What there is
+%%% Contents
 
 
 not_running(_Config) ->

@@ -45,14 +45,14 @@ time_row(Section, Name, Figures, Against, Others) ->
     compared(row(Section, Name, "ns", less), Figures, Against, Others).
 
 
-%% Messages a second.
+%% Messages per second.
 -spec rate_row(string(), string(), bench_rounds:figures(), string(), bench_rounds:figures()) ->
           row().
 rate_row(Section, Name, Figures, Against, Others) ->
     compared(row(Section, Name, "msg/s", more), Figures, Against, Others).
 
 
-%% Milliseconds at a percentile; one map a measurement, with all percentiles.
+%% Milliseconds at a percentile. Each measurement is one map with all percentiles.
 -spec latency_row(string(), p95 | p99, string(), [map()], string(), [map()]) -> row().
 latency_row(Section, Percentile, At, Native, Against, Others) ->
     Row = compared(row(Section, atom_to_list(Percentile) ++ " at " ++ At, "ms", less),

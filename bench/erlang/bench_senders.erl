@@ -31,8 +31,8 @@ name(classic) -> "classic route_to_server/3";
 name(bare) -> "Pid ! Msg, pids in hand".
 
 
-%% Runs before a way is measured. A way without admission control must not pay for the samples that a former way
-%% left to be taken.
+%% Runs before a way is measured. A way without admission control must not pay for samples of a former way's
+%% messages.
 -spec prepare(way()) -> ok.
 prepare(Way) when Way =:= bare; Way =:= classic -> bench_samplers:await_idle();
 prepare(_Guarded) -> ok.

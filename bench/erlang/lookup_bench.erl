@@ -157,7 +157,7 @@ passes(Lookup, Context, Ids, Left) ->
     passes(Lookup, Context, Ids, Left - 1).
 
 
-%%% One loop a case
+%%% One loop per case
 
 
 -spec nothing([term()], term()) -> ok.

@@ -12,15 +12,15 @@
 
 -type options() :: #{
                      sections := [section()],
-                     % Rounds of what is compared by rounds.
+                     % Rounds of the parts that are measured in rounds.
                      rounds := pos_integer(),
                      connections := pos_integer(),
                      % Receivers and senders of the growth part.
                      sizes := default | [pos_integer()],
                      senders := default | [pos_integer()],
-                     % Look-ups a round.
+                     % Look-ups per round.
                      lookups := pos_integer(),
-                     % The greatest rate offered, messages a second, and for how long.
+                     % The greatest rate offered, in messages per second, and the time at each rate in seconds.
                      rate := pos_integer(),
                      seconds := float(),
                      % Entries of the large registry.
