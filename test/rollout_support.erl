@@ -176,7 +176,7 @@ await(Expected, Look, Deadline) ->
     end.
 
 
-%% The next `Number' messages. With 0, no message may have arrived.
+%% The next `Number' messages. No further message may have arrived.
 received(0) ->
     receive
         {Kind, _, _} = Message when Kind =:= mcp_message; Kind =:= mcp_response -> [{unexpected, Message}]

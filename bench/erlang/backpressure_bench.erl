@@ -205,7 +205,7 @@ spend(Connections) ->
     lists:foreach(fun({Id, _Pid}) -> _ = erlmcp_token_bucket:consume(Id, 1) end, Connections).
 
 
-%% The first message requests a sample. After the sample the shard refuses.
+%% A sample is taken with the first message. After it the shard refuses.
 -spec await_overload([{binary(), pid()}]) -> ok.
 await_overload(Connections) ->
     lists:foreach(fun({Id, _Pid}) -> await_refusal(Id) end, Connections).
