@@ -1,4 +1,4 @@
-//! What the layers of backpressure have in common: the node's clock and circuit.
+//! What the layers of backpressure share: the node's clock and circuit breaker.
 
 use erlmcp_core::circuit_breaker::{CircuitBreaker, Config};
 use erlmcp_core::clock::TscClock;
@@ -13,7 +13,7 @@ pub(crate) fn clock() -> &'static TscClock {
     CLOCK.get_or_init(Box::default)
 }
 
-/// The node's circuit, with the default config until another one is given.
+/// The node's circuit breaker, with the default config until another one is set.
 #[inline]
 pub(crate) fn circuit() -> &'static CircuitBreaker {
     CIRCUIT.get_or_init(|| {

@@ -1,4 +1,4 @@
-//! Identifiers: from a term to bytes that are equal exactly if the terms are (`=:=`), and back.
+//! Encoding of ids as bytes, and decoding. The bytes are equal if and only if the terms are (`=:=`).
 //!
 //! Atoms and binaries need no encoding: an atom is its word, which is unique in this VM and never
 //! reused, and a binary is its bytes. Any other term is encoded (see [`crate::encoding`]).
@@ -43,15 +43,15 @@ impl EncodedId<'_> {
 
 /// The bytes of a term, if it is a binary.
 ///
-/// As rustler's `Binary`, but address and size are read one by one. The compiler makes one wide load of
-/// the two where they are copied together, and a wide load of what was just written in two halves
-/// cannot be forwarded: it waits until both have got to the cache, a tenth of the whole route.
+/// Like rustler's `Binary`, but address and size are loaded separately. If they are copied together, the
+/// compiler merges the loads into a wide one. A wide load of two values that were just stored separately
+/// cannot be forwarded: it waits until both stores have reached the cache, a tenth of the whole route.
 #[inline(always)]
 fn binary(term: Term<'_>) -> Option<&[u8]> {
     let mut binary = MaybeUninit::<ErlNifBinary>::uninit();
     // SAFETY: the term belongs to its environment, and its bytes live as long as that does. The
-    // fields are written where the call says that the term is a binary, and then `data` points at
-    // `size` bytes. It may be null for an empty binary, which a slice must not be.
+    // fields are written if the call reports a binary, and then `data` points at `size` bytes. It
+    // may be null for an empty binary, but the pointer of a slice must not be.
     unsafe {
         if enif_inspect_binary(
             term.get_env().as_c_arg(),
@@ -82,7 +82,7 @@ pub(crate) fn encode(term: Term<'_>, max_bytes: usize) -> NifResult<EncodedId<'_
     }
 }
 
-/// Encodes an id that is no binary.
+/// Encodes an id that is not a binary.
 fn encode_other(term: Term<'_>, max_bytes: usize) -> NifResult<EncodedId<'_>> {
     if term.is_atom() {
         return Ok(EncodedId {
@@ -100,10 +100,10 @@ fn encode_other(term: Term<'_>, max_bytes: usize) -> NifResult<EncodedId<'_>> {
     })
 }
 
-/// What the bytes of a term encode, and the bytes, which stand in `encoded` if they are not the term's
-/// own; `None` if they are more than `max_bytes`.
+/// The kind and the bytes of an id. The bytes are the term's own, or else stored in `encoded`. `None` if
+/// they are more than `max_bytes`.
 ///
-/// Inlined: what is returned through memory here costs as much as the hash.
+/// Inlined: returning through memory costs as much as the hash.
 #[inline(always)]
 pub(crate) fn kind_and_bytes<'b, 'a: 'b>(
     term: Term<'a>,
@@ -117,9 +117,9 @@ pub(crate) fn kind_and_bytes<'b, 'a: 'b>(
     Some((encoded.kind, encoded.bytes()))
 }
 
-/// Calls `f` with the id of a term; `None` if that takes more bytes than the registry's bound.
+/// Calls `f` with the id of a term; `None` if the id takes more bytes than the registry allows.
 ///
-/// Inlined with what it calls. On the hot path `R` is one word, for the same reason.
+/// Inlined with its callees, and on the hot path `R` is one word, so that nothing is returned through memory.
 #[inline(always)]
 pub(crate) fn with<R>(
     registry: &Registry,
@@ -131,7 +131,7 @@ pub(crate) fn with<R>(
     Some(f(&registry.id(kind, bytes)))
 }
 
-/// How much work [`decode`] has, as a config's weight: an encoded term has at least one byte.
+/// The work of [`decode`], in the unit of a config's weight: each encoded term has at least one byte.
 pub(crate) fn weight(kind: u8, bytes: &[u8]) -> usize {
     match kind {
         ATOM => 0,

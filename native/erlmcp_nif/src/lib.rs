@@ -1,5 +1,5 @@
-//! The NIF of `erlmcp_native`: each function decodes its arguments, calls the core once, and
-//! encodes what that returned. `erlmcp_nif.erl` documents the functions.
+//! The NIF library of `erlmcp_native`: each function decodes its arguments, calls the core once, and
+//! encodes the result. `erlmcp_nif.erl` documents the functions.
 //!
 //! Panics do not cross into the VM: rustler catches them in functions and callbacks.
 

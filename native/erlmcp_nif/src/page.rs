@@ -1,4 +1,4 @@
-//! A namespace of a registry page by page, for its owner, who copies it or empties it while it goes on
+//! Reads a namespace of a registry page by page, for its owner, which copies or empties it while it keeps
 //! serving.
 
 use std::ops::ControlFlow;
@@ -13,9 +13,9 @@ use crate::reschedule::Scheduler;
 use crate::resource::{Registry, registry};
 use crate::watch::Lease;
 
-/// The entries of a namespace at `count` places of a shard from the place `from`, as `{Id, Pid, Config,
-/// Binding}`, and the place after them, or `none` if there is none. On a dirty scheduler, since configs
-/// may be large.
+/// The entries of a namespace at `count` places of a shard, from place `from` on, as `{Id, Pid, Config,
+/// Binding}`, and the next place, or `none` at the end. Runs on a dirty scheduler, since configs may be
+/// large.
 #[rustler::nif(schedule = "DirtyCpu")]
 fn page<'a>(
     env: Env<'a>,
@@ -56,7 +56,7 @@ fn page<'a>(
     Ok((rows, next).encode(env))
 }
 
-/// `None` if the entry has been removed.
+/// The row of an entry; `None` if the entry has been removed.
 fn row<'a>(
     env: Env<'a>,
     registry: &Registry,
@@ -64,7 +64,7 @@ fn row<'a>(
     id: &Id<'_>,
     entry: &Entry<Lease>,
 ) -> NifResult<Option<Term<'a>>> {
-    // What is too heavy for a normal scheduler is loaded on a dirty one.
+    // Never too heavy: this is a dirty scheduler.
     let config = entry
         .lease
         .config

@@ -1,4 +1,4 @@
-//! Tuples of any size, without trust in the size.
+//! The elements of tuples of any size; the size may be untrusted.
 
 use std::mem::MaybeUninit;
 
@@ -12,7 +12,7 @@ pub(crate) fn tuple_elements<'a>(
 ) -> Option<impl ExactSizeIterator<Item = Term<'a>> + DoubleEndedIterator> {
     let elements = raw_elements(term).filter(|elements| elements.len() <= max)?;
     Some(elements.iter().map(move |element| {
-        // SAFETY: they are terms of the same environment.
+        // SAFETY: the elements of a tuple belong to its environment.
         unsafe { Term::new(term.get_env(), *element) }
     }))
 }
@@ -21,7 +21,7 @@ pub(crate) fn tuple_elements<'a>(
 #[inline]
 pub(crate) fn first_of_pair(term: Term<'_>) -> Option<Term<'_>> {
     let elements = raw_elements(term).filter(|elements| elements.len() == 2)?;
-    // SAFETY: it is a term of the same environment.
+    // SAFETY: the elements of a tuple belong to its environment.
     Some(unsafe { Term::new(term.get_env(), elements[0]) })
 }
 
@@ -44,9 +44,9 @@ fn raw_elements(term: Term<'_>) -> Option<&[ErlNifTerm]> {
     };
     let arity = usize::try_from(arity).ok()?;
     if arity == 0 {
-        // May come with any pointer, null included.
+        // The pointer of an empty tuple may be anything, null included.
         return Some(&[]);
     }
-    // SAFETY: `elements` points at `arity` terms, which stay as long as the environment.
+    // SAFETY: `elements` points at `arity` terms, which live as long as the environment.
     Some(unsafe { std::slice::from_raw_parts(elements, arity) })
 }

@@ -11,15 +11,15 @@ use rustler::{Env, Term};
 use super::{Remote, Revocable};
 use crate::background;
 
-/// The maps free what was removed from them 32 at a time, or a few times as many when a reader has kept
-/// them from it. 32 terms of this weight take up to 0.3 ms, where each part of them refers to something
-/// that is freed by itself (some 40 ns each; measured with references to atomics).
+/// The maps free removed values in batches of 32, or of a few times as many after a reader has held them up. 32
+/// terms of this weight take up to 0.3 ms if each part of them refers to something that is freed by itself (some
+/// 40 ns each; measured with references to atomics).
 const MAX_WEIGHT_FREED_IN_PLACE: usize = 200;
 
 /// # Invariant
 ///
-/// The users hold one reference of the `Arc` together: it is made with the first one and goes to the one that
-/// takes the count to zero. So to join and to leave is one locked operation each. Zero is final.
+/// The users together hold one reference of the `Arc`. It is created with the first user and passes to the one
+/// that brings the count to zero. So joining and leaving take one atomic update each. Zero is final.
 pub(super) struct Kept {
     users: AtomicUsize,
     pub(super) hash: u64,
@@ -30,14 +30,14 @@ pub(super) struct Kept {
 pub(super) enum Content {
     Compact(Box<[u8]>),
     Shared(SharedTerm),
-    /// Not in the table: that of one registration.
+    /// Not in the table; belongs to one registration.
     Revocable(Revocable),
-    /// Not in the table: that of one registration.
+    /// Not in the table; belongs to one registration.
     Remote(Box<Remote>),
 }
 
 impl Kept {
-    /// With one user, who holds what is returned.
+    /// With one user, which holds the returned reference.
     pub(super) fn new(hash: u64, weight: usize, content: Content) -> Arc<Self> {
         Arc::new(Self {
             users: AtomicUsize::new(1),
@@ -47,7 +47,7 @@ impl Kept {
         })
     }
 
-    /// Whether users find it by its content.
+    /// Whether the table finds it by its content.
     pub(super) fn is_in_table(&self) -> bool {
         matches!(self.content, Content::Compact(_) | Content::Shared(_))
     }
@@ -56,13 +56,13 @@ impl Kept {
         matches!(&self.content, Content::Shared(shared) if shared.may_refer)
     }
 
-    /// One more user beside one that stays meanwhile.
+    /// Adds a user. Another user must exist meanwhile.
     #[inline]
     pub(super) fn join(&self) {
         self.users.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// One more user, unless the last one has left.
+    /// Adds a user, unless the last one has left.
     pub(super) fn try_join(&self) -> bool {
         self.users
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, |users| {
@@ -71,14 +71,14 @@ impl Kept {
             .is_ok()
     }
 
-    /// One user less: whether it was the last one, who holds the reference from now on.
+    /// Removes a user. Returns whether it was the last one, to which the reference passes.
     #[inline]
     pub(super) fn leave(&self) -> bool {
         self.users.fetch_sub(1, Ordering::AcqRel) == 1
     }
 }
 
-/// The last reference may go in anybody's call, when the maps free what was removed from them.
+/// The last reference may be dropped in the call of any process, when the maps free their removed values.
 impl Drop for Kept {
     fn drop(&mut self) {
         if self.is_in_table() && self.weight > MAX_WEIGHT_FREED_IN_PLACE {
@@ -88,7 +88,7 @@ impl Drop for Kept {
     }
 }
 
-/// A term in an environment that nobody writes to any more.
+/// A term in an environment that is no longer written to.
 pub(super) struct SharedTerm {
     env: OwnedEnv,
     term: ErlNifTerm,

@@ -1,22 +1,23 @@
-//! Config terms kept for entries, each distinct one once.
+//! Config terms of entries, interned: equal terms (`=:=`) are kept once.
 //!
-//! A term is kept in one of three forms: an immediate one as its word; a small plain one encoded
-//! (see [`crate::encoding`]), which is compact; any other one in an environment of its own, which
-//! costs about 2.5 KB more, but from which it is copied out quickly and in which references, funs
-//! and large binaries keep what they refer to alive.
+//! A term is kept in one of three forms:
 //!
-//! An immediate term needs no memory beside the entry. Of the others those that are equal (`=:=`) are kept once,
-//! in a table by content. A kept term counts its users; the last one to leave takes it out of the table. Zero users
-//! is final: whoever finds the term then takes it out in the place of the last user, and keeps a new copy. It stays
-//! equal to its like until it is out: while the table grows, a key that was equal when another one was looked up
-//! and is not any more would hide that other one.
+//! * An immediate term is its word, and needs no memory beside the entry.
+//! * A small plain term is encoded (see [`crate::encoding`]), which is compact.
+//! * Any other term is in an environment of its own. That costs about 2.5 KB more, but the term is copied out
+//!   quickly, and references, funs and large binaries keep alive what they refer to.
 //!
-//! # A registry is not kept by entries that it does not have
+//! Terms of the last two forms are in a table, by content. A kept term counts its users; the last user to leave
+//! removes it from the table. A count of zero is final: a thread that finds such a term removes it in place of the
+//! last user, and inserts a new copy. The term compares equal until it is removed. Otherwise, while the table is
+//! resized, a key that was equal when another one was looked up and no longer is would hide that other one.
 //!
-//! A config can refer to the registry that its entry is in. The memory of a removed entry is freed by that
-//! registry's collector, some removals later or with the registry. If it held the config until then, the two
-//! would keep each other. So an entry holds a config that may refer to something by [`Revocable`]: removing
-//! the entry, or replacing its config, revokes the config at once, whoever still holds a copy of the lease.
+//! # A removed entry does not keep its registry alive
+//!
+//! A config can refer to the registry that its entry is in. The registry's collector frees the memory of a removed
+//! entry some removals later, or with the registry. If the entry held its config until then, config and registry
+//! would keep each other alive. So an entry holds a config that may refer to something by [`Revocable`]: removing
+//! the entry, or replacing its config, revokes the config at once, even while copies of the lease exist.
 
 mod kept;
 mod table;
@@ -40,26 +41,26 @@ use crate::reschedule::{Scheduler, Stopped, TooHeavy};
 pub(crate) use self::table::distinct;
 pub(crate) use self::weight::BYTES_PER_WEIGHT;
 
-/// A term of this weight is worked on in half a millisecond: to weigh it, to hash it and to copy it
-/// take some 50 ns each term together.
+/// A term of this weight takes half a millisecond: weighing, hashing and copying take some 50 ns per term
+/// together.
 pub(crate) const MAX_WEIGHT_ON_NORMAL_SCHEDULER: usize = 10_000;
-/// Up to this weight the overhead of an environment outweighs the slower decoding.
+/// Up to this weight, the overhead of an environment outweighs the slower decoding.
 const MAX_COMPACT_WEIGHT: usize = 64;
 
-/// One word: the pointer of a user of a kept term; or the word of an immediate term, which no pointer to a
-/// [`Kept`] is equal to, because that would be a multiple of its alignment.
+/// One word: a counted pointer to a [`Kept`], or the word of an immediate term. The two cannot be equal: only
+/// the pointer is a multiple of the alignment of [`Kept`].
 pub(crate) struct Config(*const Kept);
 
 /// The word of an immediate term.
 struct Immediate(u64);
 
-/// Whether it is no pointer to a [`Kept`].
+/// Whether `word` cannot be a pointer to a [`Kept`].
 #[inline]
 fn is_unaligned(word: usize) -> bool {
     !word.is_multiple_of(mem::align_of::<Kept>())
 }
 
-// SAFETY: the pointer is a counted reference, as an `Arc` is one, to what may be sent and shared.
+// SAFETY: the pointer is a counted reference, like an `Arc`, to a value that may be sent and shared.
 unsafe impl Send for Config where Arc<Kept>: Send {}
 // SAFETY: as above.
 unsafe impl Sync for Config where Arc<Kept>: Sync {}
@@ -90,7 +91,7 @@ impl Config {
         (is_immediate && is_unaligned(word)).then(|| Self(ptr::without_provenance(word)))
     }
 
-    /// A new kept term, which has one user.
+    /// The first user of a new kept term.
     fn first(kept: Arc<Kept>) -> Self {
         Self(Arc::into_raw(kept))
     }
@@ -111,11 +112,11 @@ impl Config {
         if is_unaligned(word) {
             return Err(Immediate(word as u64));
         }
-        // SAFETY: this is a user, so the reference that all of them hold together is there.
+        // SAFETY: this is a user, and the users together hold a reference.
         Ok(unsafe { &*self.0 })
     }
 
-    /// The config as one registration holds it. Not to be given to a second one.
+    /// The config in the form that one registration holds. It must not be given to a second registration.
     pub(crate) fn of_entry(self) -> Self {
         match self.view() {
             Ok(kept) if kept.may_refer() => {
@@ -126,7 +127,7 @@ impl Config {
         }
     }
 
-    /// The config, made by [`Self::of_entry`], of an entry for `pid`, a process of another node.
+    /// The config of an entry for `pid`, a process of another node, from one made by [`Self::of_entry`].
     pub(crate) fn of_remote(self, pid: Term<'_>, sentinel: LocalPid) -> Self {
         let remote = Remote {
             pid: pid.to_binary().as_slice().into(),
@@ -136,8 +137,8 @@ impl Config {
         Self::apart(remote.config.weight(), Content::Remote(Box::new(remote)))
     }
 
-    /// Ends the registration's use of the term, for every copy of its lease. Afterwards [`Self::load`] may
-    /// find nothing.
+    /// Drops the registration's use of the term, in every copy of its lease. Afterwards [`Self::load`] may
+    /// return `None`.
     pub(crate) fn revoke(&self) {
         match self.view().map(|kept| &kept.content) {
             Ok(Content::Revocable(revocable)) => revocable.revoke(),
@@ -146,7 +147,7 @@ impl Config {
         }
     }
 
-    /// What is kept about a process of another node, if the entry is for one.
+    /// The data of a process of another node, if the entry is for one.
     pub(crate) fn remote(&self) -> Option<&Remote> {
         match self.view().map(|kept| &kept.content) {
             Ok(Content::Remote(remote)) => Some(remote),
@@ -154,7 +155,7 @@ impl Config {
         }
     }
 
-    /// How much work it is to load the term: about 30 ns each.
+    /// The work of loading the term: about 30 ns per unit.
     pub(crate) fn weight(&self) -> usize {
         self.view().map_or(1, |kept| kept.weight)
     }
@@ -199,7 +200,7 @@ impl Drop for Config {
         if !self.view().is_ok_and(Kept::leave) {
             return;
         }
-        // SAFETY: this was the last user, which the reference of all goes to.
+        // SAFETY: this was the last user, to which the reference of all users passes.
         let kept = unsafe { Arc::from_raw(self.0) };
         if kept.is_in_table() {
             table().forget(&kept);
@@ -209,18 +210,17 @@ impl Drop for Config {
 
 /// The config of one registration, counted as a user until it is revoked.
 ///
-/// Invariant: `owned` is either null or a user of the term. The exchange that finds it not null makes its
-/// thread the owner of that user.
+/// Invariant: `owned` is either null or a user of the term. The thread whose swap returns a user owns it.
 struct Revocable {
     kept: Weak<Kept>,
     owned: AtomicPtr<Kept>,
 }
 
 impl Revocable {
-    /// Of a kept term, not of an immediate one.
+    /// `config` must be a kept term, not an immediate one.
     fn new(config: Config) -> Self {
         let owned = ManuallyDrop::new(config).0;
-        // SAFETY: from a user, while it is one. The reference stays with the users.
+        // SAFETY: the pointer is that of a user, which exists meanwhile. The reference stays with the users.
         let kept = ManuallyDrop::new(unsafe { Arc::from_raw(owned) });
         Self {
             kept: Arc::downgrade(&kept),
@@ -236,7 +236,7 @@ impl Revocable {
     fn revoke(&self) {
         let owned = self.owned.swap(ptr::null_mut(), Ordering::AcqRel);
         if !owned.is_null() {
-            // It was a user, and the exchange gave it to nobody else.
+            // It was a user, and the swap returned it to no other thread.
             drop(Config(owned));
         }
     }
@@ -252,13 +252,13 @@ impl Drop for Revocable {
 pub(crate) struct Remote {
     /// The external format of the pid.
     pid: Box<[u8]>,
-    /// The local process that ends when the remote one does.
+    /// The local process that exits when the remote one does.
     pub(crate) sentinel: LocalPid,
     config: Config,
 }
 
 impl Remote {
-    /// The pid; `undefined` if the VM did not read what it has written.
+    /// The pid; `undefined` if the VM cannot decode what it has encoded.
     pub(crate) fn pid<'a>(&self, env: Env<'a>) -> Term<'a> {
         // SAFETY: the bytes were written by the VM itself.
         let decoded = unsafe { env.binary_to_term_trusted(&self.pid) };

@@ -1,4 +1,4 @@
-//! The kept terms by their content.
+//! The table of kept terms, by content.
 
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
@@ -27,7 +27,7 @@ pub(super) struct Table {
 /// A kept term as the table's key.
 struct Stored(Arc<Kept>);
 
-/// A term that is looked for.
+/// A term to look up.
 enum Wanted<'a> {
     Compact(&'a [u8]),
     Shared(Term<'a>),
@@ -129,7 +129,7 @@ impl Table {
         }
     }
 
-    /// Takes out a term without users, unless that has been done.
+    /// Removes a term without users, unless it was removed already.
     pub(super) fn forget(&self, kept: &Arc<Kept>) {
         let guard = self.terms.guard();
         let is_it = |stored: &Stored, _: &()| Arc::ptr_eq(&stored.0, kept);
@@ -140,9 +140,10 @@ impl Table {
             self.distinct.fetch_sub(1, Ordering::Relaxed);
             self.churn.removed(kept.hash);
             if kept.may_refer() {
-                // What it refers to may be large, and this thread's batch may never be filled. So it is
-                // freed now, unless more threads read the table than there are values in the batch, or the
-                // table is growing: then some later registration frees it.
+                // The term may refer to something large, and this thread's batch of removed values may
+                // never fill up. The flush frees the term now, unless more threads read the table than
+                // there are values in the batch, or the table is being resized: then some later
+                // registration frees it.
                 guard.flush();
             }
         }

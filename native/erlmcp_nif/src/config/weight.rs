@@ -1,4 +1,4 @@
-//! How much work it is to keep a term.
+//! The weight of a term: how much work it is to keep it.
 
 use rustler::{Binary, LocalPid, MapIterator, Term, TermType};
 
@@ -16,7 +16,7 @@ pub(super) struct Weighed {
 }
 
 impl Weighed {
-    /// Adds a term of which only the external format has a size.
+    /// Adds a term whose size only its external format tells.
     fn add_opaque(&mut self, term: Term<'_>, scheduler: Scheduler) -> Option<()> {
         if scheduler == Scheduler::Normal {
             return None;
@@ -27,12 +27,12 @@ impl Weighed {
     }
 }
 
-/// Weighs a term, or gives up beyond `max`. Costs in proportion to the smaller of both.
+/// Weighs a term, or gives up beyond `max`. The cost is proportional to the smaller of the two.
 ///
-/// There is no size to be had of a fun, of a bit string that is no binary and of a large integer but that
-/// of the external format, which is a copy as large as they are. So a normal scheduler gives up on these,
-/// and a dirty one makes the copy. A binary that does not begin at a byte is copied to be shown at all, and it
-/// cannot be seen beforehand that one does not: it alone costs in proportion to its size.
+/// Only the external format tells the size of a fun, of a bit string that is not a binary, and of a large integer.
+/// It is a copy as large as the term. So a normal scheduler gives up on these terms, and a dirty one makes the
+/// copy. A binary that does not begin at a byte boundary is copied by any inspection, and cannot be recognized
+/// beforehand: it alone costs in proportion to its size.
 pub(super) fn weigh(term: Term<'_>, max: usize, scheduler: Scheduler) -> Option<Weighed> {
     let mut weighed = Weighed {
         weight: 0,
