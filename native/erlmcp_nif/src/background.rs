@@ -1,31 +1,31 @@
-//! Freeing what takes long to free, off the schedulers.
+//! Frees values that take long to free, off the schedulers.
 //!
-//! One thread, the reaper, frees what others have put into a queue. It is started by the first one who
-//! does so and never ends. It is no scheduler: what it takes, others get done meanwhile.
+//! One thread, the reaper, frees the values of a queue. The first caller of [`free`] starts it, and it never
+//! exits. It is not a scheduler, so Erlang processes run while it frees.
 //!
-//! # Nothing is lost
+//! # No value is lost
 //!
-//! Whoever puts something into the queue then wakes the reaper, if it has made itself known. The reaper
-//! makes itself known before it looks into the queue for the first time. Each side writes before it
-//! looks at what the other one writes (Dekker): so either the reaper is woken after the value was there,
-//! or it finds the value. A wake-up that comes before the reaper sleeps keeps it from doing so.
+//! A caller pushes its value and then wakes the reaper, if the reaper has published its handle in `REAPER`.
+//! The reaper publishes the handle before its first pop. Each side stores before it loads what the other one
+//! stores (Dekker): so either the reaper is woken after the push, or it finds the value. A wake-up that comes
+//! before the reaper parks keeps it from parking.
 //!
-//! Where no thread can be had, the one who has tried to start it empties the queue himself. Each one who
-//! finds the start under way has said so in the same word before, so that his value is seen then; each
-//! one after that tries anew.
+//! If no thread can be spawned, the caller that has tried to start it empties the queue itself. A caller
+//! that finds the start under way has updated `IS_STARTED` after its push. The caller that failed to start
+//! updates the same word before it empties the queue, so it finds that value. Any later caller tries again.
 //!
 //! # Nobody waits
 //!
-//! The queue has no lock: a value is put into a box of its own and that into the queue by one exchange; every
-//! 31st one links the next block of the queue, and who comes at just that moment spins until it has. Waking
-//! is one exchange and, if the reaper sleeps, a system call that does not wait.
+//! The queue has no lock: a push boxes the value and adds the box to the queue by a compare-and-swap. Every
+//! 31st push links the next block of the queue; a push at just that moment spins until it has. Waking is one
+//! swap and, if the reaper is parked, a system call that does not wait.
 //!
-//! # The library stays
+//! # The library stays loaded
 //!
-//! The thread runs code of this library, so that the VM must not unload it. It does not while there is a
-//! resource that has a destructor, and `Registry::create` has left one for good. Without a registry
-//! there is nothing to free here. When the VM ends, the thread ends with it, whatever is in the queue:
-//! the memory goes back with all other memory.
+//! The thread runs code of this library, so the VM must not unload it. The VM does not unload a library while
+//! a resource with a destructor exists, and `Registry::create` leaves one for good. Without a registry there
+//! is nothing to free here. When the VM exits, the thread exits with it, whatever is in the queue: the memory
+//! is returned with all other memory.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -42,8 +42,7 @@ static IS_STARTED: AtomicBool = AtomicBool::new(false);
 /// Frees `value` some time later.
 pub(crate) fn free(value: impl Any + Send) {
     QUEUE.push(Box::new(value));
-    // SeqCst: the queue is written before this fence and `REAPER` is read after it; against the one in
-    // `reap`.
+    // SeqCst: orders the push before the load of `REAPER`, against the fence in `reap`.
     fence(Ordering::SeqCst);
     match REAPER.get() {
         Some(reaper) => reaper.unpark(),
@@ -54,14 +53,14 @@ pub(crate) fn free(value: impl Any + Send) {
 #[cold]
 fn start() {
     if IS_STARTED.swap(true, Ordering::AcqRel) {
-        // It makes itself known just now, or whoever starts it will find that he cannot.
+        // The reaper is about to publish its handle, or the caller that starts it is about to fail.
         return;
     }
     let started = thread::Builder::new()
         .name("erlmcp_reaper".into())
         .spawn(reap);
     if started.is_err() {
-        // An exchange and not a store, to see what those have put into the queue who came meanwhile.
+        // A swap and not a store, so that `empty_queue` finds the values that were pushed meanwhile.
         IS_STARTED.swap(false, Ordering::AcqRel);
         empty_queue();
     }
@@ -70,6 +69,7 @@ fn start() {
 fn reap() {
     // Nobody else sets it.
     let _ = REAPER.set(Box::new(thread::current()));
+    // SeqCst: orders the store of `REAPER` before the first pop, against the fence in `free`.
     fence(Ordering::SeqCst);
     loop {
         empty_queue();
@@ -79,7 +79,7 @@ fn reap() {
 
 fn empty_queue() {
     while let Some(value) = QUEUE.pop() {
-        // One that cannot be freed must not keep the others from it.
+        // A destructor that panics must not keep the other values from being freed.
         let _ = catch_unwind(AssertUnwindSafe(|| drop(value)));
     }
 }

@@ -1,33 +1,33 @@
-//! Terms as bytes: equal terms (`=:=`) have equal bytes, and the other way round.
+//! Terms as bytes: two terms are equal (`=:=`) if and only if their bytes are.
 //!
-//! Atoms and local pids are their words, which are unique in this VM. What holds other terms is
-//! written in postfix order, elements before what holds them, so that neither direction needs
-//! recursion, whatever the nesting. The encoding is our own and not the external term format:
+//! Atoms and local pids are their words, which are unique in this VM. Lists, tuples and maps are written
+//! in postfix order, elements first, so that neither direction needs recursion, whatever the nesting.
+//! The encoding is our own and not the external term format:
 //!
 //! * It stops at a bound instead of first writing what may be gigabytes, except for bit strings and large
 //!   integers (see below).
-//! * A local pid or reference in the external format carries the node's name, so that it would no
-//!   longer be the same once the node has become distributed.
+//! * In the external format a local pid or reference carries the node's name, so that it changes when the
+//!   node becomes distributed.
 //! * Before OTP 27, `0.0 =:= -0.0`, but the external format tells them apart.
-//! * Atoms are read back without a look at the VM's table of atoms.
+//! * Atoms are decoded without a look-up in the VM's atom table.
 //!
-//! What has no better form (large integers, bit strings, ports, `fun M:F/A`, what belongs to another
-//! node) is held in the external format inside the encoding.
+//! Terms without a better form (large integers, bit strings, ports, `fun M:F/A`, pids and references of
+//! other nodes) are embedded in the external format.
 //!
 //! # What is refused
 //!
-//! Every fun but `fun M:F/A`. A fun is equal to another one if what the two have captured is, and the
-//! native interface shows that in no other way than as a copy. Terms that share parts lose that in a
-//! copy: `X1 = {X0, X0}, X2 = {X1, X1}, ...` takes a few words in a fun and 2^40 terms in the copy. In
-//! tuples, lists and maps the encoder counts such terms one by one, and stops at its bound.
+//! Every fun but `fun M:F/A`. Two funs are equal if their captured values are, and the NIF API shows these
+//! only in a copy. A copy loses sharing: `X1 = {X0, X0}, X2 = {X1, X1}, ...` takes a few words in a fun and
+//! 2^40 terms in the copy. In tuples, lists and maps the encoder counts such terms one by one, and stops at
+//! its bound.
 //!
 //! # What is not bounded
 //!
-//! References, ports and pids are short. But a bit string that is no binary, a binary that does not begin
-//! at a byte, and an integer of more than a word are shown by the native interface in no other way than
-//! as a copy, and it has no size of them. So the first of them that passes the bound takes time and memory
-//! in proportion to its own size before it is refused: the memory until the call returns. (No integer has
-//! more than some megabytes.)
+//! References, ports and pids are short. But the NIF API shows a bit string that is not a binary, a binary
+//! that does not begin at a byte boundary, and an integer of more than a word only as a copy, and tells no
+//! size of them. So the first of them that exceeds the bound takes time and memory in proportion to its own
+//! size before it is refused. The memory is freed when the call returns. (No integer has more than some
+//! megabytes.)
 
 use std::cell::OnceCell;
 
@@ -63,26 +63,26 @@ const TAG_TUPLE: u8 = b't';
 const TAG_MAP: u8 = b'm';
 const TAG_EXTERNAL: u8 = b'x';
 
-/// What each term inside another one takes of the bound at least, however few bytes its encoding
-/// has, since terms cost time too: some 50 ns each. As many bytes as a cell of a list.
+/// Each nested term counts at least this many bytes against the bound, however few bytes its encoding has,
+/// since terms cost time too: some 50 ns each. As many bytes as a list cell.
 const MIN_BYTES_PER_TERM: usize = 16;
 /// A term that goes through the external format costs about as much as this many others.
 const TERMS_PER_EXTERNAL: usize = 8;
 
 enum Step<'a> {
     Visit(Term<'a>),
-    /// What is left of a list, and the number of elements before it.
+    /// The rest of a list, and the number of elements before it.
     Rest(Term<'a>, u32),
-    /// All elements are written: write what holds them.
+    /// All elements are written: write the tag, and the number of elements or pairs.
     Close(u8, u32),
 }
 
-/// What becomes of `-0.0`.
+/// The encoding of `-0.0`.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Zeros {
-    /// It stays what it is.
+    /// `-0.0` differs from `0.0`.
     Exact,
-    /// It becomes `0.0` where this VM takes the two for the same term.
+    /// `-0.0` is encoded as `0.0` if the two are equal (`=:=`) in this VM.
     Merged,
 }
 
@@ -92,7 +92,7 @@ pub(crate) fn encode(term: Term<'_>, max_bytes: usize, zeros: Zeros) -> NifResul
         out: Vec::new(),
         steps: vec![Step::Visit(term)],
         max_bytes,
-        // What is not inside another term is judged by its bytes alone.
+        // A term that is not nested is bounded by its bytes alone.
         terms_left: TERMS_PER_EXTERNAL + max_bytes / MIN_BYTES_PER_TERM,
         zeros,
         node: OnceCell::new(),
@@ -114,10 +114,10 @@ struct Encoding<'a> {
     out: Vec<u8>,
     steps: Vec<Step<'a>>,
     max_bytes: usize,
-    /// Terms that may still become steps, so that there are no more steps than the bound allows.
+    /// The number of terms that may still become steps, so that the bound limits the steps too.
     terms_left: usize,
     zeros: Zeros,
-    /// Asked for once, at the first reference.
+    /// Read once, at the first reference.
     node: OnceCell<Option<ThisNode>>,
 }
 
@@ -245,7 +245,7 @@ pub(crate) fn decode<'a>(env: Env<'a>, mut bytes: &[u8]) -> NifResult<Term<'a>> 
         let term = match tag {
             TAG_ATOM | TAG_PID => {
                 let word = take(&mut bytes)?;
-                // SAFETY: written by `encode_one` from an atom or a local pid; both are immediate.
+                // SAFETY: written by `encode` from an atom or a local pid; both are immediate.
                 unsafe { immediate::term(env, u64::from_le_bytes(word)) }
             }
             TAG_BINARY => binary(env, take_counted(&mut bytes)?),
@@ -292,7 +292,7 @@ pub(crate) fn decode<'a>(env: Env<'a>, mut bytes: &[u8]) -> NifResult<Term<'a>> 
     stack.pop().ok_or(Error::BadArg)
 }
 
-/// The last `count` terms, and where they begin.
+/// The index of the first of the last `count` terms, and these terms.
 fn top<'s, 'a>(stack: &'s [Term<'a>], count: usize) -> NifResult<(usize, &'s [Term<'a>])> {
     let first = stack.len().checked_sub(count).ok_or(Error::BadArg)?;
     Ok((first, &stack[first..]))
@@ -315,16 +315,16 @@ fn take_counted<'b>(bytes: &mut &'b [u8]) -> NifResult<&'b [u8]> {
     Ok(taken)
 }
 
-/// Whether this VM takes `0.0` and `-0.0` for the same term.
+/// Whether `0.0 =:= -0.0` in this VM.
 fn zeros_are_equal(env: Env<'_>) -> bool {
     static EQUAL: OnceBool = OnceBool::new();
     EQUAL.get_or_init(|| 0.0.encode(env) == (-0.0).encode(env))
 }
 
-/// Whether a fun is a `fun M:F/A`, which has captured nothing.
+/// Whether a fun is a `fun M:F/A`, which captures nothing.
 ///
-/// The native interface tells funs apart in this way only: it shows a fun that was made in a function as
-/// `#Fun<...>`, without what it has captured.
+/// The NIF API offers no other test: it prints a fun that was made in a function as `#Fun<...>`, without
+/// its captured values.
 fn is_external_fun(fun: Term<'_>) -> bool {
     format!("{fun:?}").starts_with("fun ")
 }
@@ -344,7 +344,7 @@ struct ThisNode {
 }
 
 impl ThisNode {
-    /// As the calling process's pid shows them.
+    /// Read from the pid of the calling process.
     fn of(env: Env<'_>) -> Option<Self> {
         let encoded = env.pid().encode(env).to_binary();
         let rest = encoded.strip_prefix(&[131, NEW_PID_EXT])?;
@@ -356,7 +356,7 @@ impl ThisNode {
         })
     }
 
-    /// The words of an encoded reference, if it is one of this node.
+    /// The words of an encoded reference, if it belongs to this node.
     fn numbers_of<'b>(&self, encoded: &'b [u8]) -> Option<&'b [u8]> {
         let rest = encoded.strip_prefix(&[131, NEWER_REFERENCE_EXT])?;
         let (_words, rest) = rest.split_first_chunk::<2>()?;

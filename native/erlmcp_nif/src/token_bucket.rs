@@ -1,7 +1,7 @@
 //! Token buckets: those of the default registry's entries, and buckets as resources.
 //!
-//! Limits are `infinity` or `{Capacity, RatePerSecond}` with a float. In a change either can be `undefined`: it
-//! stays.
+//! Limits are `infinity` or `{Capacity, RatePerSecond}`; the rate is a float. In a change, an element that is
+//! `undefined` keeps its value.
 
 use erlmcp_core::registry::{BucketError, EntryLimits};
 use erlmcp_core::token_bucket::{BucketState, Change, Limits, LimitsError, Refused, TokenBucket};
@@ -40,7 +40,7 @@ fn decode_change(term: Term<'_>) -> NifResult<Option<Change>> {
             .then(|| rate_per_second.decode())
             .transpose()?,
     };
-    // Each by itself: together they may still be impossible.
+    // Validates each value alone. Together they may still be invalid.
     let alone = [
         Change {
             rate_per_second: Some(1e9),
@@ -159,7 +159,7 @@ fn entry_bucket_state<'a>(env: Env<'a>, ns: Term<'a>, id: Term<'a>) -> NifResult
     .ok_or(Error::BadArg)
 }
 
-/// Limits for one entry: `shared` for those of all.
+/// Sets the limits of one entry; `shared` stands for the limits of all entries.
 #[rustler::nif]
 fn entry_set_limits<'a>(
     env: Env<'a>,
@@ -195,7 +195,7 @@ fn shared_limits(env: Env<'_>) -> Term<'_> {
     limits_term(env, default_registry().shared_limits())
 }
 
-/// Whether routes take from buckets.
+/// Sets whether routes take from buckets.
 #[rustler::nif]
 fn enforce_limits(is_on: bool) -> Atom {
     default_registry().enforce_limits(is_on);
@@ -213,7 +213,7 @@ fn has_token_buckets() -> bool {
     default_registry().has_token_buckets()
 }
 
-/// Checks limits without using them.
+/// Whether these are valid limits. Sets nothing.
 #[rustler::nif]
 fn are_limits(limits: Term<'_>) -> bool {
     decode_limits(limits).is_ok()

@@ -31,7 +31,7 @@ fn bind<'a>(
     let Ok(_passage) = passage(of, registry, Namespace::Transport, &transport) else {
         return Ok(atoms::diverted().encode(env));
     };
-    // Whoever has ended must not be bound, nor bound to, although its monitor is yet to fire.
+    // A process that has exited must not be bound, nor bound to, even if its monitor has not fired yet.
     live_entry(env, registry, Namespace::Server, &server);
     live_entry(env, registry, Namespace::Transport, &transport);
     Ok(match registry.bind(&transport, server, server_must_exist) {
@@ -88,8 +88,8 @@ pub(crate) fn live_binding<'a>(
                     live_entry(env, registry, Namespace::Server, &server);
                     None
                 }
-                // There is no such server (yet), or it went just now and took the binding along:
-                // then the binding is not found the second time.
+                // The server is not registered (yet), or it was removed just now together with the
+                // binding: then the second look-up does not find the binding.
                 None if !was_without_server => {
                     was_without_server = true;
                     None

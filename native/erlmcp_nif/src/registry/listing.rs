@@ -15,7 +15,7 @@ use crate::reschedule::{Outcome, Scheduler, Stopped, reschedulable};
 use crate::resource::{Registry, registry, unless_diverted};
 use crate::watch::Lease;
 
-/// A list of `{Id, {Pid, Config}}` in the making.
+/// A list of `{Id, {Pid, Config}}` under construction.
 struct Listing<'a> {
     env: Env<'a>,
     scheduler: Scheduler,
@@ -66,7 +66,7 @@ impl<'a> Listing<'a> {
     }
 }
 
-/// Goes on while there is nothing to stop for.
+/// Breaks off the iteration at an error.
 fn unless_stopped(result: Result<(), Stopped>) -> ControlFlow<Stopped> {
     match result {
         Ok(()) => ControlFlow::Continue(()),

@@ -20,7 +20,7 @@ use crate::immediate;
 use crate::reschedule::{Outcome, Scheduler, reschedulable};
 use crate::resource::{Registry, default_registry, registry, unless_diverted};
 
-/// The address of an entry whose process is on another node. No pid is this word.
+/// The address of an entry whose process is on another node. No pid has this word.
 pub(crate) const REMOTE: u64 = 0;
 
 /// The pid of an id, or the atom `undefined`, as a raw term; `None` if the id is too long. With
@@ -80,7 +80,7 @@ unsafe extern "C" fn raw_whereis<const IS_CHECKED: bool>(
         catch_unwind(|| pid::<IS_CHECKED>(caller, default_registry(), Namespace::Connection, id));
     match found {
         Ok(Some(found)) => found,
-        // SAFETY: the VM's environment. A panic ends as a badarg too.
+        // SAFETY: the VM's environment. A panic becomes a badarg too.
         _ => unsafe { enif_make_badarg(env) },
     }
 }

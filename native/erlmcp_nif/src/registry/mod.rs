@@ -1,4 +1,4 @@
-//! The functions on registries. What they have in common stands here.
+//! The functions on registries, and what they share.
 
 mod bindings;
 mod listing;
@@ -19,10 +19,10 @@ use crate::resource::{
 };
 use crate::watch::Lease;
 
-/// Entries that are listed on a normal scheduler: about 300 microseconds.
+/// Up to this many entries are listed on a normal scheduler, in about 300 microseconds.
 pub(crate) const MAX_LISTED_ON_NORMAL_SCHEDULER: u64 = 500;
 
-/// Places, most of them empty, that are walked on a normal scheduler: some 100 microseconds.
+/// Up to this many places, most of them empty, are scanned on a normal scheduler, in some 100 microseconds.
 pub(crate) const MAX_WALKED_ON_NORMAL_SCHEDULER: u64 = 20_000;
 
 // ---- Arguments and results ----
@@ -51,7 +51,7 @@ fn as_id<'a>(registry: &Registry, encoded: &'a EncodedId<'_>) -> Id<'a> {
 }
 
 pub(crate) fn shard_number(registry: &Registry, term: Term<'_>) -> NifResult<u16> {
-    // rustler decodes narrower integers by cutting them off.
+    // rustler truncates when it decodes to a narrower integer.
     let shard: u64 = term.decode()?;
     if shard < u64::from(registry.limits().shards()) {
         Ok(shard as u16)
@@ -60,7 +60,7 @@ pub(crate) fn shard_number(registry: &Registry, term: Term<'_>) -> NifResult<u16
     }
 }
 
-/// `erlang:phash2(Id, Shards)`, since the number of shards is a power of two.
+/// Equals `erlang:phash2(Id, Shards)`, since the number of shards is a power of two.
 fn shard_of(registry: &Registry, id: Term<'_>) -> u16 {
     (id.hash_phash2() % u32::from(registry.limits().shards())) as u16
 }
@@ -79,7 +79,7 @@ pub(crate) fn is_process_alive(env: Env<'_>, pid: Term<'_>) -> bool {
         .is_ok_and(|pid| env.is_process_alive(pid))
 }
 
-/// Whether the process of an entry is alive. Of a process of another node its sentinel is asked.
+/// Whether the process of an entry is alive; for a process of another node, whether its sentinel is.
 pub(crate) fn is_alive(env: Env<'_>, entry: &Entry<Lease>) -> bool {
     match entry.lease.config.remote() {
         Some(remote) => env.is_process_alive(remote.sentinel),
@@ -88,8 +88,8 @@ pub(crate) fn is_alive(env: Env<'_>, entry: &Entry<Lease>) -> bool {
     }
 }
 
-/// The entry of an id. One whose process has exited is removed first, although its monitor has not
-/// fired yet: no caller that has seen the exit sees the entry.
+/// The entry of an id, if its process is alive. An entry whose process has exited is removed, even if the
+/// monitor has not fired yet: no caller that has seen the exit sees the entry.
 pub(crate) fn live_entry(
     env: Env<'_>,
     registry: &Registry,
@@ -105,8 +105,8 @@ pub(crate) fn live_entry(
     }
 }
 
-/// Ends what belonged to an entry that was taken out; returns the sentinel, which the caller must
-/// end, of a remote process.
+/// Releases the lease of a removed entry. Returns the sentinel of a remote process, which the caller must
+/// stop.
 fn removed(entry: &Entry<Lease>) -> Option<LocalPid> {
     entry.lease.recycle(entry.address);
     entry.lease.config.remote().map(|remote| remote.sentinel)
@@ -163,11 +163,11 @@ fn open(of: Term<'_>) -> NifResult<Atom> {
     Ok(atoms::ok())
 }
 
-/// Diverts these kinds of calls with `default`, and no others: `changes`, `lookups`, `routes`. `ok`
+/// From now on diverts exactly these kinds of calls with `default`: `changes`, `lookups`, `routes`. `ok`
 /// if no change is under way; otherwise `busy`.
 #[rustler::nif]
 fn divert(whom: Term<'_>) -> NifResult<Atom> {
-    // An improper list has no length; rustler's decoder panics at its end.
+    // Rejects an improper list, at whose end rustler's decoder panics.
     if whom.list_length()? > MAX_DIVERTED {
         return Err(Error::BadArg);
     }

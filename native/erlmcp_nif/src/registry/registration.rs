@@ -16,7 +16,7 @@ use crate::reschedule::{Outcome, Scheduler, Stopped, TooHeavy, reschedulable};
 use crate::resource::{Registry, diverts_changes, passage, registry};
 use crate::watch::{Lease, Watch};
 
-/// What stands in the config of a transport under `server_id`: the server that it is bound to.
+/// The server that a transport is bound to on registration: `server_id` in its config.
 fn automatic_binding(namespace: Namespace, config: Term<'_>) -> Option<Term<'_>> {
     if namespace != Namespace::Transport {
         return None;
@@ -25,15 +25,15 @@ fn automatic_binding(namespace: Namespace, config: Term<'_>) -> Option<Term<'_>>
     (atoms::undefined() != server).then_some(server)
 }
 
-/// How often a registration that finds the registry full tries again. More than once only where a removal
-/// or another registration is under way at that moment.
+/// The most retries of a registration that finds the registry full. It retries more than once only if a
+/// removal or another registration is under way at that moment.
 const MAX_SEARCHES: u32 = 10;
 
-/// Removes all entries whose processes have exited and whose monitors have not fired yet, from a
-/// registry that is full. Returns whether there may be room now.
+/// Removes from a full registry all entries whose processes have exited and whose monitors have not fired
+/// yet. Returns whether there may be room now.
 ///
-/// A process that has exited is found only by asking for every entry. So that refused registrations
-/// cannot keep the dirty schedulers busy, a large registry spends at most a tenth of the time on this.
+/// Finding such processes takes a check of every entry. So that refused registrations cannot keep the
+/// dirty schedulers busy, a large registry spends at most a tenth of the time on this.
 fn remove_exited(
     env: Env<'_>,
     registry: &Registry,
@@ -57,7 +57,7 @@ fn remove_exited(
             });
         }
     });
-    // Also where the monitor of such a process has fired since the registry was found full.
+    // True also if the monitor of such a process has fired since the registry was found full.
     Ok(alive < registry.limits().max_entries())
 }
 
@@ -97,11 +97,12 @@ fn register<'a>(
         return Ok((atoms::already_registered(), pid_term(env, &taken)).encode(env));
     }
     if let Some(server) = &bind_to {
-        // A binding made ahead of a server must not go with an earlier one that has ended.
+        // A binding made before its server is registered must not be removed with an earlier
+        // server of that id that has exited.
         live_entry(env, registry, Namespace::Server, server);
     }
     let Ok(monitored) = monitored.decode::<LocalPid>() else {
-        // A process of an earlier life of this node: registered, and gone at once.
+        // A process of an earlier incarnation of this node: as if registered and removed at once.
         return Ok(atoms::ok().encode(env));
     };
     let config = Config::keep(config_term, scheduler)?.of_entry();
@@ -111,7 +112,7 @@ fn register<'a>(
         config.of_remote(pid, monitored)
     };
     let Some(watch) = Watch::of(env, &monitored) else {
-        // It has ended: registered, and gone at once.
+        // The process has exited: as if registered and removed at once.
         return Ok(atoms::ok().encode(env));
     };
     let lease = Lease { watch, config };
@@ -217,7 +218,7 @@ fn update_server<'a>(
         if registry.exchange_server_lease(&id, former, new) {
             return Ok(atoms::ok().encode(env));
         }
-        // Lost to another change of this server.
+        // Lost to a concurrent change of this server.
     }
 }
 
