@@ -39,7 +39,7 @@ fn admission_check(shard: Term<'_>) -> NifResult<bool> {
     Ok(registry.is_open(shard_number(registry, shard)?, clock()))
 }
 
-/// What the calling process says of its own messages.
+/// The calling process reports a change in the length of its own mailbox.
 #[rustler::nif]
 fn admission_adjust(env: Env<'_>, shard: Term<'_>, delta: i64) -> NifResult<Atom> {
     let address = immediate::word(env.pid().encode(env));
@@ -74,7 +74,7 @@ fn or_infinity<'a>(env: Env<'a>, number: Option<u64>) -> Term<'a> {
 fn admission_stats<'a>(env: Env<'a>, shard: Term<'a>) -> NifResult<Term<'a>> {
     let registry = default_registry();
     let number = shard_number(registry, shard)?;
-    // A threshold that follows them.
+    // Updates an automatic threshold, which follows the number of receivers.
     let _ = registry.receivers(number);
     let admission = registry.admission(number);
     Ok((
@@ -97,7 +97,7 @@ fn admission_threshold<'a>(env: Env<'a>, shard: Term<'a>) -> NifResult<Term<'a>>
     Ok(or_infinity(env, admission.threshold()))
 }
 
-/// Whether messages have been admitted since a last sample that is too old to count.
+/// Whether messages have been admitted since the last sample and that sample is stale.
 #[rustler::nif]
 fn admission_is_unwatched(shard: Term<'_>) -> NifResult<bool> {
     let admission = admission(shard)?;
@@ -117,7 +117,7 @@ fn refused(shard: Term<'_>) -> NifResult<(u64, u64, u64, u64)> {
     ))
 }
 
-/// Counts a message to nobody that was not looked up.
+/// Counts a message to an unregistered id that was not looked up.
 #[rustler::nif]
 fn count_not_found() -> Atom {
     let _ = default_registry().refuse_unknown();
@@ -126,7 +126,7 @@ fn count_not_found() -> Atom {
 
 // ---- Receivers ----
 
-/// Counts the processes behind a shard's entries, where entries have come or gone since the last count.
+/// Counts the processes behind a shard's entries, if entries were added or removed since the last count.
 fn count_receivers<'a>(env: Env<'a>, [shard]: [Term<'a>; 1], scheduler: Scheduler) -> Outcome<'a> {
     let registry = default_registry();
     let shard = shard_number(registry, shard)?;
@@ -141,12 +141,13 @@ fn count_receivers<'a>(env: Env<'a>, [shard]: [Term<'a>; 1], scheduler: Schedule
     Ok(atoms::ok().encode(env))
 }
 
-/// Places whose receivers are counted on a normal scheduler: some 400 microseconds.
+/// Up to this many places are counted on a normal scheduler, in some 400 microseconds.
 const MAX_COUNTED_ON_NORMAL_SCHEDULER: u64 = 2_000;
 
 reschedulable!(c"count_receivers", 1, count_receivers);
 
-/// Whether so many entries have come and gone that they should be counted.
+/// Whether the threshold is automatic and so many entries were added or removed that the receivers should be
+/// counted.
 #[rustler::nif]
 fn is_receiver_count_due(shard: Term<'_>) -> NifResult<bool> {
     let registry = default_registry();
@@ -156,8 +157,8 @@ fn is_receiver_count_due(shard: Term<'_>) -> NifResult<bool> {
 
 // ---- Samples ----
 
-/// Begins a pass: `asked`, or `all`. Returns the priority that it should have, or `busy` if another sampler is
-/// there.
+/// Begins a pass over the receivers that callers have requested (`asked`), or over `all`. Returns the priority
+/// for the pass, or `busy` while another sampler makes one.
 #[rustler::nif]
 fn sample_begin(shard: Term<'_>, pass: Term<'_>) -> NifResult<Atom> {
     let registry = default_registry();
@@ -178,7 +179,8 @@ fn sample_begin(shard: Term<'_>, pass: Term<'_>) -> NifResult<Atom> {
     })
 }
 
-/// The next receivers to look at; or the end of the pass, if this `is_last`.
+/// The next receivers to sample, or the end of the pass. With `is_last` only urgent receivers come before the
+/// end.
 #[rustler::nif]
 fn sample_take<'a>(env: Env<'a>, shard: Term<'a>, is_last: bool) -> NifResult<Term<'a>> {
     let mut pids = Term::list_new_empty(env);
@@ -195,8 +197,8 @@ fn sample_take<'a>(env: Env<'a>, shard: Term<'a>, is_last: bool) -> NifResult<Te
     })
 }
 
-/// What was found there, in the same order: messages, or `none` of a process that has not answered. Returns
-/// whether it counts.
+/// Reports the lengths of the receivers' mailboxes, in the same order; `none` for a process that has not answered.
+/// Returns whether the report counts.
 #[rustler::nif]
 fn sample_report(shard: Term<'_>, number: u64, lengths: Term<'_>) -> NifResult<bool> {
     let admission = admission(shard)?;
@@ -217,10 +219,10 @@ fn sample_report(shard: Term<'_>, number: u64, lengths: Term<'_>) -> NifResult<b
     Ok(reported.is_current)
 }
 
-/// More than there are in one batch.
+/// More receivers than a batch has.
 const MAX_REPORTED: usize = 1_024;
 
-/// Takes no sample this time.
+/// Instead of a sample: messages admitted since the last one keep counting.
 #[rustler::nif]
 fn sample_skip(shard: Term<'_>) -> NifResult<Atom> {
     let registry = default_registry();
@@ -230,13 +232,13 @@ fn sample_skip(shard: Term<'_>) -> NifResult<Atom> {
     Ok(atoms::ok())
 }
 
-/// Takes none until one is asked for. Returns `false` if there is something to look at.
+/// No more samples until one is requested. Returns `false` if there are receivers to sample.
 #[rustler::nif]
 fn sample_pause(shard: Term<'_>) -> NifResult<bool> {
     Ok(admission(shard)?.pause())
 }
 
-/// Looks that were reported so far, and receivers that were sent something and not seen empty since.
+/// Mailboxes sampled so far, and receivers that were sent something and not seen empty since.
 #[rustler::nif]
 fn sample_counts(shard: Term<'_>) -> NifResult<(u64, u32)> {
     let admission = admission(shard)?;

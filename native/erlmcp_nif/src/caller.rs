@@ -1,18 +1,17 @@
-//! What a process has to do with named circuit breakers: the calls that it is in, and the breakers that end
-//! with it.
+//! The callers of named circuit breakers: the calls that a process is in, and the breakers that it owns.
 //!
-//! # One resource a process
+//! # One resource per process
 //!
-//! A process that calls a breaker gets a resource that monitors it, with its first call, and keeps that for
-//! all later ones. When the process exits, the VM calls `down`: calls that it was in are failures, and its
-//! breakers are removed. The monitor is never taken back, since that can crash OTP 25 (see
-//! [`crate::watch`]): the table holds the resource until `down`. A process that has called a breaker once
-//! costs some 400 bytes until it exits.
+//! The first call of a process to a breaker creates a resource that monitors the process. All later calls use the
+//! same one. When the process exits, the VM calls `down`: the calls that it was in count as failures, and its
+//! breakers are removed. The monitor is never removed, since that can crash OTP 25 (see [`crate::watch`]): the
+//! table holds the resource until `down`. A process that has called a breaker once costs some 400 bytes until it
+//! exits.
 //!
-//! # Nobody else looks
+//! # The lock is never contended
 //!
-//! The process itself, in a native function, is the only one to use its resource; `down` runs after its last
-//! instruction. So the lock below is never held by another thread, and nobody ever waits for it.
+//! Only the process itself, in a native function, uses its resource; `down` runs after its last instruction. So
+//! no other thread ever holds the lock below, and no thread waits for it.
 
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
@@ -75,7 +74,7 @@ impl CallerResource {
     }
 }
 
-/// Calls `f` with what the calling process holds; `None` if that is exiting.
+/// Calls `f` with what the calling process holds; `None` if the process is exiting.
 #[inline]
 fn with_held<R>(env: Env<'_>, f: impl FnOnce(&mut Held) -> R) -> Option<R> {
     let pid = env.pid();
@@ -85,7 +84,7 @@ fn with_held<R>(env: Env<'_>, f: impl FnOnce(&mut Held) -> R) -> Option<R> {
         Some(caller) => caller,
         None => {
             let caller = ResourceArc::new(CallerResource(Mutex::default()));
-            // Until `down`, the table keeps it.
+            // The table holds it until `down`.
             env.monitor(&caller, &pid)?;
             callers().get_or_insert(word, caller, &guard)
         }
@@ -93,12 +92,12 @@ fn with_held<R>(env: Env<'_>, f: impl FnOnce(&mut Held) -> R) -> Option<R> {
     Some(f(&mut caller.held()))
 }
 
-/// The calling process is in a call from now on. Returns its number; `None` if the process is exiting.
+/// Records that the calling process is in a call. Returns the call's number; `None` if the process is exiting.
 #[inline]
 pub(crate) fn begin(env: Env<'_>, named: &Arc<NamedBreaker>, permit: Permit) -> Option<usize> {
     with_held(env, |held| {
         if held.calls.capacity() == 0 {
-            // Most processes are never in more than one call, and four would be 72 bytes more.
+            // Most processes are never in more than one call. Room for four would take 72 bytes more.
             held.calls.reserve_exact(1);
         }
         held.calls.push(Call {
@@ -109,8 +108,8 @@ pub(crate) fn begin(env: Env<'_>, named: &Arc<NamedBreaker>, permit: Permit) -> 
     })
 }
 
-/// The calling process ends the call of this number, and gets the transitions of its breaker. Calls inside
-/// it that were not ended are failures. `None` if there is no such call.
+/// Ends the calling process's call of this number. Returns its breaker and the transitions of that breaker;
+/// `None` if there is no such call. Calls inside it that were not ended count as failures.
 #[inline]
 pub(crate) fn end(
     env: Env<'_>,
@@ -133,12 +132,12 @@ pub(crate) fn end(
     Some((named, changes))
 }
 
-/// The breaker ends with the calling process. `false` if that is exiting.
+/// Makes the calling process the breaker's owner. `false` if the process is exiting.
 pub(crate) fn own(env: Env<'_>, named: &Arc<NamedBreaker>) -> bool {
     with_held(env, |held| held.owned.push(Arc::clone(named))).is_some()
 }
 
-/// The calling process gives its breaker up.
+/// The calling process no longer owns the breaker.
 pub(crate) fn disown(env: Env<'_>, named: &Arc<NamedBreaker>) {
     with_held(env, |held| {
         held.owned.retain(|other| !Arc::ptr_eq(other, named));

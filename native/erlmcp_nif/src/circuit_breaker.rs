@@ -12,7 +12,7 @@ fn breaker_state(env: Env<'_>) -> Term<'_> {
     state_term(env, circuit().state(clock()))
 }
 
-/// A permit; what is a probe must be answered by a success or a failure.
+/// A permit. The outcome of a probe must be recorded as a success or a failure.
 #[rustler::nif]
 fn breaker_allow(env: Env<'_>) -> Term<'_> {
     match circuit().check(clock()) {

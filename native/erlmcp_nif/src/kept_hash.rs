@@ -1,7 +1,7 @@
-//! A hasher for keys that bring their hash with them.
+//! A hasher for keys that store their hash.
 //!
-//! The hash is computed once an operation, keyed at random by the owner of the map, and kept in
-//! the key, so that a resize touches no key's content.
+//! The owner of the map computes the hash once per operation, keyed at random. It is stored in the key,
+//! so that a resize touches no key's content.
 
 use std::hash::{BuildHasher, Hasher};
 

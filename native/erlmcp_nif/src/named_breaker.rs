@@ -1,11 +1,12 @@
-//! Named circuit breakers: the names, and the functions that work on them.
+//! Named circuit breakers: the table of names, and the functions that work on the breakers.
 //!
-//! A breaker belongs to nobody, and lives until it is removed, or to the process that has registered it for
-//! itself, and ends with that. The name of a process that has exited is free, also while its `down` is on the
-//! way. Where a name is asked for, the pid of the breaker's process does as well; a name comes first.
+//! A breaker without an owner lives until it is removed. A breaker with an owner, the process that has
+//! registered it, is removed when that process exits. The name of a breaker whose owner has exited is free, even
+//! before the owner's `down` has run. A breaker is named by its name or by its owner's pid; a name takes
+//! precedence.
 //!
-//! What changes the state returns the transitions that it has made, as `[{Name, State}]`, since native code
-//! should not write logs. A transition by a caller that is killed is told to the next one who asks.
+//! A function that changes the state returns the transitions that it has made, as `[{Name, State}]`, since native
+//! code should not write logs. A transition by a caller that is killed is reported to the next caller that asks.
 //!
 //! `enter` and `leave` are registered by hand, as in [`crate::registry::lookup`], and for the same reason.
 
@@ -34,7 +35,7 @@ use crate::{atoms, caller, id, immediate, resource};
 const MAX_NAME_BYTES: usize = 1_024;
 /// The longest encoded config.
 const MAX_CONFIG_BYTES: usize = 4_096;
-/// Names may come from input, so that there is an end to them.
+/// Names may come from input, so their number is bounded.
 const MAX_BREAKERS: usize = 100_000;
 
 /// See the module's documentation.
@@ -42,9 +43,9 @@ pub(crate) struct NamedBreaker {
     pub(crate) breaker: CallBreaker,
     kind: u8,
     name: Box<[u8]>,
-    /// The process that it ends with.
+    /// The process whose exit removes the breaker.
     owner: Option<LocalPid>,
-    /// The options as they were given, with defaults: an encoded term.
+    /// The options as they were given, with defaults, as an encoded term.
     config: Box<[u8]>,
 }
 
@@ -57,7 +58,7 @@ impl NamedBreaker {
 
 // ---- Names ----
 
-/// A breaker as the key of the table, by its name.
+/// A breaker as a key of the table, compared by name.
 struct Named(Arc<NamedBreaker>);
 
 struct Name<'a> {
@@ -107,13 +108,13 @@ fn names() -> &'static Names {
     NAMES.get_or_init(Box::default)
 }
 
-/// The breakers of processes, by pid.
+/// The breakers with an owner, by the owner's pid.
 fn owners() -> &'static Owners {
     static OWNERS: OnceBox<Owners> = OnceBox::new();
     OWNERS.get_or_init(Box::default)
 }
 
-/// Names that come and go, by a hash of their own.
+/// The removals of names, counted by a hash of their own.
 fn churn() -> &'static (Churn, RandomState) {
     static CHURN: OnceBox<(Churn, RandomState)> = OnceBox::new();
     CHURN.get_or_init(|| Box::new((Churn::new(), RandomState::new())))
@@ -125,7 +126,7 @@ fn is_churned(name: &Name<'_>) -> bool {
     churn.is_due(hasher.hash_one(name), count)
 }
 
-/// Takes a breaker out of the tables, unless it is out already.
+/// Removes a breaker from the tables, unless it was removed already.
 pub(crate) fn remove(named: &Arc<NamedBreaker>) {
     let guard = names().guard();
     let is_this = |other: &Named, (): &()| Arc::ptr_eq(&other.0, named);
@@ -141,7 +142,7 @@ pub(crate) fn remove(named: &Arc<NamedBreaker>) {
     if let Some(owner) = named.owner {
         let guard = owners().guard();
         let is_this = |_: &u64, other: &Arc<NamedBreaker>| Arc::ptr_eq(other, named);
-        // Not there any more if the process has registered another one.
+        // Removes nothing if the owner has registered another breaker since.
         let _ = owners().remove_if(&word(&owner), is_this, &guard);
     }
 }
@@ -151,7 +152,7 @@ fn word(pid: &LocalPid) -> u64 {
     unsafe { std::mem::transmute::<rustler::sys::ErlNifPid, usize>(*pid.as_c_arg()) as u64 }
 }
 
-/// Calls `f` with the living breaker of a name or process.
+/// Calls `f` with the breaker of a name or of an owner's pid, unless its owner has exited.
 #[inline]
 fn with_breaker<R>(
     env: Env<'_>,
@@ -173,7 +174,7 @@ fn with_breaker<R>(
     named.is_alive(env).then(|| f(named))
 }
 
-/// A breaker that is kept: for what may run long or remove it.
+/// A counted reference to a breaker, for functions that may run long or remove it.
 fn breaker(env: Env<'_>, term: Term<'_>) -> Option<Arc<NamedBreaker>> {
     with_breaker(env, term, Arc::clone)
 }
@@ -181,7 +182,7 @@ fn breaker(env: Env<'_>, term: Term<'_>) -> Option<Arc<NamedBreaker>> {
 // ---- Registration ----
 
 /// `ok`, `{already_registered, Pid | none}`, `name_too_long`, `config_too_large` or `too_many_breakers`. With
-/// `IsOwned` the breaker ends with the calling process.
+/// `IsOwned` the calling process is the owner.
 fn named_breaker_register<'a>(
     env: Env<'a>,
     [name, config, options, is_owned]: [Term<'a>; 4],
@@ -230,7 +231,7 @@ fn named_breaker_register<'a>(
         return Ok((atoms::already_registered(), owner).encode(env));
     }
     if is_owned {
-        // An exiting process learns of nothing any more, and its name is free.
+        // An exiting process gets no result, and its name is free.
         let _ = caller::own(env, &named);
         let owned = Arc::clone(&named);
         owners().insert(word(&env.pid()), owned, &owners().guard());
@@ -240,7 +241,7 @@ fn named_breaker_register<'a>(
 
 reschedulable!(c"named_breaker_register", 4, named_breaker_register);
 
-/// Enters a breaker under its name, or returns the living one that has it.
+/// Inserts a breaker under its name, or returns the breaker that has the name, unless its owner has exited.
 fn insert(env: Env<'_>, named: &Arc<NamedBreaker>) -> Result<(), Arc<NamedBreaker>> {
     loop {
         let guard = names().guard();
@@ -252,7 +253,7 @@ fn insert(env: Env<'_>, named: &Arc<NamedBreaker>) -> Result<(), Arc<NamedBreake
             kind: named.kind,
             bytes: &named.name,
         };
-        // Gone meanwhile, or of a process that has exited: another try.
+        // Retry if the holder was removed meanwhile, or if its owner has exited.
         if let Some((holder, ())) = names().get_key_value(&name, &guard) {
             if holder.0.is_alive(env) {
                 return Err(Arc::clone(&holder.0));
@@ -262,7 +263,7 @@ fn insert(env: Env<'_>, named: &Arc<NamedBreaker>) -> Result<(), Arc<NamedBreake
     }
 }
 
-/// The process of a breaker, `none` if it has none, or `undefined`.
+/// The owner of a breaker; `none` if it has none; `undefined` if there is no such breaker.
 #[rustler::nif]
 fn named_breaker_owner<'a>(env: Env<'a>, name: Term<'a>) -> Term<'a> {
     with_breaker(env, name, |named| {
@@ -273,7 +274,7 @@ fn named_breaker_owner<'a>(env: Env<'a>, name: Term<'a>) -> Term<'a> {
     .unwrap_or_else(|| atoms::undefined().encode(env))
 }
 
-/// Removes a breaker: one that has no process, or the calling one.
+/// Removes a breaker that has no owner, or whose owner is the calling process.
 #[rustler::nif]
 fn named_breaker_remove<'a>(env: Env<'a>, name: Term<'a>) -> Atom {
     let Some(named) = breaker(env, name) else {
@@ -396,8 +397,8 @@ fn limit_ms(term: Term<'_>) -> NifResult<Option<u64>> {
     term.decode().map(Some)
 }
 
-/// Lets the calling process into a call: its number, or `refused`, or either with transitions; `undefined` if
-/// there is no such breaker.
+/// Admits the calling process to a call. Returns the call's number or `refused`, either one with the transitions
+/// if there are any; `undefined` if there is no such breaker.
 #[inline(always)]
 fn enter<'a>(env: Env<'a>, name: Term<'a>, limit: Term<'a>) -> NifResult<Term<'a>> {
     let limit_ms = limit_ms(limit)?;
@@ -471,7 +472,7 @@ unsafe extern "C" fn raw<const IS_ENTER: bool>(
     });
     match result {
         Ok(Ok(term)) => term.as_c_arg(),
-        // SAFETY: the VM's environment. A panic ends as a badarg too.
+        // SAFETY: the VM's environment. A panic becomes a badarg too.
         _ => unsafe { enif_make_badarg(env) },
     }
 }

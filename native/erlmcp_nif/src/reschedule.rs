@@ -5,7 +5,7 @@
 //! from its beginning, on a dirty scheduler. So it must not have changed anything when it gives up.
 //!
 //! The functions are registered here and not by rustler's attribute, since the address of a function
-//! that the attribute has made cannot be passed to `enif_schedule_nif`.
+//! that the attribute generates cannot be passed to `enif_schedule_nif`.
 
 use std::ffi::CStr;
 use std::panic::catch_unwind;
@@ -15,7 +15,7 @@ use rustler::codegen_runtime::{NifReturned, c_int, handle_nif_result};
 use rustler::sys::{ErlNifEnv, ErlNifTerm};
 use rustler::{Env, Error, SchedulerFlags, Term};
 
-/// How much work one call may do.
+/// The scheduler of a call, which limits the call's work.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Scheduler {
     Normal,
@@ -113,7 +113,7 @@ unsafe fn run<F: Reschedulable<ARITY>, const ARITY: usize>(
         Err(Stopped::Failed(error)) => Ok(Err(error)),
         Err(Stopped::TooHeavy) => match scheduler {
             Scheduler::Normal => Err(TooHeavy),
-            // Nothing is: see `Reschedulable::run`.
+            // Never happens: see `Reschedulable::run`.
             Scheduler::Dirty => Ok(Err(Error::BadArg)),
         },
     });

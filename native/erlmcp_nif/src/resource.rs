@@ -19,23 +19,22 @@ use crate::background;
 use crate::backpressure::clock;
 use crate::watch::Lease;
 
-/// A registry, with the number by which its entries' watches know it.
+/// A registry, with the number by which watches refer to it.
 pub(crate) struct Registry {
     core: erlmcp_core::registry::Registry<Lease>,
     number: u32,
-    /// The time, by the node's clock, before which the registry is not searched again (see
+    /// The earliest time, by the node's clock, of the next search of the registry (see
     /// [`Registry::may_search`]).
     next_search_ns: AtomicU64,
 }
 
-/// A registry that never had more entries than this is searched in some milliseconds, and whenever it
-/// is asked for.
+/// A registry that never had more entries than this is searched in some milliseconds, at every request.
 const MAX_ENTRIES_ALWAYS_SEARCHED: u64 = 20_000;
 
-/// A larger one rests after a search for this many times as long as the search took.
+/// A larger registry is not searched again for this many times the duration of a search.
 const REST_AFTER_SEARCH: u64 = 9;
 
-/// Numbers of registries take this many bits. 0 is none.
+/// The bits of a registry's number. No registry has number 0.
 pub(crate) const NUMBER_BITS: u32 = 22;
 
 type Numbers = HashMap<u32, Weak<Registry>>;
@@ -53,7 +52,7 @@ impl Registry {
             let number = NEXT.fetch_add(1, Ordering::Relaxed) % ((1 << NUMBER_BITS) - 1) + 1;
             let guard = numbers().guard();
             if numbers().try_insert(number, Weak::new(), &guard).is_err() {
-                // Still that of a registry made four million registries ago.
+                // Still in use by a registry created four million registries ago.
                 continue;
             }
             let registry = Arc::new(Self {
@@ -70,13 +69,13 @@ impl Registry {
         self.number
     }
 
-    /// Whether all entries may be looked through, which costs in proportion to them.
+    /// Whether all entries may be searched, at a cost in proportion to their number.
     pub(crate) fn may_search(&self) -> bool {
         self.core.high_water() <= MAX_ENTRIES_ALWAYS_SEARCHED
             || clock().now_ns() >= self.next_search_ns.load(Ordering::Relaxed)
     }
 
-    /// Runs a search, and allows for the next one.
+    /// Runs a search, and sets the earliest time of the next one.
     pub(crate) fn searching(&self, search: impl FnOnce()) {
         let start = clock().now_ns();
         search();
@@ -85,7 +84,7 @@ impl Registry {
         self.next_search_ns.store(end + rest, Ordering::Relaxed);
     }
 
-    // ---- Removal: as in the core, with what follows from it ----
+    // ---- Removal: as in the core, and revokes the configs ----
 
     /// See [`erlmcp_core::registry::Registry::remove`].
     pub(crate) fn remove(&self, namespace: Namespace, id: &Id<'_>) -> Option<Entry<Lease>> {
@@ -121,7 +120,7 @@ impl Registry {
 
     /// See [`erlmcp_core::registry::Registry::exchange_server_lease`].
     pub(crate) fn exchange_server_lease(&self, id: &Id<'_>, former: &Lease, new: Lease) -> bool {
-        // Equal leases may have different configs: that of the one which was there is meant.
+        // Equal leases may have different configs: the config of the replaced lease is revoked.
         let replaced = self.core.exchange_server_lease(id, former, new);
         replaced.map(|lease| lease.config.revoke()).is_some()
     }
@@ -132,8 +131,8 @@ impl Registry {
     }
 }
 
-/// The memory of a removed entry stays until the registry's collector frees it, and must not keep what its
-/// config refers to until then.
+/// Revokes the config of a removed entry. The entry's memory stays until the registry's collector frees it, and
+/// must not keep alive until then what the config refers to.
 fn revoked(removed: Option<Entry<Lease>>) -> Option<Entry<Lease>> {
     removed.inspect(|entry| entry.lease.config.revoke())
 }
@@ -161,9 +160,9 @@ pub(crate) struct RegistryResource(pub(crate) Option<Arc<Registry>>);
 
 impl Resource for RegistryResource {}
 
-/// Keeps the library in memory, also when its module is purged: what was freed in the background may
-/// still be (see [`background`]), and so may what the schedulers' threads have left to be freed when
-/// they end. The VM does not unload a library while there is a resource of it that has a destructor.
+/// Keeps the library loaded, even when its module is purged. The reaper may still have values to free (see
+/// [`background`]), and so may the schedulers' threads when they exit. The VM does not unload a library while
+/// a resource of it with a destructor exists.
 pub(crate) fn keep_library() {
     static IS_KEPT: AtomicBool = AtomicBool::new(false);
     if !IS_KEPT.swap(true, Ordering::Relaxed) {
@@ -183,13 +182,13 @@ impl Drop for RegistryResource {
 const MAX_ENTRIES_FREED_IN_PLACE: u64 = 500;
 
 thread_local! {
-    /// Whether this thread frees a registry in place. One that only a config of that registry referred to is
-    /// left to the background: a chain of registries would else be freed in one recursion.
+    /// Whether this thread is freeing a registry in place. A registry to which only a config of that one referred
+    /// is freed in the background: otherwise a chain of registries would be freed in one recursion.
     static IS_FREEING: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Lets go of a registry; if it is the last one to do so and there is much to free, not on the
-/// scheduler that this runs on.
+/// Releases a reference to a registry. If it was the last one and there is much to free, the registry is not
+/// freed on the calling scheduler.
 pub(crate) fn release(registry: Arc<Registry>) {
     let Some(registry) = Arc::into_inner(registry) else {
         return;
@@ -211,7 +210,7 @@ pub(crate) fn default_registry() -> &'static Arc<Registry> {
     DEFAULT.get_or_init(|| Box::new(guarded(Limits::default())))
 }
 
-/// A registry with the default limits of token buckets: the default one has them, whether the
+/// A registry with the default limits of token buckets. The default registry has them whether the
 /// application runs or not.
 fn guarded(limits: Limits) -> Arc<Registry> {
     let registry = Registry::create(limits);
@@ -224,8 +223,8 @@ pub(crate) fn make_default_registry(limits: Limits) -> bool {
     DEFAULT.set(Box::new(guarded(limits))).is_ok()
 }
 
-/// The registry that an argument names: the atom `default`, or `exclusive` for the same one in the
-/// hands of its owner, whom no diversion turns away (see [`passage`]), or a resource.
+/// The registry that an argument names: the atom `default`; `exclusive` for the same registry used by its
+/// owner, whose calls are never diverted (see [`passage`]); or a resource.
 #[inline]
 pub(crate) fn registry<'a>(term: Term<'a>) -> NifResult<&'a Arc<Registry>> {
     if atoms::default() == term || atoms::exclusive() == term {
@@ -239,16 +238,15 @@ pub(crate) fn registry<'a>(term: Term<'a>) -> NifResult<&'a Arc<Registry>> {
 /// Changes of servers, transports and bindings of the default registry are diverted.
 pub(crate) struct Diverted;
 
-/// Whether a change that names its registry by `of` is diverted. Before its arguments are looked at,
-/// since another store takes ids that are too long for this one; [`passage`] decides.
+/// Whether a change that names its registry by `of` is diverted. Checked before the other arguments are
+/// decoded, since another store takes ids that are too long for this one. [`passage`] decides.
 pub(crate) fn diverts_changes(of: Term<'_>, namespace: Namespace) -> bool {
     namespace != Namespace::Connection
         && atoms::default() == of
         && default_registry().diversion().sign().diverts_changes()
 }
 
-/// Lets a change of `id` pass that names its registry by `of`. The change is made while the result
-/// lives.
+/// Admits a change of `id` that names its registry by `of`. The change is under way while the result lives.
 pub(crate) fn passage<'a>(
     of: Term<'_>,
     registry: &'a Registry,

@@ -1,8 +1,8 @@
-//! Guarded look-ups in the default registry: the process that a message may be sent to, or why it may
-//! not be sent.
+//! Guarded look-ups in the default registry: the process that a message may be sent to, or the reason why
+//! it may not be sent.
 //!
-//! A result is a pid, `undefined`, or the atom of the layer that refused. Where there is something to
-//! tell others too it is `{Result, Events}`.
+//! A result is a pid, `undefined`, or the atom of the layer that refused. If there are events to report, it
+//! is `{Result, Events}`.
 
 use std::panic::catch_unwind;
 
@@ -65,8 +65,8 @@ fn prepend_events<'a>(env: Env<'a>, events: &Events, mut list: Term<'a>) -> Term
     list
 }
 
-/// One message for `id`, as a raw term; `payer` is the transport that pays. `None` if the id is too
-/// long.
+/// Routes one message to `id`; the result is a raw term. `payer` is the transport whose bucket is charged.
+/// `None` if the id is too long.
 #[inline(always)]
 fn route<'a, const NAMESPACE: usize>(
     env: Env<'a>,
@@ -76,7 +76,7 @@ fn route<'a, const NAMESPACE: usize>(
     clock: &impl Clock,
 ) -> Option<ErlNifTerm> {
     let namespace = Namespace::ALL[NAMESPACE];
-    // Without limits nobody needs to know who pays. What is too long to be registered has no bucket.
+    // Without limits the payer does not matter. An id that is too long to be registered has no bucket.
     let mut encoded = None;
     let payer = payer
         .filter(|_| registry.has_token_buckets())
@@ -106,9 +106,10 @@ fn route<'a, const NAMESPACE: usize>(
     })
 }
 
-// ---- One message: by hand, see `crate::registry::lookup` ----
+// ---- One message: registered by hand, see `crate::registry::lookup` ----
 
-/// One argument, the target's id; or two, the second of which is the transport that pays.
+/// The first argument is the target's id. The second one, if `ARITY` is 2, is the transport whose bucket is
+/// charged.
 ///
 /// # Safety
 ///
@@ -141,8 +142,8 @@ unsafe extern "C" fn route_raw<
             return Some(diverted());
         }
         let result = route::<NAMESPACE>(caller, registry, id, payer, clock())?;
-        // A target that is found was registered when the sign was loaded or later. One that is not
-        // may have left this registry for another store since.
+        // A target that was found was registered when the sign was loaded or later. One that was not
+        // found may have been moved from this registry to another store since.
         if result == atoms::undefined().as_c_arg() && !registry.diversion().is_still(sign) {
             return Some(diverted());
         }
@@ -150,7 +151,7 @@ unsafe extern "C" fn route_raw<
     });
     match routed {
         Ok(Some(result)) => result,
-        // SAFETY: the VM's environment. A panic ends as a badarg too.
+        // SAFETY: the VM's environment. A panic becomes a badarg too.
         _ => unsafe { enif_make_badarg(env) },
     }
 }
@@ -169,14 +170,15 @@ macro_rules! route {
 route!(c"route_connection", Namespace::Connection, 1, false);
 route!(c"route_server", Namespace::Server, 2, false);
 route!(c"route_transport", Namespace::Transport, 1, false);
-// Whether routes are diverted or not.
+// These route whether routes are diverted or not.
 route!(c"route_server_exclusive", Namespace::Server, 2, true);
 route!(c"route_transport_exclusive", Namespace::Transport, 1, true);
 
 // ---- One message to many ----
 
-/// The processes of the transports bound to a server that the message may be sent to; `none`, or why
-/// it was refused for others; and events. If it is exclusive, whether routes are diverted or not.
+/// Three results: the processes of the transports bound to a server to which the message may be sent; the
+/// reason of refusal for the others, or `none`; and events. With `IS_EXCLUSIVE` it routes whether routes are
+/// diverted or not.
 fn route_bound<'a, const IS_EXCLUSIVE: bool>(
     env: Env<'a>,
     [server]: [Term<'a>; 1],
@@ -191,7 +193,7 @@ fn route_bound<'a, const IS_EXCLUSIVE: bool>(
         if u64::from(registry.bound_high_water(server)) > MAX_LISTED_ON_NORMAL_SCHEDULER {
             scheduler.require_dirty()?;
         }
-        // The monitor of a server that has ended may not have fired yet.
+        // The monitor of a server that has exited may not have fired yet.
         live_entry(env, registry, Namespace::Server, server);
         let mut pids = Term::list_new_empty(env);
         let mut refused = None;
@@ -205,7 +207,7 @@ fn route_bound<'a, const IS_EXCLUSIVE: bool>(
                 all_events = prepend_events(env, &events, all_events);
             }
         });
-        // Nothing has been sent yet, and some of the transports may have left for another store.
+        // Nothing has been sent yet, and some of the transports may have been moved to another store.
         if !IS_EXCLUSIVE && !registry.diversion().is_still(sign) {
             return Ok(atoms::diverted().encode(env));
         }
@@ -222,16 +224,16 @@ reschedulable!(c"route_bound_exclusive", 1, route_bound::<true>);
 
 // ---- Many messages ----
 
-/// Messages of one call: some 100 microseconds.
+/// One call routes at most this many messages, in some 100 microseconds.
 const SLICE: usize = 256;
 
-/// A slice is so many percent of what a process may do before it is scheduled out.
+/// The percentage of a process's time slice that one call consumes.
 const SLICE_PERCENT: i32 = 10;
 
 const _: () = assert!(SLICE.is_multiple_of(ROUTED_TOGETHER));
 
 /// Results for the first messages of a list of `{Id, Message}`, in order, and the rest of the list.
-/// An id that is too long to be registered is one that is not. All belong to one moment.
+/// An id that is too long to be registered counts as not registered. All messages share one clock reading.
 #[rustler::nif]
 fn route_batch<'a>(env: Env<'a>, messages: Term<'a>) -> NifResult<Term<'a>> {
     let registry = default_registry();
@@ -242,7 +244,7 @@ fn route_batch<'a>(env: Env<'a>, messages: Term<'a>) -> NifResult<Term<'a>> {
         rest = route_together(env, registry, rest, &now, &mut results)?;
     }
     let _ = rustler::schedule::consume_timeslice(env, SLICE_PERCENT);
-    // SAFETY: there are so many terms of this environment.
+    // SAFETY: `results` holds that many terms of this environment.
     let results = unsafe {
         let list =
             enif_make_list_from_array(env.as_c_arg(), results.as_ptr(), results.len() as c_uint);

@@ -1,4 +1,4 @@
-//! The VM's monotonic clock: never goes back, and is the one that Erlang code compares with.
+//! The VM's monotonic clock. It never goes back, and Erlang code reads the same one.
 
 use std::time::Instant;
 
@@ -6,7 +6,7 @@ use erlmcp_core::clock::Clock;
 use once_cell::race::OnceBox;
 use rustler::sys::{ErlNifTimeUnit, enif_monotonic_time};
 
-/// Erlang's monotonic time, from its first use on.
+/// Erlang's monotonic time, counted from the first use of this clock.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct VmClock;
 
@@ -15,9 +15,9 @@ struct Origin {
     instant: Instant,
 }
 
-/// Erlang's monotonic time; `None` on a thread that is no scheduler.
+/// Erlang's monotonic time; `None` on a thread that is not a scheduler.
 fn erlang_ms() -> Option<i64> {
-    // SAFETY: takes a unit and nothing else.
+    // SAFETY: the function takes a unit and nothing else.
     let ms = unsafe { enif_monotonic_time(ErlNifTimeUnit::ERL_NIF_MSEC) };
     (ms != i64::MIN).then_some(ms)
 }
@@ -33,7 +33,7 @@ fn origin() -> &'static Origin {
 }
 
 impl VmClock {
-    /// Erlang's monotonic time of a time of this clock.
+    /// A time of this clock as Erlang's monotonic time.
     pub(crate) fn erlang_ms(ms: u64) -> i64 {
         origin().erlang_ms.saturating_add_unsigned(ms)
     }

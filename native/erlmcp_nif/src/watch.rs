@@ -5,15 +5,15 @@
 //! `process_info(Pid, monitored_by)`, which every observer calls, makes references to the resources
 //! that monitor a process. In OTP 25 it may find one that was freed after its monitor was removed (by
 //! `enif_demonitor_process` or with the resource itself) but before the process had handled the signal
-//! that says so, and the VM then crashes. So a watch holds a reference to itself from its monitor until
-//! the process has exited. When its entry is removed earlier the watch is idle: it waits in a pool for
+//! of the removal, and the VM then crashes. So a watch holds a reference to itself from its monitor until
+//! the process has exited. If its entry is removed earlier, the watch becomes idle: it waits in a pool for
 //! the next registration of the same process, under any id and in any registry. A process has as many
-//! watches as it had registrations at one time. An idle watch takes less than the entry that it had.
+//! watches as it had registrations at one time. An idle watch takes less memory than the entry that it had.
 //!
 //! # Protocol
 //!
-//! One word: the number of the registry and the location of the entry, or neither (idle), and
-//! whether the process has exited (`DOWN`, for good).
+//! The state is one word: the number of the registry and the location of the entry, or neither (idle),
+//! and whether the process has exited (`DOWN`, for good).
 //!
 //! * Registering: pop a watch from the pool or make one; store the entry's place in the word; insert
 //!   the entry; then load `DOWN`, and if it is set remove the entry again.
@@ -26,9 +26,9 @@
 //! * Removing: the thread that removed the entry clears the word and pushes the watch to the pool; then
 //!   it loads `DOWN`, and if it is set pops one watch from the pool, as `down` does after setting it.
 //!
-//! After each push to the pool of a process that has exited follows a pop, either by the thread that has
-//! pushed or by the watch's `down`. A pop that fails has found the pool empty, so no watch stays in it,
-//! and each call frees one watch however many there are.
+//! Each push to the pool of a process that has exited is followed by a pop, either by the thread that has
+//! pushed or by the watch's `down`. A pop that fails has found the pool empty, so no watch stays in it.
+//! Each call frees one watch, however many there are.
 
 use std::ffi::c_void;
 use std::mem::{self, ManuallyDrop};
@@ -60,11 +60,11 @@ pub(crate) struct WatchResource {
 impl Resource for WatchResource {
     const IMPLEMENTS_DOWN: bool = true;
 
-    /// Runs when the process has ended, on the scheduler that ended it.
+    /// Runs when the process has exited, on the scheduler that it exited on.
     fn down<'a>(&'a self, env: Env<'a>, pid: LocalPid, _monitor: Monitor) {
         let word = self.word.fetch_or(DOWN, Ordering::AcqRel);
-        // SeqCst: `DOWN` is written before this fence, the entry and the pool are read after it;
-        // against the fences in `Watch::has_ended` and `Watch::recycle`.
+        // SeqCst: orders the store of `DOWN` before the loads of the entry and the pool, against the
+        // fence in `Watch::has_ended`.
         fence(Ordering::SeqCst);
         let number = (word >> Location::BITS) as u32;
         if word != IDLE
@@ -83,11 +83,11 @@ impl Resource for WatchResource {
 
 // ---- The pool of idle watches, by process ----
 
-/// The idle watches of a process. Most have one at most, which takes one word here; a queue is made for
-/// the second one, since it takes half a kilobyte.
+/// The idle watches of a process. Most processes have at most one, which takes one word here. The queue takes
+/// half a kilobyte, so it is created for the second one.
 ///
-/// A pop that finds nothing has seen no watch but such as were pushed meanwhile, by threads that pop
-/// afterwards if the process has exited.
+/// A pop that fails has missed only watches that were pushed meanwhile, by threads that pop afterwards if the
+/// process has exited.
 #[derive(Default)]
 struct Pool {
     first: AtomicPtr<c_void>,
@@ -138,7 +138,7 @@ fn pools() -> &'static HashMap<u64, Pool> {
     POOLS.get_or_init(Box::default)
 }
 
-/// Takes a watch from the pool of a process that has exited, and the pool from the table if it is
+/// Pops a watch from the pool of a process that has exited, and removes the pool from the table if it is
 /// empty. A watch that is pushed to it at that moment is freed with the pool.
 fn drain_pool(pid: u64) {
     let guard = pools().guard();
@@ -161,17 +161,17 @@ unsafe impl Send for Watch {}
 // SAFETY: as above.
 unsafe impl Sync for Watch {}
 
-/// From the start of the VM's allocation, which is aligned for a pointer, to the data in it.
+/// The offset of the data in the VM's allocation, which is aligned for a pointer.
 const DATA_OFFSET: usize = align_of::<WatchResource>();
 
-/// The VM's pointer to the resource with this data. The reference allows access to the data alone, so the
-/// pointer is made from the one that [`Watch::start`] has exposed.
+/// The VM's pointer to the resource with this data. The provenance of the reference covers the data alone, so
+/// the pointer takes the provenance that [`Watch::start`] has exposed.
 fn resource_of(data: &WatchResource) -> *const c_void {
     ptr::with_exposed_provenance(ptr::from_ref(data).addr() - DATA_OFFSET)
 }
 
 impl Watch {
-    /// An idle watch of a process; `None` if the process has ended.
+    /// An idle watch of a process; `None` if the process has exited.
     pub(crate) fn of(env: Env<'_>, pid: &LocalPid) -> Option<Self> {
         pools()
             .get(&immediate::word(pid.encode(env)), &pools().guard())
@@ -192,8 +192,8 @@ impl Watch {
         // SAFETY: the resource's data, which has just been referred to, lies behind this pointer: it is not null.
         let watch = Self(unsafe { NonNull::new_unchecked(resource.cast_mut()) });
         let for_down = ManuallyDrop::new(watch.clone());
-        // SAFETY: the environment is that of the calling process; we hold the resource. The handle
-        // of the monitor is not asked for, since it is never taken back.
+        // SAFETY: the environment is that of the calling process; we hold the resource. No handle of
+        // the monitor is requested, since the monitor is never removed.
         let result = unsafe {
             enif_monitor_process(
                 env.as_c_arg(),
@@ -219,27 +219,27 @@ impl Watch {
         ptr::eq(self.data(), data)
     }
 
-    /// Writes the place of the entry that is about to be entered.
+    /// Stores the place of the entry that is about to be inserted.
     pub(crate) fn place(&self, registry: &Registry, location: Location) {
         let place = u64::from(registry.number()) << Location::BITS | location.to_bits();
         let former = self.data().word.fetch_or(place, Ordering::AcqRel);
         debug_assert_eq!(former & !DOWN, IDLE, "the watch stands behind an entry");
     }
 
-    /// Takes the place back; for the one who wrote it and entered nothing.
+    /// Clears the place. Only for the caller that stored it and inserted no entry.
     pub(crate) fn displace(&self) {
         self.data().word.fetch_and(DOWN, Ordering::AcqRel);
     }
 
-    /// Whether the process has ended. Asked after the entry was entered.
+    /// Whether the process has exited. To be called after the entry was inserted, or the watch pushed.
     pub(crate) fn has_ended(&self) -> bool {
-        // SeqCst: orders the entry before the load, against the fence in `down`.
+        // SeqCst: orders the insertion or the push before the load, against the fence in `down`.
         fence(Ordering::SeqCst);
         self.data().word.load(Ordering::Acquire) & DOWN != 0
     }
 
-    /// Makes the watch idle, for the next registration of `pid`. Only for the one who took its
-    /// entry out (or never entered one).
+    /// Makes the watch idle, for the next registration of `pid`. Only for the caller that removed its entry (or
+    /// inserted none).
     pub(crate) fn recycle(&self, pid: u64) {
         if self.data().word.fetch_and(DOWN, Ordering::AcqRel) & DOWN != 0 {
             return;
@@ -263,7 +263,7 @@ impl Clone for Watch {
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        // SAFETY: we hold the resource, and never again.
+        // SAFETY: we hold the resource, and do not use it afterwards.
         unsafe { enif_release_resource(self.0.as_ptr()) };
     }
 }
@@ -285,11 +285,11 @@ pub(crate) struct Lease {
 }
 
 impl Lease {
-    /// Makes the watch idle after the entry was taken out, or was not entered, and revokes the config.
+    /// Makes the watch idle after the entry was removed, or was not inserted, and revokes the config.
     /// `address` is the entry's.
     pub(crate) fn recycle(&self, address: u64) {
         self.config.revoke();
-        // The watch of a remote process's entry is its sentinel's, which is about to end.
+        // The watch of a remote process's entry monitors its sentinel, which is about to exit.
         if self.config.remote().is_none() {
             self.watch.recycle(address);
         }
