@@ -5,7 +5,7 @@
 //!     cargo test --release -p erlmcp_core --test loom --target-dir target/loom
 //! ```
 //!
-//! which takes some seconds. Without `--cfg loom` there is nothing in here.
+//! which takes some seconds. Without `--cfg loom` this file is empty.
 #![cfg(loom)]
 
 use erlmcp_core::admission::{Admission, Begun, Pass, Sampling, Taken, Threshold};
@@ -22,7 +22,7 @@ use loom::sync::Arc;
 use loom::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 use loom::thread;
 
-/// Indexes that are held at the same time are different, and keep the words stored at them.
+/// Indexes that are held at the same time differ, and keep the words stored at them.
 #[test]
 fn slots_hand_out_each_index_once() {
     loom::model(|| {
@@ -41,8 +41,8 @@ fn slots_hand_out_each_index_once() {
     });
 }
 
-/// The case that ABA would break: one thread reads the head of the free list while another pops
-/// it, pops the next one, and pushes the first one back.
+/// ABA: one thread loads the head of the free list while another pops it, pops the next one, and
+/// pushes the first one back.
 #[test]
 fn slots_survive_aba() {
     loom::model(|| {
@@ -70,7 +70,8 @@ fn slots_survive_aba() {
     });
 }
 
-/// A walk sees a word that is there throughout exactly once, whatever comes and goes beside it.
+/// An iteration sees a word that is present throughout exactly once, whatever is inserted and removed
+/// beside it.
 #[test]
 fn slots_are_walked_completely() {
     loom::model(|| {
@@ -94,9 +95,9 @@ fn slots_are_walked_completely() {
 const OLD: u8 = 0;
 const PENDING: u8 = 1;
 
-/// A bind, the removal of its server followed by a look at the transport, and a reader that helps.
-/// All agree on the outcome, and the one who removed the server never sees the old binding if the
-/// new one took effect (that is, before the removal).
+/// Three threads: a bind; the removal of its server followed by a read of the transport; and a reader
+/// that helps. All agree on the outcome. The remover never sees the old binding if the new one took
+/// effect (that is, before the removal).
 #[test]
 fn binding_is_decided_once_and_before_the_server_goes() {
     loom::model(|| {
@@ -140,7 +141,8 @@ fn binding_is_decided_once_and_before_the_server_goes() {
     });
 }
 
-/// Whoever enters behind a closed gate learns so, or is found by the walk.
+/// A thread that enters after the gate was closed learns that it is closed, or its entry is found by the
+/// closing thread.
 #[test]
 fn nothing_slips_through_the_gate() {
     loom::model(|| {
@@ -160,11 +162,11 @@ fn nothing_slips_through_the_gate() {
     });
 }
 
-/// The one who enters takes its thing out again behind a closed gate, unless the walk has done so:
-/// it is one of the two who has it then, and never both.
+/// A thread that enters after the gate was closed removes its entry, unless the closing thread has removed
+/// it: exactly one of the two does.
 #[test]
 fn what_entered_a_closed_gate_is_taken_out_once() {
-    // As in a map: whoever finds nothing writes nothing.
+    // As in a map: a removal that finds nothing stores nothing.
     fn take_out(entry: &AtomicBool) -> bool {
         entry
             .compare_exchange(true, false, Ordering::AcqRel, Ordering::Acquire)
@@ -188,7 +190,7 @@ fn what_entered_a_closed_gate_is_taken_out_once() {
     });
 }
 
-/// loom itself would find the gate's race if the fences were not there.
+/// loom finds the race without the gate's fences.
 #[test]
 #[should_panic(expected = "slipped through")]
 fn without_fences_something_slips_through() {
@@ -210,7 +212,7 @@ fn without_fences_something_slips_through() {
     });
 }
 
-/// What a sequence lock copies: a number, which only grows, and its inverse.
+/// The source of a sequence lock, and the lock: it copies a number, which only grows, and its inverse.
 struct Copied {
     source: AtomicU64,
     lock: SeqLock<2>,
@@ -233,7 +235,7 @@ impl Copied {
         number
     }
 
-    /// The number, if the words are valid, which then belong together.
+    /// The number, if the words are valid. Valid words belong together.
     fn read(&self) -> Option<u64> {
         let [number, inverse] = self.lock.read()?;
         assert_eq!(number, !inverse);
@@ -241,7 +243,7 @@ impl Copied {
     }
 }
 
-/// A reader never sees half of a change, and after its own change no older number.
+/// A reader never sees half of a change, and never an older number after its own change.
 #[test]
 fn seqlock_readers_see_whole_values() {
     loom::model(|| {
@@ -263,7 +265,7 @@ fn seqlock_readers_see_whole_values() {
     });
 }
 
-/// Of two that change the source at the same time one makes the words valid, with the newest value.
+/// One of two threads that change the source concurrently makes the words valid, with the newest value.
 #[test]
 fn seqlock_ends_valid_after_two_changes() {
     loom::model(|| {
@@ -281,7 +283,7 @@ fn seqlock_ends_valid_after_two_changes() {
     });
 }
 
-/// A clock that stands still and is no atomic to loom.
+/// A clock that stands still. loom does not see it as an atomic.
 struct Still;
 
 impl Clock for Still {
@@ -290,12 +292,12 @@ impl Clock for Still {
     }
 }
 
-/// A token an hour, so that nothing is refilled.
+/// One token per hour, so that nothing is refilled.
 fn limits(capacity: u64) -> Limits {
     Limits::new(capacity, 1.0 / 3600.0).unwrap()
 }
 
-/// Threads take from one bucket what it holds, and no more.
+/// Threads acquire from one bucket all tokens that it holds, and no more.
 #[test]
 fn a_bucket_gives_each_token_once() {
     loom::model(|| {
@@ -311,16 +313,16 @@ fn a_bucket_gives_each_token_once() {
         });
         let mine = take(1) + take(1);
         let theirs: u64 = threads.map(|t| t.join().unwrap()).into_iter().sum();
-        // One of two or three tokens may have come too late for what was left.
+        // The acquisition of two or three tokens may have found too few left.
         assert!((3..=5).contains(&(mine + theirs)));
-        // Or a fraction less.
+        // Rounding may lose a fraction of a token.
         let left = level.take(&Terms::new(limits(5), 0), 0, 0).unwrap() + mine + theirs;
         assert!((4..=5).contains(&left));
     });
 }
 
-/// Threads that judge by former terms and by later ones: what was taken under the former ones stays
-/// taken, and no more is given than the bucket holds under either.
+/// Some threads use the former terms and others the later ones. Tokens acquired under the former terms stay
+/// acquired, and no more are given than the bucket holds under either.
 #[test]
 fn a_bucket_is_converted_once() {
     loom::model(|| {
@@ -337,8 +339,8 @@ fn a_bucket_is_converted_once() {
     });
 }
 
-/// A taking that overlaps changes of the limits is judged by those before or after one: it is not
-/// refused where all would give it. Snapshots are no atomics to loom, but all else is.
+/// An acquisition that overlaps changes of the limits uses the limits before or after one of them: it is not
+/// refused if all of them allow it. loom sees all atomics but the snapshots.
 #[test]
 fn a_change_of_limits_refuses_nobody() {
     for changes in [1, 2] {
@@ -361,7 +363,7 @@ fn a_change_of_limits_refuses_nobody() {
             assert_eq!(other.join().unwrap(), Ok(()));
             changer.join().unwrap();
             let left = bucket.take(&Still, 0).unwrap().unwrap();
-            // Of what there is under the last limits, or would be; fractions are lost to rounding.
+            // Between the tokens counted under the first limits and under the last ones; rounding loses fractions.
             assert!((8 - 3 * changes - 2..=6).contains(&left), "{left} left");
         });
     }
@@ -391,9 +393,9 @@ fn set(registry: &Registry<u64>, limits: EntryLimits) {
     changed.unwrap();
 }
 
-/// An entry gets limits of its own and shares those of all again, while tokens are taken that it holds all the
-/// time: nobody is refused, no token is lost, and none is given twice. The map of own buckets is no atomic to
-/// loom, but words and levels are.
+/// An entry gets limits of its own and then the shared ones again, while threads acquire tokens that it holds all
+/// the time: no acquisition is refused, no token is lost, and none is given twice. loom sees the words and levels,
+/// but not the map of own buckets.
 #[test]
 fn tokens_move_to_own_limits_and_back_while_they_are_taken() {
     loom::model(|| {
@@ -409,13 +411,13 @@ fn tokens_move_to_own_limits_and_back_while_they_are_taken() {
         set(&registry, EntryLimits::Own(Some(limits(9).into())));
         set(&registry, EntryLimits::Shared);
         taker.join().unwrap();
-        // A fraction is lost to rounding by each taking of a full bucket, and by each move.
+        // Each acquisition from a full bucket, and each move, loses a fraction to rounding.
         let left = take(&registry, 0).unwrap();
         assert!((5..=6).contains(&left), "{left} left");
     });
 }
 
-/// Two who take may both find that the tokens are to move, and move them beside the change itself.
+/// Two acquiring threads may both find that the tokens are to be moved, and move them concurrently with the change.
 #[test]
 fn tokens_are_moved_once() {
     loom::model(|| {
@@ -437,7 +439,7 @@ fn tokens_are_moved_once() {
     });
 }
 
-/// One thread sets limits of all while another one takes them off: what is in force is what is
+/// One thread sets the shared limits while another one removes them: the limits in force are the ones
 /// enforced.
 #[test]
 fn limits_that_are_set_are_in_use() {
@@ -467,8 +469,8 @@ fn half_open(config: Config) -> Arc<CircuitBreaker> {
     Arc::new(circuit)
 }
 
-/// Of callers who find an open circuit whose time is over, one makes it half open, and no more than
-/// `probe_limit` are let through.
+/// One of the callers that find an open circuit after its timeout makes it half open, and no more than
+/// `probe_limit` callers are admitted.
 #[test]
 fn probes_are_bounded() {
     loom::model(|| {
@@ -490,8 +492,8 @@ fn probes_are_bounded() {
     });
 }
 
-/// A place is free again when its probe is answered, and not before: the probes under way are never
-/// more than `probe_limit`.
+/// A place becomes free when the outcome of its probe is recorded, and not before: the probes under way are
+/// never more than `probe_limit`.
 #[test]
 fn an_answer_frees_one_place() {
     loom::model(|| {
@@ -526,8 +528,8 @@ fn an_answer_frees_one_place() {
     });
 }
 
-/// A success that closes the circuit and a failure that opens it, of two probes: each change is told
-/// to the one who made it, and what was told last is how it stands.
+/// Successes that close the circuit and a failure that opens it, of concurrent probes: each transition is
+/// reported to the caller that made it, and the last one reported is the state of the circuit.
 #[test]
 fn each_change_of_a_circuit_is_told_once() {
     loom::model(|| {
@@ -549,16 +551,16 @@ fn each_change_of_a_circuit_is_told_once() {
             .into_iter()
             .filter(|has_closed| *has_closed)
             .count();
-        // A failure opens what is half open, and what is closed again as well.
+        // A failure opens a half-open circuit, and one that has been closed meanwhile.
         assert!(has_opened);
         assert!(closings <= 1, "closed twice");
-        // Open, and without a timeout the next one is a probe.
+        // The circuit is open, and without a timeout the next caller is a probe.
         let first = Permit::Probe { is_first: true };
         assert_eq!(circuit.check(&Still), Ok(first));
     });
 }
 
-/// Of as many failures as the threshold one opens the circuit.
+/// Exactly one of as many failures as the threshold opens the circuit.
 #[test]
 fn one_of_too_many_failures_opens() {
     loom::model(|| {
@@ -579,8 +581,8 @@ fn one_of_too_many_failures_opens() {
     });
 }
 
-/// A probe succeeds and closes the circuit, and another one fails at the same moment: it opens the circuit
-/// again, which then was not closed; or it is the first one of many failures.
+/// One probe succeeds and closes the circuit while another one fails. The failure opens the circuit, which then
+/// was not closed, or it counts as the first failure of a closed circuit.
 #[test]
 fn a_late_failure_does_not_open_what_has_just_been_closed() {
     loom::model(|| {
@@ -607,8 +609,8 @@ fn a_late_failure_does_not_open_what_has_just_been_closed() {
     });
 }
 
-/// A shard with room for so many messages, that has been sampled. Its first segment of records is there,
-/// since loom does not see it made.
+/// A sampled shard with room for so many messages. Its first segment of records exists, since loom does not see
+/// its creation.
 fn shard(threshold: u64) -> Arc<Admission> {
     let admission = Admission::new();
     admission.set_threshold(Threshold::Exactly(threshold), 0);
@@ -626,7 +628,7 @@ fn send(admission: &Admission, address: u64, kept: &AtomicU32) -> bool {
     admission.admit(&to, &Sampling::new(100), || 0).wants_sample
 }
 
-/// A message if there is room, and whether its sender is to ask for a sample.
+/// Sends a message if there is room. Returns whether its sender is to request a sample.
 fn route(admission: &Admission, address: u64) -> Option<bool> {
     let (kept, sampling) = (AtomicU32::new(0), Sampling::new(100));
     let mut to = admission.receiver(address, &kept);
@@ -634,7 +636,7 @@ fn route(admission: &Admission, address: u64) -> Option<bool> {
     Some(admission.admit(&to, &sampling, || 0).wants_sample)
 }
 
-/// A pass over all receivers. Returns whether the next one is due; `None` if it met another sampler.
+/// A pass over all receivers. Returns whether the next pass is due; `None` if it met another sampler.
 fn sample(admission: &Admission, queued: impl Fn(u64) -> u64) -> Option<bool> {
     if admission.begin_pass(Pass::All, 0) == Begun::Busy {
         return None;
@@ -653,16 +655,16 @@ fn sample(admission: &Admission, queued: impl Fn(u64) -> u64) -> Option<bool> {
     }
 }
 
-/// A sender whose index is stale in one of all ways, beside samplers that free the record: what is admitted
-/// is charged exactly once. When all has been seen to be taken, nothing is left, and before that the
-/// depth is never less than what is in the mailbox.
+/// A sender whose index becomes stale, concurrently with samplers that free the record: each admitted message is
+/// charged exactly once. After samples that find the mailbox empty no charge is left, and before that the depth is
+/// never less than the length of the mailbox.
 #[test]
 fn charges_are_neither_lost_nor_doubled() {
     loom::model(|| {
         let admission = shard(100);
         let queued = Arc::new(AtomicU64::new(0));
         let kept = Arc::new(AtomicU32::new(0));
-        // Its record was seen empty once, so the next look frees it.
+        // The receiver was seen empty once, so the next sample frees its record.
         send(&admission, 1, &kept);
         sample(&admission, |_| 0);
         let sender = {
@@ -675,7 +677,7 @@ fn charges_are_neither_lost_nor_doubled() {
         };
         sample(&admission, |_| queued.load(Ordering::Acquire));
         sender.join().unwrap();
-        // Two looks more than those that may have come between admission and sending.
+        // Two samples more than those that may have run between admission and sending.
         for _ in 0..2 {
             sample(&admission, |_| queued.load(Ordering::Acquire));
         }
@@ -689,7 +691,7 @@ fn charges_are_neither_lost_nor_doubled() {
     });
 }
 
-/// Two senders to one process that has no record, by two ids: it gets one, or a second one that its sampler
+/// Two senders to one process without a record, by two ids: it gets one record, or a second one that its sampler
 /// frees.
 #[test]
 fn records_are_made_once() {
@@ -713,7 +715,7 @@ fn records_are_made_once() {
     });
 }
 
-/// The record of one process is freed and given to another while a sender of the former still has its index.
+/// The record of one process is freed and reused for another one while a sender to the former still has its index.
 #[test]
 fn a_record_that_changes_hands_keeps_its_charge() {
     loom::model(|| {
@@ -734,7 +736,7 @@ fn a_record_that_changes_hands_keeps_its_charge() {
         };
         former.join().unwrap();
         later.join().unwrap();
-        // Both have exited: all of it is returned, wherever it is.
+        // Both receivers have exited: all charges are returned, whichever record holds them.
         for _ in 0..3 {
             sample(&admission, |_| 0);
         }
@@ -742,7 +744,7 @@ fn a_record_that_changes_hands_keeps_its_charge() {
     });
 }
 
-/// Two samplers of a shard look at the same receiver: one of them counts, or none.
+/// Two samplers of a shard sample the same receiver: one of the reports counts, or none.
 #[test]
 fn two_samplers_credit_once() {
     loom::model(|| {
@@ -762,7 +764,7 @@ fn two_samplers_credit_once() {
     });
 }
 
-/// A receiver that says what it has taken, while it is looked at: that counts once.
+/// A receiver reports the messages that it has received while it is being sampled: they are credited once.
 #[test]
 fn what_a_receiver_says_counts_once() {
     loom::model(|| {
@@ -781,14 +783,14 @@ fn what_a_receiver_says_counts_once() {
         };
         sample(&admission, |_| queued.load(Ordering::Acquire));
         receiver.join().unwrap();
-        // What was lent is due back by the next batch.
+        // Credit that was lent is due back by the next batch.
         sample(&admission, |_| queued.load(Ordering::Acquire));
         assert_eq!(admission.depth(), 1);
     });
 }
 
-/// The shard is about to go to sleep, and messages come at the same moment: one of their senders is told to ask
-/// for a sample, or the shard stays awake.
+/// Messages arrive while the sampler of the shard pauses: one of the senders is told to request a sample, or the
+/// sampler does not pause.
 #[test]
 fn no_wake_up_is_lost() {
     loom::model(|| {
@@ -805,7 +807,7 @@ fn no_wake_up_is_lost() {
     });
 }
 
-/// The same at the end of a pass.
+/// No wake-up is lost at the end of a pass.
 #[test]
 fn the_end_of_a_pass_loses_no_wake_up() {
     loom::model(|| {
@@ -815,7 +817,7 @@ fn the_end_of_a_pass_loses_no_wake_up() {
             thread::spawn(move || route(&admission, address) == Some(true))
         });
         admission.begin_pass(Pass::Asked, 0);
-        // Both places of the reserve are used up.
+        // Uses up both places of the reserve.
         admission.adjust(3, 1);
         let taken = admission.take(true, |_| ());
         let asked = threads.map(|thread| thread.join().unwrap());
@@ -825,7 +827,7 @@ fn the_end_of_a_pass_loses_no_wake_up() {
     });
 }
 
-/// Nobody has passed on that a sample is due: of those who come an interval later exactly one is told.
+/// A sender was told to request a sample and did not: exactly one of the senders an interval later is told.
 #[test]
 fn a_lost_request_is_made_again_once() {
     loom::model(|| {
@@ -846,7 +848,7 @@ fn a_lost_request_is_made_again_once() {
     });
 }
 
-/// The same while the threshold is changed, which makes the next message ask.
+/// No wake-up is lost while the threshold is changed, which makes the next message request a sample.
 #[test]
 fn a_new_threshold_loses_no_wake_up() {
     loom::model(|| {
@@ -856,7 +858,7 @@ fn a_new_threshold_loses_no_wake_up() {
             let admission = Arc::clone(&admission);
             thread::spawn(move || route(&admission, 1))
         };
-        // On a thread of its own, so that one preemption more is left.
+        // A thread of its own saves one preemption of the limit.
         let changer = {
             let admission = Arc::clone(&admission);
             thread::spawn(move || admission.set_threshold(Threshold::Exactly(50), 0))
@@ -868,8 +870,8 @@ fn a_new_threshold_loses_no_wake_up() {
     });
 }
 
-/// Without another look no more are admitted than there is room for, and one for each further caller that
-/// was between looking and counting. One of them enters overload.
+/// Without another sample, no more messages are admitted than there is room for, plus one for each further caller
+/// that was between the check and the count. One of them enters overload.
 #[test]
 fn a_full_shard_admits_no_more() {
     loom::model(|| {
@@ -901,7 +903,7 @@ fn a_full_shard_admits_no_more() {
     });
 }
 
-/// A threshold that follows the receivers while another one is set does not bring the former one back.
+/// An automatic threshold that is updated while another one is set does not bring the former one back.
 #[test]
 fn a_new_threshold_stays() {
     for (former, later) in [
@@ -917,7 +919,7 @@ fn a_new_threshold_stays() {
                 let admission = Arc::clone(&admission);
                 thread::spawn(move || {
                     let (kept, sampling) = (AtomicU32::new(0), Sampling::new(100));
-                    // Full by any of them: it follows before it refuses.
+                    // Full by any threshold: the check updates the threshold before it refuses.
                     admission.adjust(1, 1 << 20);
                     let mut to = admission.receiver(1, &kept);
                     let _ = admission.check(&mut to, &sampling, || 0, || 2_000);
@@ -936,9 +938,9 @@ fn a_new_threshold_stays() {
     }
 }
 
-/// Writers of two stripes, and an owner who diverts them and then writes alone: loom finds any two of
-/// them at the same cell. A writer that is turned away writes nothing, and one that comes after the
-/// diversion has ended passes.
+/// Writers of two stripes, and an owner that diverts them and then has the cells to itself: loom reports
+/// any two at the same cell. A diverted writer writes nothing, and a writer after the end of the
+/// diversion passes.
 #[test]
 fn the_owner_of_a_diversion_is_alone() {
     use loom::cell::UnsafeCell;
@@ -951,7 +953,7 @@ fn the_owner_of_a_diversion_is_alone() {
             move || {
                 let passage = diversion.enter(stripe as u64);
                 if passage.is_some() {
-                    // SAFETY: nobody else writes to this cell, but for the owner who is alone.
+                    // SAFETY: only the owner also accesses this cell, and then it is alone.
                     cells[stripe].with_mut(|cell| unsafe { *cell += 1 });
                 }
                 passage.is_some()
@@ -967,7 +969,7 @@ fn the_owner_of_a_diversion_is_alone() {
         }
         let seen: u32 = cells
             .iter()
-            // SAFETY: all who write here have been turned away or have left.
+            // SAFETY: all writers have been diverted or have left.
             .map(|cell| cell.with_mut(|cell| unsafe { *cell }))
             .sum();
         let passed: u32 = writers
@@ -980,8 +982,8 @@ fn the_owner_of_a_diversion_is_alone() {
     });
 }
 
-/// An entry leaves a structure while look-ups are diverted, and they are let in again before it comes
-/// back. A look-up that was let in and finds nothing notices that.
+/// An entry is removed from a structure while look-ups are diverted, and inserted again before the diversion
+/// ends. A look-up that was not diverted and finds nothing notices the diversion.
 #[test]
 fn a_look_up_that_finds_nothing_notices_the_diversion() {
     loom::model(|| {
@@ -1026,7 +1028,7 @@ fn calls() -> call_breaker::Config {
     }
 }
 
-/// Calls once; the transitions that this makes.
+/// Makes one call. Returns the transitions that it has made.
 fn call(breaker: &CallBreaker, outcome: Outcome) -> Vec<State> {
     let mut changes = Vec::new();
     if let Ok(permit) = breaker.enter(&Still, None, &mut changes) {
@@ -1035,7 +1037,7 @@ fn call(breaker: &CallBreaker, outcome: Outcome) -> Vec<State> {
     changes
 }
 
-/// Of two failures that fill the window one opens the breaker; and of two in a row.
+/// Exactly one of two failures that fill the window, or are the threshold in a row, opens the breaker.
 #[test]
 fn call_breaker_is_opened_by_one_of_two_failures() {
     for failure_threshold in [2, 100] {
@@ -1056,7 +1058,7 @@ fn call_breaker_is_opened_by_one_of_two_failures() {
     }
 }
 
-/// An outcome of before a reset decides nothing after it, however the two overlap: afterwards one failure
+/// An outcome from before a reset decides nothing after it, however the two overlap: afterwards one failure
 /// does not fill a window of two.
 #[test]
 fn call_breaker_forgets_outcomes_of_before_a_reset() {
@@ -1082,8 +1084,8 @@ fn call_breaker_forgets_outcomes_of_before_a_reset() {
     });
 }
 
-/// Half open, never more than the limit hold a slot; and the one whose outcome closes the breaker does so
-/// once.
+/// In the half-open state never more calls than the limit hold a slot, and the call whose outcome closes the
+/// breaker does so once.
 #[test]
 fn call_breaker_bounds_its_probes() {
     loom::model(|| {
@@ -1110,8 +1112,8 @@ fn call_breaker_bounds_its_probes() {
     });
 }
 
-/// A slot that is overdue goes to one of two callers, while the call that has it ends: never two hold it,
-/// and what that call brings is counted once.
+/// An overdue slot passes to another caller while the call that holds it ends: never two calls hold it, and the
+/// outcome of the overdue call is counted once.
 #[test]
 fn call_breaker_passes_an_overdue_slot_on_once() {
     loom::model(|| {
@@ -1141,8 +1143,8 @@ fn call_breaker_passes_an_overdue_slot_on_once() {
     });
 }
 
-/// A success ends a row of failures, or comes before the failure: never is the row shorter than the failures
-/// after it.
+/// A success ends a row of failures, or comes before the concurrent failure: the row is never shorter than the
+/// number of failures after the success.
 #[test]
 fn call_breaker_counts_rows() {
     loom::model(|| {
