@@ -1,11 +1,11 @@
-//! The layers of backpressure, each alone, beside well-kept peers: `governor` for the token bucket,
-//! `recloser` for the circuit breaker. Admission control has no peer; it stands beside one atomic
+//! Each layer of backpressure alone, compared with well-maintained peers: `governor` for the token bucket,
+//! `recloser` for the circuit breaker. Admission control has no peer; it is compared with one atomic
 //! counter.
 //!
-//! Method: every structure lets everything through, so that what is measured is the way of an
-//! accepted message; refusals are measured apart. Bucket and `governor` have the same limits (10^9 a
-//! second, and a burst of 10^9) and the same kind of clock. Several threads work on the *same*
-//! structure, which is the worst case: what is reported is the time of one operation of one of them.
+//! Method: every structure accepts everything, so the path of an accepted message is measured; refusals are
+//! measured separately. Bucket and `governor` have the same limits (10^9 per second, and a burst of 10^9) and
+//! the same kind of clock. Several threads work on the *same* structure, which is the worst case. The reported
+//! time is that of one operation of one thread.
 //!
 //! Run by `bench/run --criterion`. A filter and `--quick` may follow.
 #![allow(missing_docs)]
@@ -31,7 +31,7 @@ use recloser::{Error, Recloser};
 const THREADS: [usize; 3] = [2, 4, 8];
 const PLENTY: u32 = 1_000_000_000;
 
-/// Runs `operation` on so many threads, `iterations` times each, and says how long it took.
+/// Runs `operation` on so many threads, `iterations` times each, and returns the elapsed time.
 fn on_threads(threads: usize, iterations: u64, operation: impl Fn() + Sync) -> Duration {
     let barrier = Barrier::new(threads + 1);
     thread::scope(|scope| {
@@ -153,7 +153,7 @@ fn admission(c: &mut Criterion) {
     });
     admitted.finish();
 
-    // A sample counts for ten intervals.
+    // A sample is stale after ten intervals.
     let patient = Sampling::new(86_400_000);
     let full = Admission::new();
     full.set_threshold(Threshold::Exactly(1), 0);

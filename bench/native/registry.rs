@@ -1,12 +1,11 @@
 //! The core registry, without the BEAM: look-ups by hit and miss at three sizes, registration with
-//! removal, binding, on one thread and on several, beside `dashmap` doing as much of it as it can.
+//! removal, and binding, on one thread and on several, compared with `dashmap` as far as it can do the same.
 //!
-//! Method: ids are text of 24 bytes; look-ups go through all of them in another order than that of
-//! their registration, so that a large registry is as cold as the caches leave it. Hashing the id is part of
-//! every operation. A
-//! registration has a shard, a counter and a slot in the shard's list; `dashmap` has none of these
-//! and is keyed by `Box<[u8]>` with the same `ahash`. Several threads are as many as there are
-//! cores, at least two; what is reported is the time of one operation of one of them.
+//! Method: ids are text of 24 bytes. Look-ups go through all of them in another order than that of their
+//! registration, so that a large registry is as cold as the caches leave it. Hashing the id is part of every
+//! operation. A registration has a shard, a counter and a slot in the shard's list; `dashmap` has none of
+//! these and is keyed by `Box<[u8]>` with the same `ahash`. There are as many threads as cores, at least
+//! two. The reported time is that of one operation of one thread.
 //!
 //! Run by `bench/run --criterion`. A filter and `--quick` may follow.
 #![allow(missing_docs)]
@@ -25,7 +24,7 @@ use erlmcp_core::registry::{Limits, Namespace, Registry};
 const SIZES: [u64; 3] = [1_000, 15_000, 1_000_000];
 /// Ids that are registered and removed again.
 const CHURN: u64 = 15_000;
-/// What [`Registry::id`] takes for the kind of a binary; any value would do.
+/// The kind that [`Registry::id`] takes for a binary; any value would do.
 const KIND: u8 = 0;
 
 type Peer = DashMap<Box<[u8]>, u64, RandomState>;
@@ -59,7 +58,7 @@ fn register(registry: &Registry<u64>, namespace: Namespace, n: usize, key: &Key)
         .expect("a free id");
 }
 
-/// Those of so many keys, in ascending order.
+/// A registry and a peer with so many keys, inserted in ascending order.
 fn filled(size: u64) -> (Registry<u64>, Peer) {
     let (registry, peer) = (registry(), Peer::default());
     for n in 0..size {
@@ -70,8 +69,8 @@ fn filled(size: u64) -> (Registry<u64>, Peer) {
     (registry, peer)
 }
 
-/// Runs `operation` on as many threads as there are cores, `iterations` times each, and says how
-/// long it took.
+/// Runs `operation` on as many threads as there are cores, `iterations` times each, and returns the elapsed
+/// time.
 fn on_threads(iterations: u64, operation: impl Fn(usize, u64) + Sync) -> Duration {
     let threads = threads();
     let barrier = Barrier::new(threads + 1);
@@ -142,7 +141,7 @@ fn lookup(c: &mut Criterion) {
     }
 }
 
-/// One element is one registration and its removal, with [`CHURN`] other entries there.
+/// One element is one registration and its removal, beside [`CHURN`] other entries.
 fn register_and_remove(c: &mut Criterion) {
     let (registry, peer) = filled(CHURN);
     let fresh = shuffled(CHURN, CHURN);
@@ -187,8 +186,8 @@ fn register_and_remove(c: &mut Criterion) {
     group.finish();
 }
 
-/// Binds a transport anew, to one of 16 servers, of which each transport changes to the next. There
-/// is nothing of the kind in `dashmap`.
+/// Binds a transport again, to one of 16 servers; each transport moves on to the next server. `dashmap` has
+/// nothing of the kind.
 fn bind(c: &mut Criterion) {
     const SERVERS: usize = 16;
     let registry = registry();

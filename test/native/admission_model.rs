@@ -1,5 +1,5 @@
-//! Admission control against a plain model: random histories of messages, looks, adjustments and changes,
-//! every answer and every figure compared after every step.
+//! Admission control against a plain model: random histories of messages, samples, adjustments and changes.
+//! Every answer and every figure are compared after every step.
 //!
 //! Takes about a second in release.
 #![cfg(not(loom))]
@@ -11,20 +11,20 @@ use erlmcp_core::admission::{
 };
 use proptest::prelude::*;
 
-/// Processes, each of which has two ids. The last one cannot be looked at.
+/// The number of processes. Each has two ids. The last one cannot be sampled.
 const PROCESSES: usize = 6;
 
 #[derive(Debug, Clone, Copy)]
 enum Step {
-    /// To a process, by one of its ids, so many messages.
+    /// Routes so many messages to a process, by one of its ids.
     Route(usize, usize, u64),
     Check(usize),
-    /// Processes take so many messages each, at most.
+    /// A process receives so many messages at most.
     Receive(usize, u64),
-    /// A pass, the messages that are routed to somebody during each batch, and whether the sampler is killed
-    /// before it reports.
+    /// A pass: whether over all receivers, how many messages are routed during each batch, and whether the
+    /// sampler is killed before it reports.
     Sample(bool, u64, bool),
-    /// One that finds no answer.
+    /// A pass in which no process answers.
     PassOver,
     Skip,
     Pause,
@@ -67,18 +67,18 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 1..100)
 }
 
-/// What was admitted less what was seen to be taken: for the shard, and for each process.
+/// The messages admitted less those seen to be received, for the shard and for each process.
 struct Model {
     threshold: Threshold,
     receivers: u64,
     now_ms: u64,
     depth: u64,
     charges: [u64; PROCESSES],
-    /// What is in their mailboxes.
+    /// The lengths of the mailboxes.
     queued: [u64; PROCESSES],
     lent: u64,
     admitted: u64,
-    /// The message with this number asks for looks.
+    /// The message with this number requests a sample.
     asks: u64,
     sampled_ms: Option<u64>,
     asked_ms: Option<u64>,
@@ -97,7 +97,7 @@ impl Model {
         }
     }
 
-    /// The time has gone back: what is ahead is now.
+    /// After the clock has gone back, a time in the future becomes now.
     fn age(at: &mut Option<u64>, now_ms: u64) -> Option<u64> {
         *at = at.map(|at| at.min(now_ms));
         at.map(|at| now_ms - at)
@@ -121,7 +121,7 @@ impl Model {
             && process + 1 != PROCESSES
             && self.charges[process] >= RECEIVER_LIMIT;
         if !(is_full || is_receiver_full) || self.is_stale() {
-            // A shard that is full and stale admits everything.
+            // A full shard whose last sample is stale admits everything.
             return Ok(());
         }
         let mut overloaded = Overloaded {
@@ -233,7 +233,7 @@ impl Run {
         let checked = self
             .admission
             .check(&mut to, &self.sampling, || now_ms, || receivers);
-        // When looks are asked for is the subject of other tests.
+        // When samples are requested is the subject of other tests.
         let checked = checked.map_err(|refused| Overloaded {
             wants_sample: false,
             ..refused
@@ -293,7 +293,7 @@ impl Run {
                         looks += processes_looked_at;
                         assert_eq!(reported.has_recovered, self.model.recover());
                     }
-                    // It counts once.
+                    // A report counts once.
                     let again = self.admission.report(number, [Some(1_000_000)], now_ms);
                     assert!(!again.is_current);
                 }
@@ -418,7 +418,7 @@ impl Run {
         );
         let age = Model::age(&mut model.sampled_ms, now_ms);
         assert_eq!(admission.sample_age_ms(now_ms), age);
-        // Nobody waits who is not charged with it, but for what came while nothing was counted.
+        // Every charge is part of the depth or was lent.
         let charged: u64 = model.charges.iter().sum();
         assert!(model.depth + model.lent >= charged);
     }
@@ -439,7 +439,7 @@ proptest! {
         for step in steps {
             run.step(step);
         }
-        // They take everything. Soon nothing is left of them.
+        // All processes receive everything. After three passes no charge and no record is left.
         for process in 0..PROCESSES {
             run.step(Step::Receive(process, u64::MAX));
         }
@@ -459,7 +459,7 @@ fn sampled_shard(threshold: Threshold) -> (Admission, Sampling) {
     (admission, sampling)
 }
 
-/// A pass in which each process has so many messages. Returns the number of looks.
+/// A pass in which each process has so many messages. Returns the number of mailboxes sampled.
 fn sample(admission: &Admission, pass: Pass, queued: &[u64]) -> usize {
     let mut looks = 0;
     admission.begin_pass(pass, 0);
@@ -477,7 +477,7 @@ fn sample(admission: &Admission, pass: Pass, queued: &[u64]) -> usize {
     }
 }
 
-/// Whether it was admitted, and its sender is to ask for a sample.
+/// `None` if the message is refused; otherwise whether its sender is to request a sample.
 fn send(admission: &Admission, sampling: &Sampling, address: u64, now_ms: u64) -> Option<bool> {
     let kept = AtomicU32::new(0);
     let mut to = admission.receiver(address, &kept);
@@ -485,8 +485,8 @@ fn send(admission: &Admission, sampling: &Sampling, address: u64, now_ms: u64) -
     Some(admission.admit(&to, sampling, || now_ms).wants_sample)
 }
 
-/// Exactly one message asks for a sample, and before the last one is admitted: also where the last
-/// sample has left but one.
+/// Exactly one sender is told to request a sample before the shard is full, even if the last sample has left
+/// room for only one message.
 #[test]
 fn a_sample_is_asked_for_before_the_shard_is_full() {
     for threshold in 1..20 {
@@ -504,9 +504,9 @@ fn a_sample_is_asked_for_before_the_shard_is_full() {
     }
 }
 
-/// Whoever is told to ask may end before it has done so: then one of those who come later is told, an
-/// interval later, and one an interval as long as nothing samples. That is no sign of a sampler: ten
-/// intervals after the first one everything is admitted.
+/// A sender that is told to request a sample may exit before it has done so. Then a later sender is told, an
+/// interval later, and one per interval as long as nothing samples. These requests are no sign of a sampler:
+/// ten intervals after the first one everything is admitted.
 #[test]
 fn a_request_that_is_lost_is_made_again() {
     let (admission, sampling) = sampled_shard(Threshold::Exactly(10_000));
@@ -524,8 +524,8 @@ fn a_request_that_is_lost_is_made_again() {
     assert!(admission.is_open(&sampling, || 1_501, || 0));
 }
 
-/// The clock goes back by any time: a lost request is made again an interval later, and a shard that nobody
-/// samples is open ten intervals later.
+/// The clock goes back by any amount: a lost request is made again an interval later, and a shard without a
+/// sampler is open ten intervals later.
 #[test]
 fn time_that_goes_back_makes_nobody_wait() {
     let (admission, sampling) = sampled_shard(Threshold::Exactly(2));
@@ -544,7 +544,7 @@ fn time_that_goes_back_makes_nobody_wait() {
     assert_eq!(send(&admission, &sampling, 1, 111), Some(true));
 }
 
-/// A depth of any size, either way, and what comes after it.
+/// Adjustments of any size, up and down, and admission after them.
 #[test]
 fn any_adjustment_is_possible() {
     let (admission, sampling) = sampled_shard(Threshold::Exactly(10));
@@ -561,7 +561,7 @@ fn any_adjustment_is_possible() {
     assert_eq!(admitted, 10, "more than the threshold after all that");
 }
 
-/// What a receiver says that it has taken while it is being looked at counts once.
+/// Messages that a receiver reports as received while it is being sampled are credited once.
 #[test]
 fn an_adjustment_during_a_look_counts_once() {
     let (admission, sampling) = sampled_shard(Threshold::Exactly(100));
@@ -577,7 +577,7 @@ fn an_adjustment_during_a_look_counts_once() {
     assert_eq!(admission.depth(), 6);
 }
 
-/// A process with many ids is charged in one record, looked at once, and stops at its limit.
+/// A process with many ids is charged in one record, sampled once, and refused at its limit.
 #[test]
 fn a_process_counts_once() {
     let (admission, sampling) = (Admission::new(), Sampling::new(100));
@@ -605,7 +605,7 @@ fn a_process_counts_once() {
     assert_eq!(admission.depth(), 0);
 }
 
-/// One look for each that it takes, whatever the others are doing.
+/// A hot receiver is sampled as often as it needs, without samples of all the others.
 #[test]
 fn a_hot_receiver_is_looked_at_alone() {
     let (admission, sampling) = (Admission::new(), Sampling::new(100));

@@ -1,6 +1,6 @@
 //! Token buckets, admission control, circuit breaker and the guarded route under real contention,
-//! by the real clock. Each test asserts what must hold and that threads did get into each other's
-//! way; otherwise it proves nothing.
+//! by the real clock. Each test asserts an invariant, and that threads did contend; otherwise it proves
+//! nothing.
 //!
 //! Takes about ten seconds on two cores in release.
 #![cfg(not(loom))]
@@ -26,10 +26,10 @@ use erlmcp_core::token_bucket::{Limits, Refused, TokenBucket};
 const THREADS: usize = 8;
 const TRIALS: usize = if cfg!(miri) { 1 } else { 100 };
 const ROUNDS: u64 = if cfg!(miri) { 20 } else { 20_000 };
-/// How long tests go on that have no count of their own.
+/// The duration of tests without a count of their own.
 const TIME: Duration = Duration::from_millis(if cfg!(miri) { 20 } else { 1500 });
 
-/// Runs `f` on all threads at once, and `beside` on this one until they are done.
+/// Runs `f` on all threads at once, and `beside` repeatedly on this one until they are done.
 fn on_threads<R: Send>(f: impl Fn(usize) -> R + Sync, mut beside: impl FnMut()) -> Vec<R> {
     let (barrier, running) = (Barrier::new(THREADS), AtomicUsize::new(THREADS));
     thread::scope(|scope| {
@@ -38,7 +38,7 @@ fn on_threads<R: Send>(f: impl Fn(usize) -> R + Sync, mut beside: impl FnMut()) 
                 let (f, barrier, running) = (&f, &barrier, &running);
                 scope.spawn(move || {
                     barrier.wait();
-                    // Counted down also when an assertion has failed.
+                    // Counted down even if an assertion has failed.
                     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| f(n)));
                     running.fetch_sub(1, Ordering::AcqRel);
                     result
@@ -62,8 +62,8 @@ fn limits(capacity: u64, rate_per_second: f64) -> Limits {
 
 // ---- Token buckets ----
 
-/// Takes one token after the other until the bucket has refused so many times. Returns the tokens
-/// taken, and how often the one before was taken by another thread.
+/// Acquires one token after the other until the bucket has refused so many times. Returns the tokens
+/// acquired, and how often another thread had acquired the previous one.
 fn empty(
     bucket: &TokenBucket,
     clock: &TscClock,
@@ -95,7 +95,7 @@ fn a_bucket_is_never_overdrawn() {
     let (mut trial, mut trials_crossed) = (0, 0);
     until_contended(|| {
         trial += 1;
-        // Every other one is refilled as fast as it is emptied.
+        // Every other bucket is refilled as fast as it is emptied.
         let limits = limits(200_000, if trial % 2 == 0 { 1000.0 } else { 3_000_000.7 });
         let bucket = TokenBucket::new(Some(limits), &clock);
         let began = clock.now_ns();
@@ -111,7 +111,7 @@ fn a_bucket_is_never_overdrawn() {
     });
 }
 
-/// Whatever limits are in force, no more than under the largest of them.
+/// Whatever limits are in force, no more tokens are given than under the largest of them.
 #[test]
 fn a_bucket_is_not_overdrawn_while_its_limits_change() {
     let clock = TscClock::new();
@@ -143,8 +143,8 @@ fn a_bucket_is_not_overdrawn_while_its_limits_change() {
     });
 }
 
-/// Nobody is refused what the limits before and after a change would both give, and a bucket that
-/// holds something never looks empty.
+/// An acquisition is not refused if the limits before and after a change both allow it, and a bucket that
+/// holds tokens never looks empty.
 #[test]
 fn a_change_of_limits_refuses_nobody() {
     until_contended(|| {
@@ -193,7 +193,7 @@ fn register(registry: &Registry<u64>, namespace: Namespace, bytes: &[u8], addres
         .is_ok()
 }
 
-/// An entry whose limits are exchanged for those of all and back always has some.
+/// An entry that alternates between own and shared limits always has limits.
 #[test]
 fn an_entry_is_never_without_limits() {
     until_contended(|| {
@@ -233,8 +233,8 @@ fn an_entry_is_never_without_limits() {
     });
 }
 
-/// An entry that holds tokens all the time refuses nobody while it gets limits of its own and shares those of
-/// all again; and what it tells of itself belongs together.
+/// An entry that holds tokens all the time refuses no acquisition while it gets limits of its own and then the
+/// shared ones again; and the tokens and limits that it reports belong together.
 #[test]
 fn an_entry_refuses_nobody_while_its_limits_move() {
     until_contended(|| {
@@ -281,8 +281,8 @@ fn an_entry_refuses_nobody_while_its_limits_move() {
     });
 }
 
-/// What is taken while an entry gets limits of its own and shares those of all again is taken once: it never
-/// gives more than it held.
+/// Tokens acquired while an entry gets limits of its own and then the shared ones again are acquired once: the
+/// entry never gives more than it held.
 #[test]
 fn an_entry_is_not_overdrawn_while_its_limits_move() {
     until_contended(|| {
@@ -325,7 +325,7 @@ fn an_entry_is_not_overdrawn_while_its_limits_move() {
     });
 }
 
-/// Own limits that are exchanged for others are those of the same bucket.
+/// Own limits that replace other own limits apply to the same bucket.
 #[test]
 fn an_entry_is_not_overdrawn_while_its_own_limits_change() {
     until_contended(|| {
@@ -367,7 +367,7 @@ fn an_entry_is_not_overdrawn_while_its_own_limits_change() {
     });
 }
 
-/// Some who change the limits of all at the same time: what is in force is what is enforced.
+/// Threads change the shared limits concurrently: the limits in force are enforced.
 #[test]
 fn limits_that_are_set_are_in_use() {
     until_contended(|| {
@@ -454,7 +454,7 @@ fn probes_under_way_are_bounded() {
     });
 }
 
-/// Each opening is told to the one whose failure it was, and none to nobody.
+/// Each opening is reported to exactly one caller, the one whose failure has caused it.
 #[test]
 fn one_failure_opens_the_circuit() {
     until_contended(|| {
@@ -476,8 +476,8 @@ fn one_failure_opens_the_circuit() {
     });
 }
 
-/// Openings, closings and all else at random: whoever has made the circuit half open, closed or
-/// open is told, so that the changes that were told lead from one to the next.
+/// Openings, closings and all other operations at random: each transition is reported to the caller that has
+/// made it, so that the reported transitions form a path.
 #[test]
 fn changes_that_are_told_add_up() {
     until_contended(|| {
@@ -511,10 +511,11 @@ fn changes_that_are_told_add_up() {
         let (half_opened, closed, opened) = told
             .into_iter()
             .fold((0, 0, 0), |a, b| (a.0 + b.0, a.1 + b.1, a.2 + b.2));
-        // Closed is left by an opening alone, open by a probe alone, and half open by either: so as
-        // many openings as closings lead to and from closed, and all others from half open to open.
+        // Only an opening leaves closed, only a probe leaves open, and an opening or a closing leaves
+        // half open. So as many openings leave closed as closings enter it, and all other openings lead
+        // from half open to open.
         let (now_open, now_half_open) = match circuit.state(&clock) {
-            // Half open by its time, which nobody was told.
+            // Half open since its timeout, which was reported to no caller.
             State::HalfOpen if circuit.check(&clock) == Ok(Permit::Probe { is_first: true }) => {
                 (1, 0)
             }
@@ -548,7 +549,7 @@ struct Receiver {
 
 const THRESHOLD: i64 = 500;
 const RECEIVERS: usize = 20;
-/// Those that are registered: most are sent nothing.
+/// The number of registered receivers. Most are sent nothing.
 const REGISTERED: u64 = 1_000;
 
 impl Shard {
@@ -565,7 +566,7 @@ impl Shard {
         shard
     }
 
-    /// Takes a pass, and the next one if that is due at once. Returns how many looks it took.
+    /// Makes a pass, and the next one if that is due at once. Returns the number of mailboxes sampled.
     fn sample(&self, pass: Pass) -> usize {
         let mut looks = 0;
         let mut lengths = Vec::new();
@@ -633,9 +634,9 @@ impl Shard {
     }
 }
 
-/// Receivers that now keep up and now stand still, and samplers that sample all the time: never more than
-/// the threshold is queued, but for what is between admission and sending and what was there when its
-/// receiver was looked at. In the end what counts is what is there.
+/// Receivers keep up and stall by turns, and samplers sample all the time: never more messages than the threshold
+/// are queued, except those between admission and sending, now or when their receiver was sampled. In the end the
+/// depth is the number of queued messages.
 #[test]
 fn a_shard_stops_at_its_threshold() {
     until_contended(|| {
@@ -666,12 +667,12 @@ fn a_shard_stops_at_its_threshold() {
             },
         );
         let most = counts.iter().map(|count| count.1).max().unwrap();
-        // One message for each sender, and one for each that its sender had not sent when the receiver was looked at.
+        // One message for each sender, and one for each that its sender had not sent when the receiver was sampled.
         let bound = THRESHOLD + 4 + 4 * RECEIVERS as i64;
         assert!(most <= bound, "{most} were queued");
         let is_contended = counts.iter().any(|count| count.0 > 0)
             && shard.admission.admitted() > 2 * THRESHOLD as u64;
-        // Nobody receives any more: it is filled up to its threshold, and stays so.
+        // No receiver receives any more: the shard is filled up to its threshold, and stays full.
         for round in 0.. {
             if !shard.send(round) {
                 break;
@@ -687,7 +688,7 @@ fn a_shard_stops_at_its_threshold() {
         }
         assert!(shard.queued() >= THRESHOLD);
         assert!(shard.admission.is_overloaded());
-        // They take everything, and after two more looks at each nothing is left of them.
+        // All receivers receive everything, and after two more samples of each no charge and no record is left.
         for receiver in &shard.receivers {
             receiver.queued.store(0, Ordering::Release);
         }
@@ -701,7 +702,7 @@ fn a_shard_stops_at_its_threshold() {
     });
 }
 
-/// Under `Auto` one receiver that takes nothing stops at its own limit; the others are refused nothing.
+/// Under `Auto` one stalled receiver stops at its own limit; no message to the others is refused.
 #[test]
 fn a_receiver_stops_at_its_limit() {
     let shard = Shard::new(Threshold::Auto);
@@ -733,7 +734,7 @@ fn a_receiver_stops_at_its_limit() {
         },
     );
     assert_eq!(counts.iter().map(|refused| refused[0]).sum::<u64>(), 0);
-    // What is sent while it is looked at counts twice until the next look.
+    // Messages sent while the receiver is sampled count twice until the next sample.
     shard.sample(Pass::All);
     while shard.send(0) {}
     let stalled = shard.receivers[0].queued.load(Ordering::Acquire) as u64;
@@ -741,7 +742,7 @@ fn a_receiver_stops_at_its_limit() {
     assert!((RECEIVER_LIMIT..=most).contains(&stalled), "{stalled}");
 }
 
-/// Samples are taken only when asked for, and receivers take at once what they get: no refusal lasts.
+/// Samples are taken only on request, and receivers receive messages at once: no refusal lasts.
 #[test]
 fn a_shard_that_keeps_up_is_never_refused_for_long() {
     until_contended(|| {
@@ -769,7 +770,7 @@ fn a_shard_that_keeps_up_is_never_refused_for_long() {
                 (sent, refused, longest)
             },
             || {
-                // Also where it is full: as managers do with their ticks.
+                // Also while the shard is overloaded, as managers do with their ticks.
                 if shard.is_asked.swap(false, Ordering::AcqRel) {
                     shard.sample(Pass::Asked);
                     samples += 1;
@@ -787,7 +788,7 @@ fn a_shard_that_keeps_up_is_never_refused_for_long() {
     });
 }
 
-/// An overload is told once, and its end once.
+/// An overload is reported once, and its end once.
 #[test]
 fn overloads_are_told_in_turn() {
     until_contended(|| {
@@ -842,9 +843,9 @@ fn overloads_are_told_in_turn() {
 
 // ---- All layers ----
 
-/// What a layer has let through and a later one refuses is given back: no probe is under way after
-/// a refusal by the bucket, no token is gone after one by the shard, and no message is counted
-/// after either. A probe that its shard refuses is a failure.
+/// If a layer refuses a message, the layers before it give back what they have acquired: no probe is under way
+/// after a refusal by the bucket, no token is lost after one by the shard, and no message is counted after
+/// either. A probe that its shard refuses is a failure.
 #[test]
 fn a_refusal_leaves_no_trace_in_other_layers() {
     let clock = FakeClock::at_ns(0);
@@ -881,7 +882,7 @@ fn a_refusal_leaves_no_trace_in_other_layers() {
     let stats = circuit.stats(&clock);
     assert_eq!((stats.probes, stats.successes), (0, 1));
     assert_eq!(admission.admitted(), 1);
-    // As many tokens again; the shard is full.
+    // The bucket has tokens again; the shard is full.
     let own = EntryLimits::Own(Some(limits(9, 0.001).into()));
     registry
         .set_entry_limits(namespace, &id, EntryLimits::Own(None), &clock)
@@ -897,7 +898,7 @@ fn a_refusal_leaves_no_trace_in_other_layers() {
     assert_eq!(events.overloaded, Some(1));
     assert_eq!(registry.bucket_state(namespace, &id, &clock), before);
     assert_eq!(admission.admitted(), 1);
-    // Where the shard is overloaded already, refusing a probe opens the circuit all the same.
+    // Even if the shard is overloaded already, refusing a probe opens the circuit.
     let (routed, events) = route();
     assert_eq!(routed, Err(Refusal::ShardOverloaded));
     assert!(events.has_half_opened);
@@ -907,7 +908,7 @@ fn a_refusal_leaves_no_trace_in_other_layers() {
     );
 }
 
-/// By reason, in the shard of the target; what is not registered, in any.
+/// Refusals are counted by reason, in the shard of the target; for ids that are not registered, in any shard.
 #[test]
 fn every_refusal_is_counted_once() {
     let clock = FakeClock::at_ns(0);
@@ -919,7 +920,7 @@ fn every_refusal_is_counted_once() {
     register(&registry, Namespace::Transport, b"t", 5);
     let route = |namespace, id: &[u8]| {
         let id = registry.id(0, id);
-        // A clock that stands still keeps back a unit of a bucket.
+        // With a clock that stands still, a bucket keeps back one unit.
         clock.advance_ns(10);
         let mut events = Events::default();
         registry.route(
@@ -964,8 +965,9 @@ fn every_refusal_is_counted_once() {
     }
 }
 
-/// Routes through all three layers while their settings change and entries come and go. Every
-/// address is the right one, what has limits of its own keeps to them, and in the end all is open.
+/// Routes through all three layers while their settings change and entries are registered and removed. Every
+/// address is the right one, an entry with limits of its own keeps to them, and in the end every message is
+/// routed.
 #[test]
 fn routes_go_right_while_everything_changes() {
     until_contended(|| {
@@ -979,7 +981,7 @@ fn routes_go_right_while_everything_changes() {
             assert!(register(&registry, Namespace::Transport, name, address));
             assert!(register(&registry, Namespace::Server, name, address));
         }
-        // Number 0 has limits of its own, and the test takes nothing else from it.
+        // Number 0 has limits of its own. Only routes acquire from its bucket.
         let own = limits(50, 1000.0);
         let metered = registry.id(0, &names[0]);
         let began = clock.now_ns();
@@ -994,13 +996,13 @@ fn routes_go_right_while_everything_changes() {
         let (started, mut changes) = (Instant::now(), 0u64);
         let counts = on_threads(
             |thread| {
-                // Permitted on the metered connection, and each kind of refusal.
+                // Messages permitted on the metered connection, and refusals of each kind.
                 let mut counts = [0u64; 5];
                 for round in thread.. {
                     if started.elapsed() >= TIME {
                         break;
                     }
-                    // The last sixteen come and go.
+                    // The last sixteen are registered and removed.
                     let n = round * 7 % names.len();
                     let name = registry.id(0, &names[n]);
                     if n >= 48 && round % 3 == 0 {
@@ -1100,7 +1102,7 @@ fn routes_go_right_while_everything_changes() {
         let most = 50.0 + 1000.0 * (clock.now_ns() - began) as f64 / 1e9;
         assert!(total(0) as f64 <= most, "{} of {most}", total(0));
         let is_contended = changes > 100 && (0..5).all(|kind| total(kind) > 0);
-        // All off: everything that is registered is reached.
+        // With all layers off, every registered id is reached.
         circuit.configure(None, &clock).unwrap();
         registry.set_limits(None, &clock);
         for shard in 0..4 {

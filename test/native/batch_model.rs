@@ -30,14 +30,14 @@ struct Side {
 }
 
 impl Side {
-    /// The numbers from 0 are connections, the last eight are not registered. One shard, since ids are
-    /// spread by random keys.
+    /// Connections are numbered from 0; the last eight are not registered. There is one shard, since ids
+    /// are spread by random keys.
     fn new(seed: u64, clock: &FakeClock) -> Self {
         let mut random = Random(seed);
         let registry = Registry::new(registry::Limits::new(1, 100, 100).unwrap(), clock);
         for n in 0..IDS - 8 {
             let name = n.to_le_bytes();
-            // Some processes have several.
+            // Some processes have several ids.
             registry
                 .register(
                     Namespace::Connection,
@@ -155,7 +155,7 @@ fn a_batch_is_as_one_by_one() {
         let mut now_ms = 1_000;
         for _ in 0..20 {
             let len = random.below(3 * ROUTED_TOGETHER as u64 + 2);
-            // Now and then many to few.
+            // Some batches have many messages to few ids.
             let among = if random.below(3) == 0 { 3 } else { IDS };
             let ids: Vec<_> = (0..len)
                 .map(|_| (random.below(20) > 0).then(|| random.below(among)))

@@ -1,4 +1,4 @@
-//! The breaker around calls against its definition: every figure is computed from lists of outcomes.
+//! The call breaker against its definition: the model computes every figure from lists of outcomes.
 
 use erlmcp_core::call_breaker::{CallBreaker, Config, MAX_PROBES, MAX_WINDOW, Outcome, Permit};
 use erlmcp_core::circuit_breaker::{ConfigError, State};
@@ -10,11 +10,11 @@ const MS: u64 = 1_000_000;
 #[derive(Debug, Clone)]
 enum Step {
     Advance(u64),
-    /// Until the open state ends, and so many milliseconds more or less.
+    /// Advances to the end of the open state, plus so many milliseconds.
     Timeout(i64),
     Back(u64),
     Enter(Option<u64>),
-    /// Ends one of the calls that run.
+    /// Ends one of the running calls.
     Leave(prop::sample::Index, bool),
     Abandon(prop::sample::Index),
     Force(u8),
@@ -58,11 +58,11 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 1..200)
 }
 
-/// A call that runs.
+/// A running call.
 struct Running {
     permit: Permit,
     period: u32,
-    /// Until when it holds a slot: `None` without a slot, `u64::MAX` for ever.
+    /// The deadline of its slot: `None` without a slot, `u64::MAX` without a deadline.
     slot: Option<u64>,
     has_lost_its_slot: bool,
 }
@@ -102,7 +102,8 @@ impl Model {
         }
     }
 
-    /// Every look: a time that is still to come is now.
+    /// Done at every access: a time in the future becomes now, and an open state whose timeout has passed becomes
+    /// half open.
     fn settle(&mut self, now_ms: u64) {
         if self.state == State::Open {
             self.began_ms = self.began_ms.min(now_ms);
@@ -130,8 +131,8 @@ impl Model {
         }
     }
 
-    /// Whether a slot is overdue. Which of several does not matter to anybody but its call, so that the
-    /// test learns that from the breaker (see `run`).
+    /// Whether a slot is overdue. Which of several is reclaimed matters only to its call, so the test asks the
+    /// breaker (see `run`).
     fn reclaim(&mut self, now_ms: u64, latest: u64) -> bool {
         self.running.iter().any(|call| {
             call.slot
@@ -225,7 +226,7 @@ fn run(config: Config, start_ms: u64, steps: Vec<Step>) {
             }
             Step::Back(ms) => {
                 now_ms = now_ms.saturating_sub(ms);
-                // Slots that were claimed before are of no certain time any more: none is left.
+                // The deadlines of slots claimed before are uncertain now, so all running calls end.
                 while !model.running.is_empty() {
                     let permit = model.running[0].permit;
                     let mut changes = Vec::new();
@@ -242,7 +243,7 @@ fn run(config: Config, start_ms: u64, steps: Vec<Step>) {
                 match entered {
                     Err(_) => model.rejected += 1,
                     Ok(permit) => {
-                        // The slot that it has may have been that of a call that is overdue.
+                        // The slot may have been reclaimed from an overdue call.
                         for call in &mut model.running {
                             if call.slot.is_some() && !breaker.holds_its_slot(call.permit) {
                                 assert!(call.slot.is_some_and(|slot| slot <= now_ms));

@@ -1,5 +1,5 @@
-//! The circuit breaker against a plain model: random histories, every answer and all counters
-//! compared after every step. The model's window is a list of the times of all failures.
+//! The circuit breaker against a plain model: random histories. Every answer and all counters are compared
+//! after every step. The model's window is a list of the times of all failures.
 //!
 //! Takes about a second in release.
 #![cfg(not(loom))]
@@ -15,9 +15,9 @@ const MS: u64 = 1_000_000;
 #[derive(Debug, Clone, Copy)]
 enum Step {
     Advance(u64),
-    /// Exactly until the present state's time is over, and so many milliseconds more or less.
+    /// Advances to the end of the timeout of the current state, plus so many milliseconds.
     Timeout(i64),
-    /// Exactly until the oldest failure leaves the window, and so many milliseconds more or less.
+    /// Advances to the moment when the oldest failure that counts leaves the window, plus so many milliseconds.
     Window(i64),
     Back(u64),
     Check,
@@ -66,7 +66,7 @@ struct Model {
     successes: u64,
     /// The failures since the circuit was closed, in order.
     failures: Vec<u64>,
-    /// The clock went back since then: the window is only as good as the clock.
+    /// Whether the clock has gone back since then: the window is only as good as the clock.
     is_blurred: bool,
 }
 
@@ -89,7 +89,7 @@ impl Model {
         now_ms.saturating_sub(self.since_ms)
     }
 
-    /// Whoever looks at a time that is still to come takes it for now.
+    /// A time in the future becomes now when it is read.
     fn look(&mut self, now_ms: u64) {
         self.since_ms = self.since_ms.min(now_ms);
         for failed in &mut self.failures {
@@ -106,7 +106,7 @@ impl Model {
         self.age_ms(now_ms) >= self.config.timeout_ms
     }
 
-    /// As everybody sees it, who changes nothing: the state, and for how long.
+    /// What a read reports, which changes nothing: the state and its age.
     fn seen(&self, now_ms: u64) -> (State, u64) {
         match self.state {
             State::Open if self.is_over(now_ms) => (
@@ -165,7 +165,7 @@ impl Model {
                 } else if has_opened {
                     self.failures.len() >= threshold
                 } else {
-                    // Not if the last ones were all within the window.
+                    // It must have opened if the last failures were all within the window.
                     let last = self.failures.iter().rev().take(threshold);
                     let recent =
                         last.filter(|f| now_ms.saturating_sub(**f) < self.config.window_ms);
@@ -314,7 +314,7 @@ fn opens_at_exactly_its_threshold() {
     assert_eq!(circuit.state(&clock), State::Closed);
 }
 
-/// Without anybody who asks: whoever looks at the state before it sends is not locked out.
+/// Without any call of `check`, so that a caller that reads the state before it sends is not locked out.
 #[test]
 fn an_open_circuit_becomes_half_open_by_itself() {
     let clock = FakeClock::at_ns(0);
@@ -358,13 +358,13 @@ fn nothing_waits_for_a_clock_that_went_back() {
     assert_eq!(circuit.state(&clock), State::Open);
     clock.set_ns(30_000 * MS);
     assert_eq!(circuit.check(&clock), Ok(first));
-    // Half open, with a probe that is never answered.
+    // Half open, with a probe whose outcome is never recorded.
     clock.set_ns(5 * MS);
     assert_eq!(circuit.check(&clock), Err(CircuitOpen));
     clock.set_ns(30_005 * MS);
     let other = Permit::Probe { is_first: false };
     assert_eq!(circuit.check(&clock), Ok(other));
-    // Closed: the failures of before are forgotten a window later.
+    // Closed: the earlier failures are forgotten a window later.
     circuit.force(false, &clock);
     clock.set_ns(HOUR_MS * MS);
     assert!(!circuit.record_failure(&clock));
@@ -442,7 +442,7 @@ fn configs_name_what_is_wrong() {
     }
 }
 
-/// All bounds at once: nothing runs over into the next field of the word.
+/// All bounds at once: no field of the word overflows into the next one.
 #[test]
 fn the_largest_config_works() {
     let clock = FakeClock::at_ns(0);

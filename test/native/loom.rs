@@ -363,7 +363,7 @@ fn a_change_of_limits_refuses_nobody() {
             assert_eq!(other.join().unwrap(), Ok(()));
             changer.join().unwrap();
             let left = bucket.take(&Still, 0).unwrap().unwrap();
-            // Between the tokens counted under the first limits and under the last ones; rounding loses fractions.
+            // Each acquisition may come before or after each change of the capacity; rounding loses fractions.
             assert!((8 - 3 * changes - 2..=6).contains(&left), "{left} left");
         });
     }
@@ -655,9 +655,9 @@ fn sample(admission: &Admission, queued: impl Fn(u64) -> u64) -> Option<bool> {
     }
 }
 
-/// A sender whose index becomes stale, concurrently with samplers that free the record: each admitted message is
-/// charged exactly once. After samples that find the mailbox empty no charge is left, and before that the depth is
-/// never less than the length of the mailbox.
+/// A sender whose index may be stale in any way, concurrently with samplers that free the record: each admitted
+/// message is charged exactly once. After samples that find the mailbox empty no charge is left, and before that
+/// the depth is never less than the length of the mailbox.
 #[test]
 fn charges_are_neither_lost_nor_doubled() {
     loom::model(|| {
@@ -1112,7 +1112,7 @@ fn call_breaker_bounds_its_probes() {
     });
 }
 
-/// An overdue slot passes to another caller while the call that holds it ends: never two calls hold it, and the
+/// A caller may reclaim an overdue slot while the call that holds it ends: never two calls hold it, and the
 /// outcome of the overdue call is counted once.
 #[test]
 fn call_breaker_passes_an_overdue_slot_on_once() {

@@ -1,5 +1,5 @@
-//! The registry against a model of plain maps: random histories, one thread, every answer and the
-//! whole state compared after every step.
+//! The registry against a model of plain maps: random histories on one thread. Every answer and the whole
+//! state are compared after every step.
 #![cfg(not(loom))]
 
 use std::collections::BTreeMap;
@@ -13,7 +13,7 @@ use proptest::prelude::*;
 enum Step {
     Register(Namespace, u8, Option<u8>),
     Remove(Namespace, u8),
-    /// Removal by a lease: of the present registration, or of one that is over.
+    /// Removal by lease: that of the current registration, or another one.
     RemoveLeased(Namespace, u8, bool),
     Exchange(u8),
     Bind(u8, u8, bool),
@@ -50,7 +50,7 @@ impl Model {
     }
 }
 
-/// Two ids have the same bytes and differ in kind, and one is too long to be kept in place.
+/// Two ids have the same bytes and differ in kind, and one is too long to be stored inline.
 fn id_parts(id: u8) -> (u8, Vec<u8>) {
     match id {
         0 => (1, b"same bytes".to_vec()),

@@ -1,5 +1,5 @@
-//! The registry under real contention. Each test asserts what must hold and that threads did get
-//! into each other's way; otherwise it proves nothing.
+//! The registry under real contention. Each test asserts an invariant, and that threads did contend;
+//! otherwise it proves nothing.
 #![cfg(not(loom))]
 
 #[path = "contention.rs"]
@@ -28,7 +28,7 @@ fn registry() -> Arc<Registry<u64>> {
     ))
 }
 
-/// Runs `f` on several threads at once and returns what they returned.
+/// Runs `f` on several threads at once and returns the results.
 fn on_threads<R: Send + 'static>(f: impl Fn(u64) -> R + Send + Sync + 'static) -> Vec<R> {
     let f = Arc::new(f);
     let barrier = Arc::new(Barrier::new(THREADS as usize));
@@ -79,9 +79,9 @@ fn one_id_is_registered_once() {
     });
 }
 
-/// Servers come and go, by id and by lease, while transports are registered with automatic
-/// bindings, bound, unbound and removed. When all is quiet, no binding to a server that has gone is
-/// left, and nothing at all once the transports are gone.
+/// Servers are registered and removed, by id and by lease, while transports are registered with automatic
+/// bindings, bound, unbound and removed. Afterwards no binding to a removed server is left, and nothing at
+/// all once the transports are removed.
 #[test]
 fn bindings_never_outlive_their_ends() {
     until_contended(|| {
@@ -139,7 +139,7 @@ fn bindings_never_outlive_their_ends() {
         .sum();
         for server in [b"a", b"b"] {
             let server = registry.id(0, server);
-            // Now it is registered, and after this it is not: what is bound to it is unbound.
+            // Registering and removing the server unbinds all transports from it.
             let _ = registry.register(Namespace::Server, server, 0, 1, None, |_| 0);
             registry.remove(Namespace::Server, &server);
             registry.for_each_bound(&server, |_| panic!("bound to a server that has gone"));
@@ -157,8 +157,7 @@ fn bindings_never_outlive_their_ends() {
     });
 }
 
-/// A binding to a server that stays is never seen as anything else but one of the two that are made
-/// in turn.
+/// Readers see only one of the two bindings that are made in turn, since both servers stay registered.
 #[test]
 fn a_rebound_transport_is_always_bound() {
     let registry = registry();
@@ -173,7 +172,7 @@ fn a_rebound_transport_is_always_bound() {
     registry
         .bind(&registry.id(0, b"t"), registry.id(0, b"a"), true)
         .unwrap();
-    // Whoever rebinds goes on until both bindings have been seen often enough.
+    // The binding thread goes on until the readers have seen both bindings often enough.
     let enough = AtomicU64::new(0);
     let seen = on_threads({
         let registry = Arc::clone(&registry);
@@ -202,7 +201,7 @@ fn a_rebound_transport_is_always_bound() {
     assert!(a > 0 && b > 0, "no contention");
 }
 
-/// While the table grows and shrinks by others, what is registered throughout is always found, and
+/// While other ids make the table grow and shrink, an id that is registered throughout is always found, and
 /// listed exactly once.
 #[test]
 fn readers_find_everything_while_the_table_grows() {
@@ -269,8 +268,8 @@ fn readers_find_everything_while_the_table_grows() {
     });
 }
 
-/// Ids come back at other places while the table grows, so that the former table still has their
-/// former keys: each is found and removed at its place, and listed there.
+/// Ids are registered again at other places while the table grows, so that the former table still has their
+/// former keys: each is found and removed at its current place, and listed there.
 #[test]
 fn every_place_is_found_while_the_table_grows() {
     const FILLERS: u64 = if cfg!(miri) { 300 } else { 20_000 };
@@ -297,7 +296,7 @@ fn every_place_is_found_while_the_table_grows() {
         let name = returning(n);
         let id = registry.id(0, name.as_bytes());
         registry.remove(Namespace::Connection, &id).unwrap();
-        // Takes the place that has become free.
+        // Reuses the place that has become free.
         register(format!("filler {filler}"), u64::MAX);
         let place = register(returning(n), lease);
         let mut listed = 0;
@@ -313,12 +312,12 @@ fn every_place_is_found_while_the_table_grows() {
 
 type Walk = fn(&Registry<Arc<()>>, &mut dyn FnMut());
 
-/// A long walk does not keep what is removed meanwhile from being freed. Here the walk itself removes it, at
-/// its first step; at its last step most of it must be gone.
+/// A long iteration does not keep entries that are removed meanwhile from being freed. Here the iteration itself
+/// removes them, at its first step; at its last step most of them must have been freed.
 #[test]
 #[cfg_attr(miri, ignore = "takes ten minutes")]
 fn garbage_is_freed_during_walks() {
-    // Several times the places of one guard.
+    // Several times the places that are visited inside one guard.
     const VISITED: u64 = 10_000;
     const REMOVED: u64 = 10_000;
     let walks: [(&str, Walk); 8] = [
@@ -395,7 +394,7 @@ fn garbage_is_freed_during_walks() {
     }
 }
 
-/// Entering against closing: what was not refused has been removed.
+/// Registration against closing: an entry whose registration was not refused has been removed.
 #[test]
 fn nothing_is_left_behind_a_close() {
     until_contended(|| {
@@ -417,7 +416,7 @@ fn nothing_is_left_behind_a_close() {
                     {
                         closed += 1;
                         registry.close(|_| {});
-                        // Those who were registering while we closed take theirs out again.
+                        // Threads that were registering during the close remove their entries again.
                         loop {
                             let mut left = 0;
                             registry.for_each(Namespace::Server, |_, _| left += 1);
@@ -472,7 +471,7 @@ fn bound_transports(number: u64) -> Arc<Registry<u64>> {
     registry
 }
 
-/// The addresses of those who are bound, while `meanwhile` is done after the first one.
+/// The addresses of the bound transports. `meanwhile` runs after the first one.
 fn bound_while(registry: &Registry<u64>, meanwhile: impl Fn()) -> Vec<u64> {
     let mut found = Vec::new();
     registry.for_each_bound(&registry.id(0, b"s"), |entry| {
@@ -484,8 +483,8 @@ fn bound_while(registry: &Registry<u64>, meanwhile: impl Fn()) -> Vec<u64> {
     found
 }
 
-/// A transport that is bound to the same server again is bound throughout: whoever walks through the
-/// bound ones finds it once.
+/// A transport that is bound to the same server again stays bound throughout: an iteration over the bound
+/// transports finds it once.
 #[test]
 fn binding_to_the_same_server_is_no_change() {
     let registry = bound_transports(2);
@@ -499,7 +498,7 @@ fn binding_to_the_same_server_is_no_change() {
     assert!(registry.unbind(&second));
     let again = || registry.bind(&first, server, true).unwrap();
     assert_eq!(bound_while(&registry, again), [0], "twice");
-    // So it is with a name that has no server, which is there as long as somebody is bound to it.
+    // The same holds for an id without a server, which exists as long as a transport is bound to it.
     registry.remove(Namespace::Server, &server);
     for _ in 0..3 {
         registry.bind(&first, server, false).unwrap();
@@ -509,7 +508,7 @@ fn binding_to_the_same_server_is_no_change() {
     assert_eq!(bound_while(&registry, || ()), [0; 0]);
 }
 
-/// The same by two at a time.
+/// The same with two concurrent binders.
 #[test]
 fn rebound_transports_are_found_once() {
     until_contended(|| {
@@ -545,7 +544,7 @@ fn rebound_transports_are_found_once() {
     });
 }
 
-/// Leases that are given out again and again, each to one registration at a time.
+/// Leases that are reused, each by one registration at a time.
 #[derive(Default)]
 struct Pool {
     idle: Mutex<Vec<u64>>,
@@ -565,9 +564,9 @@ impl Pool {
     }
 }
 
-/// Registering against closing and opening. Each lease is given back once: to the one who is refused,
-/// or else by the close that takes the entry out. What is registered while the registry is open stays
-/// until it is closed, also if its id and its lease were in use a moment ago by one who is being refused.
+/// Registration against closing and opening. Each lease is given back once: to the caller that is refused, or
+/// by the close that removes the entry. An entry registered while the registry is open stays until it is closed,
+/// even if a caller that is being refused was using its id and its lease a moment ago.
 #[test]
 fn every_lease_is_given_back_once() {
     until_contended(|| {

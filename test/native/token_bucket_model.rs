@@ -1,6 +1,6 @@
-//! Token buckets against ideal ones in exact arithmetic: random histories of takings, of a clock
-//! that goes on by nanoseconds and by years and back again, and of changes of the limits. With both at once the
-//! bounds alone are checked.
+//! Token buckets against ideal ones in exact arithmetic: random histories of acquisitions, of a clock that
+//! advances by nanoseconds and by years and goes back, and of changes of the limits. If the clock goes back
+//! and limits change in one history, only the bounds are checked.
 //!
 //! A rate is a float, so a whole multiple of 2^-64, and a time is a whole number of nanoseconds.
 //! Counted in 2^-64 of a billionth, all tokens are whole numbers of 128 bits: nothing here is
@@ -20,7 +20,7 @@ const ONE: i128 = 1_000_000_000 << 64;
 const SECOND: u64 = 1_000_000_000;
 const YEAR: u64 = 31_557_600 * SECOND;
 
-/// What a bucket gets a nanosecond.
+/// The refill per nanosecond.
 fn per_ns(limits: Limits) -> i128 {
     let scaled = limits.rate_per_second() * 2f64.powi(64);
     assert_eq!(scaled.fract(), 0.0);
@@ -31,12 +31,12 @@ fn tokens(n: u64) -> i128 {
     i128::from(n).checked_mul(ONE).unwrap()
 }
 
-/// By which clocks of different processors may disagree.
+/// The most by which clocks of different processors may disagree.
 const TOLERANCE_NS: i128 = 1 << 20;
 
-/// The bucket of the definition: it loses what is taken, gets `rate` a second, and holds `capacity`
-/// at most. A clock that goes back takes the refill of that time away again, down to the moment at which the
-/// limits began; if it lacks more than the tolerance then, the bucket is an empty one.
+/// The bucket by definition: it loses the tokens acquired, gains `rate` per second, and holds `capacity` at
+/// most. A clock that goes back removes the refill of that time, back to the moment at which the limits began.
+/// If the bucket then lacks more than the tolerance, it becomes an empty one.
 #[derive(Debug, Clone, Copy)]
 struct Ideal {
     limits: Limits,
@@ -56,7 +56,7 @@ impl Ideal {
         }
     }
 
-    /// Below zero after a clock has gone back.
+    /// May be below zero after the clock has gone back.
     fn held(&self, now: u64) -> i128 {
         let full = tokens(self.limits.capacity());
         let elapsed = i128::from(now) - self.at;
@@ -84,7 +84,8 @@ impl Ideal {
         ahead > TOLERANCE_NS
     }
 
-    /// What a refusal finds after the clock has gone back, with nanoseconds to spare for rounding.
+    /// A refusal empties a bucket that lacks more than the tolerance after the clock has gone back. `spare_ns`
+    /// allows for rounding.
     fn refuse(&mut self, now: u64, spare_ns: i128) -> bool {
         let is_displaced = self.held(now) < -per_ns(self.limits) * (TOLERANCE_NS + spare_ns);
         if is_displaced {
@@ -101,7 +102,7 @@ impl Ideal {
 #[derive(Debug, Clone, Copy)]
 enum Amount {
     Exactly(u64),
-    /// Of the capacity, in 1,000ths.
+    /// A share of the capacity, in thousandths.
     Share(u64),
     Beyond(u64),
 }
@@ -120,10 +121,10 @@ impl Amount {
 enum Step {
     Take(Amount),
     Advance(u64),
-    /// By so many tokens' worth of time, and some nanoseconds more or less.
+    /// Advances by the refill time of so many tokens, plus some nanoseconds.
     Refill(Amount, i64),
     Back(u64),
-    /// Until the last taking that was refused would not be.
+    /// Waits as long as the last refusal has told.
     WaitAsTold,
     Change(Option<Limits>),
 }
@@ -150,7 +151,7 @@ fn rates() -> impl Strategy<Value = f64> {
 fn limits() -> impl Strategy<Value = Limits> {
     let capacities = prop_oneof![8 => magnitudes(32), 1 => Just(1), 1 => Just(u64::MAX)];
     (rates(), capacities).prop_map(|(rate, capacity)| {
-        // As much as is filled in 2^53 ns.
+        // The most that is refilled in 2^53 ns.
         let most = (rate * 9_007_199.0) as u64;
         Limits::new(capacity.min(most).min((1 << 32) - 1), rate).unwrap()
     })
@@ -180,7 +181,7 @@ fn steps(on_ns: u32, back_ns: u32, changes: u32) -> impl Strategy<Value = Vec<St
     prop::collection::vec(step, 1..100)
 }
 
-/// A bucket and the ideal ones on either side of it.
+/// A bucket between two ideal ones.
 struct History {
     clock: FakeClock,
     start: u64,
@@ -188,13 +189,13 @@ struct History {
     latest: u64,
     bucket: TokenBucket,
     is_off: bool,
-    /// It never holds more than this.
+    /// The bucket never holds more than this one.
     most: Option<Ideal>,
-    /// It holds this less what is lost to rounding.
+    /// The bucket holds at least as much as this one, less what is lost to rounding.
     least: Option<Ideal>,
     /// What changes may have lost to rounding.
     lost: i128,
-    /// What was taken, and when, under the present limits.
+    /// Time and tokens of each acquisition under the current limits.
     taken: Vec<(u64, u64)>,
     refused: Option<(u64, u64)>,
 }
@@ -203,7 +204,7 @@ impl History {
     fn new(start: u64, limits: Option<Limits>) -> Self {
         let clock = FakeClock::at_ns(start);
         let bucket = TokenBucket::new(limits, &clock);
-        // A new bucket is full for a clock, too, that is behind by the tolerance.
+        // A new bucket is full even for a clock that is behind by the tolerance.
         let full = limits.map(|limits| Ideal {
             at: i128::from(start) - TOLERANCE_NS,
             ..Ideal::holding(i128::MAX, limits, start)
@@ -288,7 +289,7 @@ impl History {
                     least.take(n, now);
                     self.taken.push((now, n));
                 }
-                // What is left is told as it will be a nanosecond later.
+                // The tokens left are reported as of a nanosecond later.
                 let after = most.held(now).max(0);
                 assert!(tokens(left) <= after + per_ns, "told {left} of {after}");
                 let after = least.held(now);
@@ -300,7 +301,7 @@ impl History {
                 is_displaced |= least.refuse(now, 3);
                 let enough = tokens(n) + ONE + self.lost;
                 assert!(least.held(now) < enough, "refused with a token to spare");
-                // Three nanoseconds before that, not even the ideal bucket would give them.
+                // Three nanoseconds before the end of the wait, even the ideal bucket would refuse.
                 let before = now.saturating_add(wait_ns.saturating_sub(3));
                 let enough = tokens(n) + self.lost;
                 assert!(
@@ -312,7 +313,7 @@ impl History {
             }
         }
         if is_displaced {
-            // Windows are of a clock that does not go back.
+            // Within a window the clock must not go back.
             let latest = self.taken.pop().filter(|(at, _)| *at == now);
             self.check_windows();
             self.taken = Vec::from_iter(latest);
@@ -346,7 +347,7 @@ impl History {
         self.taken.clear();
         let now = self.now();
         let (Some(most), Some(least)) = (self.most, self.least) else {
-            // No limits so far, which is terms like others.
+            // The first limits: the bucket is full.
             self.most = Some(Ideal::holding(i128::MAX, limits, now));
             self.least = self.most;
             return;
@@ -356,13 +357,13 @@ impl History {
         self.least = Some(least.changed(limits, now));
     }
 
-    /// In every window, whatever takings it begins and ends with.
+    /// Checks every window that begins and ends with an acquisition.
     fn check_windows(&self) {
         let Some(ideal) = self.most else {
             return;
         };
         let per_ns = per_ns(ideal.limits);
-        // Common factors of both sides, so that sums of takings fit.
+        // Removes common factors of both sides, so that sums of acquisitions fit.
         let shift = per_ns.trailing_zeros().min(64);
         let (one, per_ns) = (ONE >> shift, per_ns >> shift);
         for (first, (began, _)) in self.taken.iter().enumerate() {
@@ -457,7 +458,7 @@ proptest! {
         }
     }
 
-    /// A hundred years of takings, at any moment of which the bucket is as exact as at the first.
+    /// Acquisitions over a hundred years: the bucket is as exact at any moment as at the first.
     #[test]
     fn is_as_exact_after_a_hundred_years(
         limits in limits(),
@@ -476,7 +477,7 @@ proptest! {
     }
 }
 
-/// Each change is followed by a taking of all there is.
+/// After each change all tokens are acquired.
 #[test]
 fn limits_may_change_any_number_of_times() {
     let changes = if cfg!(miri) { 20 } else { 300_000 };
@@ -505,7 +506,7 @@ fn a_bucket_without_limits_lacks_nothing() {
     let limits = Limits::new(100, 0.001).unwrap();
     bucket.set_limits(Some(limits), &clock);
     assert_eq!(bucket.take(&clock, 100), Ok(Some(0)));
-    // While it is off again, it is refilled as before.
+    // While the limits are off again, the bucket is refilled as before.
     bucket.set_limits(None, &clock);
     assert_eq!(bucket.take(&clock, 1000), Ok(None));
     clock.advance_ns(5000 * SECOND);
@@ -547,8 +548,8 @@ fn limits_name_what_is_wrong() {
     }
 }
 
-/// Adaptive quotas an hour: a change every hundred milliseconds, of buckets that are not used meanwhile, and of
-/// new ones.
+/// Adaptive hourly quotas: the limits change every hundred milliseconds, for buckets that are not used meanwhile
+/// and for new ones.
 #[test]
 fn an_unused_bucket_keeps_its_tokens() {
     let changes = if cfg!(miri) { 20 } else { 4_000 };
@@ -586,7 +587,7 @@ fn an_unused_bucket_keeps_its_tokens() {
     }
 }
 
-/// More raises than are remembered: tokens may be lost, and none are made.
+/// More raises of the limits than are remembered: tokens may be lost, and none are created.
 #[test]
 fn forgotten_generations_make_no_tokens() {
     let changes = if cfg!(miri) { 20 } else { 10_000 };
@@ -606,12 +607,12 @@ fn forgotten_generations_make_no_tokens() {
     assert!(forgotten <= most(600), "{forgotten}");
     let full = take(&registry, b"b", 0, &clock).unwrap();
     assert!(full <= 1001, "{full}");
-    // It is refilled as ever.
+    // The bucket is refilled as before.
     clock.advance_ns(2_000_000 * SECOND);
     assert!(take(&registry, b"a", 1000, &clock).is_some());
 }
 
-/// Own buckets are translated with each change, so that nothing needs to be remembered.
+/// Own buckets are converted at each change, so that no former limits need to be remembered.
 #[test]
 fn an_own_bucket_keeps_its_tokens_for_ever() {
     let changes = if cfg!(miri) { 20 } else { 1_000_000 };
@@ -628,8 +629,8 @@ fn an_own_bucket_keeps_its_tokens_for_ever() {
     assert!((4_999_999..=5_000_000).contains(&left), "{left}");
 }
 
-/// Who reads the clock, sleeps for less than clocks may disagree and then finds limits that have changed twice
-/// takes from what the bucket holds, and leaves the rest.
+/// A caller reads the clock, sleeps for less than clocks may disagree, and then finds limits that have changed
+/// twice: it acquires from the tokens that the bucket holds, and leaves the rest.
 #[test]
 fn a_clock_behind_two_changes_finds_all_tokens() {
     let now = 5 * SECOND;
@@ -687,7 +688,7 @@ impl Clock for SlowClock<'_> {
     }
 }
 
-/// However long a thread sleeps in a taking, and however often limits change meanwhile.
+/// However long a thread sleeps during an acquisition, and however often the limits change meanwhile.
 #[test]
 fn who_sleeps_while_limits_change_is_not_refused() {
     let capacity = 1_000_000;
@@ -731,7 +732,7 @@ fn who_sleeps_while_limits_change_is_not_refused() {
     }
 }
 
-/// What a change does not name stays.
+/// A change keeps the values that it does not name.
 #[test]
 fn a_change_keeps_what_it_does_not_name() {
     let clock = FakeClock::at_ns(0);
@@ -769,14 +770,14 @@ fn register(registry: &Registry<u64>, namespace: Namespace, id: &[u8]) {
         .expect("a new id");
 }
 
-/// Takings are of a transport; connections are the same.
+/// Acquires from the bucket of a transport; connections behave the same.
 fn take(registry: &Registry<u64>, id: &[u8], n: u64, clock: &FakeClock) -> Option<u64> {
     let id = registry.id(0, id);
     let left = registry.take_tokens(Namespace::Transport, &id, n, clock);
     left.ok().map(|left| left.unwrap_or(u64::MAX))
 }
 
-/// However often the limits of all have been changed before.
+/// However often the shared limits have been changed before.
 #[test]
 fn a_new_entry_has_a_full_bucket() {
     let clock = FakeClock::at_ns(7);
@@ -800,7 +801,7 @@ fn a_new_entry_has_a_full_bucket() {
     }
 }
 
-/// From the limits of all to its own, to others of its own, and back.
+/// From the shared limits to its own, to others of its own, and back.
 #[test]
 fn an_entry_keeps_its_tokens_when_its_limits_change() {
     let clock = FakeClock::at_ns(7);
@@ -832,8 +833,8 @@ fn an_entry_keeps_its_tokens_when_its_limits_change() {
     assert_eq!(state.unwrap().limits, Some(slow(3)));
 }
 
-/// What is empty holds no tokens, also when the clock has gone back, which is not the same as none
-/// for want of limits.
+/// An empty bucket reports zero tokens, even after the clock has gone back. A bucket without limits reports
+/// none.
 #[test]
 fn an_empty_bucket_holds_nothing() {
     let clock = FakeClock::at_ns(5 * SECOND);
