@@ -19,7 +19,7 @@
 -export([whereis_connection/1, whereis_name/1, whereis/3]).
 -export([find/3]).
 %% Registration
--export([register/6, unregister/3, update_server/3]).
+-export([register/6, unregister/3, release/3, update_server/3]).
 %% Bindings
 -export([bind/4, unbind/2, bound_server/2, bindings/1]).
 -export([bound_transports/2]).
@@ -71,6 +71,7 @@
        find/3,
        register/6,
        unregister/3,
+       release/3,
        update_server/3,
        bind/4,
        unbind/2,
@@ -301,6 +302,11 @@ register(Registry, Namespace, _Id, _Pid, _Monitored, _Config) -> ?DIVERTED(Regis
 %% Returns the sentinel to stop, if the entry had one.
 -spec unregister(registry(), namespace(), term()) -> ok | {ok, pid()} | diverted.
 unregister(Registry, Namespace, _Id) -> ?DIVERTED(Registry, Namespace).
+
+
+%% Removes a connection if the process holds it. Returns the sentinel to stop, if the entry had one.
+-spec release(registry(), term(), pid()) -> ok | {ok, pid()} | not_held.
+release(_Registry, _Id, _Pid) -> ?NOT_LOADED.
 
 
 -spec update_server(registry(), term(), term()) -> ok | {error, not_found} | diverted.

@@ -152,6 +152,9 @@ in_other_node() ->
                              || Shard <- lists:seq(0, 63) ]),
           Pid = apply(?M, send, Arguments ++ [<<"remote">>, {self(), ping}]),
           receive {Pid, pong} -> ok end,
+          {error, not_held} = apply(?M, release_connection, Arguments ++ [<<"remote">>, self()]),
+          ok = apply(?M, release_connection, Arguments ++ [<<"remote">>, Pid]),
+          ok = apply(?M, register_connection, Arguments ++ [<<"remote">>, Pid, Caps]),
           ok = apply(?M, unregister_connection, Arguments ++ [<<"remote">>]),
           {error, not_found} = apply(?M, lookup_connection, Arguments ++ [<<"remote">>])
       end || R <- [?M:new()], Arguments <- [[], [default], [R]], _ <- lists:seq(1, 3) ],

@@ -12,6 +12,8 @@
 -export([init_per_group/2, end_per_group/2, init_per_testcase/2, end_per_testcase/2]).
 -export([register_lookup_unregister/1,
          first_registration_wins/1,
+         only_the_holder_is_released/1,
+         late_release_against_the_next_registration/1,
          process_under_several_ids/1,
          ended_process_is_accepted_and_not_found/1,
          ends_with_its_process/1,
@@ -40,6 +42,8 @@ all() ->
 groups() ->
     registry_variants:groups([register_lookup_unregister,
                               first_registration_wins,
+                              only_the_holder_is_released,
+                              late_release_against_the_next_registration,
                               process_under_several_ids,
                               ended_process_is_accepted_and_not_found,
                               ends_with_its_process,
@@ -117,6 +121,53 @@ first_registration_wins(Config) ->
     ?assertEqual(ok, api(R, register_connection, [Id, self(), fourth])),
     ?assertEqual({ok, {self(), fourth}}, api(R, lookup_connection, [Id])),
     ok = api(R, unregister_connection, [Id]).
+
+
+only_the_holder_is_released(Config) ->
+    R = registry(Config),
+    Id = <<"held">>,
+    Other = process(),
+    Count = api(R, count, []),
+    ?assertEqual({error, not_held}, api(R, release_connection, [Id, self()])),
+    ok = api(R, register_connection, [Id, self(), first]),
+    ?assertEqual({error, not_held}, api(R, release_connection, [Id, Other])),
+    ?assertEqual({error, not_held}, api(R, release_connection, [<<"another">>, self()])),
+    ?assertEqual({ok, {self(), first}}, api(R, lookup_connection, [Id])),
+    ?assertEqual(ok, api(R, release_connection, [Id, self()])),
+    ?assertEqual({error, not_held}, api(R, release_connection, [Id, self()])),
+    ?assertEqual({error, not_found}, api(R, lookup_connection, [Id])),
+    ?assertEqual(Count, api(R, count, [])),
+    %% The process may be released from one id and keep another.
+    [ ok = api(R, register_connection, [N, Other, none]) || N <- [1, 2] ],
+    ?assertEqual(ok, api(R, release_connection, [1, Other])),
+    ?assertEqual({undefined, Other}, {api(R, whereis_connection, [1]), api(R, whereis_connection, [2])}),
+    stop(Other),
+    ?assertError(badarg, api(R, release_connection, [Id, not_a_pid])),
+    ?assertError(badarg, api(R, release_connection, [binary:copy(<<"x">>, 70_000), self()])).
+
+
+%% A late clean-up for the former holder runs beside the registration of the next one, and never removes that. Goes on
+%% until the clean-up has come first and last.
+late_release_against_the_next_registration(Config) ->
+    R = registry(Config),
+    Id = <<"raced">>,
+    [Former, Next] = [process(), process()],
+    Race = fun() ->
+                   ok = api(R, register_connection, [Id, Former, former]),
+                   {Cleaner, Monitor} = spawn_monitor(fun() -> exit({released, api(R, release_connection, [Id, Former])}) end),
+                   ok = api(R, unregister_connection, [Id]),
+                   ok = api(R, register_connection, [Id, Next, next]),
+                   Released = receive {'DOWN', Monitor, process, Cleaner, {released, Result}} -> Result end,
+                   ?assertEqual({ok, {Next, next}}, api(R, lookup_connection, [Id])),
+                   ?assertEqual(ok, api(R, release_connection, [Id, Next])),
+                   Released
+           end,
+    Seen = ets:new(seen, [set, public]),
+    ok = test_support:await(fun() ->
+                                    [ ets:insert(Seen, {Race()}) || _ <- lists:seq(1, 200) ],
+                                    ets:info(Seen, size) =:= 2
+                            end),
+    lists:foreach(fun test_support:stop/1, [Former, Next]).
 
 
 process_under_several_ids(Config) ->
@@ -326,6 +377,8 @@ exports_are_known(_Config) ->
                 {register_connection, 4},
                 {unregister_connection, 1},
                 {unregister_connection, 2},
+                {release_connection, 2},
+                {release_connection, 3},
                 {lookup_connection, 1},
                 {lookup_connection, 2},
                 {whereis_connection, 1},

@@ -15,7 +15,7 @@
 -module(erlmcp_registry_native).
 
 %% Registration
--export([register/5, register/6, unregister/3, update_server/3]).
+-export([register/5, register/6, unregister/3, release/3, update_server/3]).
 %% Look-up
 -export([find/3, row/3, list/2, list_shard/2, counts/1]).
 %% Bindings
@@ -104,6 +104,16 @@ unregister(Registry, Namespace, Id) ->
     case erlmcp_nif:unregister(Registry, Namespace, Id) of
         {ok, Sentinel} -> end_sentinel(Sentinel);
         Done -> Done
+    end.
+
+
+%% @doc Removes a connection if the process holds it.
+-spec release(erlmcp_nif:registry(), term(), pid()) -> ok | {error, not_held}.
+release(Registry, Id, Pid) ->
+    case erlmcp_nif:release(Registry, Id, Pid) of
+        ok -> ok;
+        {ok, Sentinel} -> end_sentinel(Sentinel);
+        not_held -> {error, not_held}
     end.
 
 

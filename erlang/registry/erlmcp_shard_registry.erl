@@ -35,6 +35,7 @@
 %% Registration
 -export([register_connection/3, register_connection/4]).
 -export([unregister_connection/1, unregister_connection/2]).
+-export([release_connection/2, release_connection/3]).
 %% Look-up
 -export([lookup_connection/1, lookup_connection/2]).
 -export([whereis_connection/1, whereis_connection/2]).
@@ -160,6 +161,8 @@ format_error(_Reason, [{?MODULE, new, [_Options], _Info} | _]) ->
     #{1 => "not " ++ erlmcp_native_config:map_expected()};
 format_error(_Reason, [{?MODULE, register_connection, [_Registry, _Id, _NoPid, _Capabilities], _Info} | _]) ->
     #{3 => "not a pid"};
+format_error(_Reason, [{?MODULE, release_connection, [_Registry, _Id, _NoPid], _Info} | _]) ->
+    #{3 => "not a pid"};
 format_error(_Reason, _Stacktrace) ->
     #{}.
 
@@ -174,6 +177,21 @@ unregister_connection(Id) ->
 -spec unregister_connection(registry(), term()) -> ok.
 unregister_connection(Registry, Id) ->
     erlmcp_registry_native:unregister(Registry, connection, Id).
+
+
+%% @equiv release_connection(default, Id, Pid)
+-spec release_connection(term(), pid()) -> ok | {error, not_held}.
+release_connection(Id, Pid) ->
+    release_connection(default, Id, Pid).
+
+
+%% @doc Removes a connection only if `Pid' holds it, in one atomic step. For a late clean-up: another process that
+%% has registered the id meanwhile keeps it. Constant time.
+-spec release_connection(registry(), term(), pid()) -> ok | {error, not_held}.
+release_connection(Registry, Id, Pid) when is_pid(Pid) ->
+    erlmcp_registry_native:release(Registry, Id, Pid);
+release_connection(Registry, Id, NoPid) ->
+    error(badarg, [Registry, Id, NoPid], [{error_info, #{module => ?MODULE}}]).
 
 
 %%% Look-up

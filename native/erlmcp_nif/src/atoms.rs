@@ -48,6 +48,7 @@ rustler::atoms! {
     none,
     normal,
     not_found,
+    not_held,
     off,
     ok,
     open,

@@ -185,6 +185,33 @@ fn unregister<'a>(env: Env<'a>, of: Term<'a>, ns: Term<'a>, id: Term<'a>) -> Nif
     })
 }
 
+/// Removes a connection if `pid` holds it: `ok`, with the sentinel to stop if it had one, or `not_held`.
+///
+/// No retry: if the entry that was found is gone, then the process held no registration of this id at the moment after
+/// its removal.
+#[rustler::nif]
+fn release<'a>(env: Env<'a>, of: Term<'a>, id: Term<'a>, pid: Term<'a>) -> NifResult<Term<'a>> {
+    let registry = registry(of)?;
+    if !pid.is_pid() {
+        return Err(Error::BadArg);
+    }
+    let encoded = encode_id(registry, id)?;
+    let id = as_id(registry, &encoded);
+    let removed_entry = registry
+        .entry(Namespace::Connection, &id)
+        .filter(|entry| pid_term(env, entry) == pid)
+        .and_then(|entry| {
+            registry.remove_exact(Namespace::Connection, &id, |held| *held == entry.lease)
+        });
+    Ok(match removed_entry {
+        None => atoms::not_held().encode(env),
+        Some(entry) => match removed(&entry) {
+            Some(sentinel) => (atoms::ok(), sentinel).encode(env),
+            None => atoms::ok().encode(env),
+        },
+    })
+}
+
 fn update_server<'a>(
     env: Env<'a>,
     [of, id, config]: [Term<'a>; 3],
