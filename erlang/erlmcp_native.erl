@@ -20,7 +20,7 @@
 %%% refused message never is. {@link erlmcp_native_log} lists all events, and shows how to filter them.
 -module(erlmcp_native).
 
--export([i/0, info/0, health/0, explain/1]).
+-export([i/0, info/0, health/0, explain/1, retry_after_ms/1, retry_after_ms/2]).
 -export([set/2]).
 
 -export_type([info/0]).
@@ -36,6 +36,7 @@
                    shard := erlmcp_admission_control:shard_id(),
                    route := ok | {error, erlmcp_delivery:reason()},
                    decided_by := layer(),
+                   retry_after_ms => non_neg_integer(),
                    pid => pid(),
                    config_bytes => pos_integer(),
                    binding => {ok, Server :: term()} | {error, not_found},
@@ -138,7 +139,8 @@ health() ->
 %% and {@link erlmcp_registry:route_to_transport/3} for a transport. `decided_by' is the layer that
 %% decides it: `circuit', `admission', `token_bucket', `registry' where the id is not registered (a
 %% message to an unknown server or transport is dropped with a warning and `ok', as in erlmcp), or `none'. Messages
-%% that the registry's process routes pass no layer.
+%% that the registry's process routes pass no layer. `retry_after_ms' is the time of {@link retry_after_ms/1}, 0 if the
+%% message would be admitted; it is missing where the id is not registered.
 %% `sends' is what the bucket of a transport would answer to a message that it sends to a server of the
 %% native registry. Where the native registry has no such transport, `bucket' and `sends' are missing.
 %%
@@ -160,6 +162,51 @@ explain(Id) ->
             end;
         LoadError ->
             {error, {native_library, LoadError}}
+    end.
+
+
+%% @equiv retry_after_ms(connection, Id)
+-spec retry_after_ms(Id :: term()) -> non_neg_integer() | {error, not_found}.
+retry_after_ms(Id) ->
+    retry_after_ms(connection, Id).
+
+
+%% @doc After a refusal: the milliseconds until a message would be admitted, 0 if it would be admitted now.
+%%
+%% `connection': a message to a connection by {@link erlmcp_shard_manager:route_message/2}. `server': a message to
+%% the server `ServerId' from the transport `TransportId', whose bucket is charged. `transport': a message to a
+%% transport, which is charged to no bucket.
+%%
+%% The result is the longest of the times of the layers. A bucket: until it holds a whole token, if no other message
+%% takes it. The circuit: until it is half open; 1 while it is half open and all probes are under way. A shard: until
+%% the next sample is due, which may find its receivers as they were. Another message may be admitted first, so a
+%% caller that retries counts on another refusal.
+%%
+%% Takes no token and no probe and counts nothing. Constant time, on the calling scheduler: about as much as a
+%% refusal. Messages that the registry's process routes pass no layer: 0. Raises `badarg' for an id that is too long to
+%% be registered.
+-spec retry_after_ms(connection, Id :: term()) -> non_neg_integer() | {error, not_found};
+                    (transport, Id :: term()) -> non_neg_integer() | {error, not_found};
+                    (server, {ServerId :: term(), TransportId :: term()}) -> non_neg_integer() | {error, not_found}.
+retry_after_ms(connection, Id) -> wait_ms(connection, Id, []);
+retry_after_ms(transport, Id) -> wait_ms(transport, Id, []);
+retry_after_ms(server, {ServerId, TransportId}) -> wait_ms(server, ServerId, [TransportId]).
+
+
+-spec wait_ms(erlmcp_nif:namespace(), term(), Payer :: [term()]) -> non_neg_integer() | {error, not_found}.
+wait_ms(Namespace, Id, Payer) ->
+    case erlmcp_registry_native:load_error() =:= none andalso sender(Namespace, Id) of
+        caller ->
+            case erlmcp_registry_native:forecast(Namespace, Id, Payer) of
+                {undefined, 0} -> {error, not_found};
+                {_Outcome, WaitMs} -> WaitMs
+            end;
+        process ->
+            0;
+        false when Namespace =:= connection ->
+            {error, not_found};
+        false ->
+            0
     end.
 
 
@@ -381,24 +428,40 @@ ask(Request) ->
 
 
 -spec details(erlmcp_nif:namespace(), term(), entry() | map()) -> entry().
-details(server, _Id, Entry) ->
+details(server, Id, Entry) ->
     %% The bucket that is charged is that of the transport that the message comes from.
-    answered(layers(server, Entry), Entry);
+    with_forecast(server, Id, Entry);
 details(transport, Id, #{registry := Registry} = Entry) ->
-    answered(layers(transport, Entry), maps:merge(Entry#{binding => binding(Registry, Id)}, payer(Registry, Id)));
+    with_forecast(transport, Id, maps:merge(Entry#{binding => binding(Registry, Id)}, payer(Registry, Id)));
 details(connection, Id, Entry) ->
     case erlmcp_token_bucket:get_state(connection, Id) of
-        %% Removed meanwhile.
-        {error, not_found} -> not_registered(connection, maps:with([registry, routed_by, shard], Entry));
-        Bucket -> answered(layers(connection, Entry), Entry#{bucket => Bucket})
+        {error, not_found} -> removed(connection, Entry);
+        Bucket -> with_forecast(connection, Id, Entry#{bucket => Bucket})
     end.
 
 
 %% The registry's process asks no layer.
--spec layers(erlmcp_nif:namespace(), map()) -> [layer()].
-layers(_Namespace, #{routed_by := process}) -> [];
-layers(connection, _Entry) -> [circuit, admission, token_bucket];
-layers(_Namespace, _Entry) -> [circuit, admission].
+-spec with_forecast(erlmcp_nif:namespace(), term(), map()) -> entry().
+with_forecast(_Namespace, _Id, #{routed_by := process} = Entry) ->
+    Entry#{route => ok, decided_by => none, retry_after_ms => 0};
+with_forecast(Namespace, Id, Entry) ->
+    case erlmcp_registry_native:forecast(Namespace, Id, []) of
+        {undefined, 0} -> removed(Namespace, Entry);
+        {ok, 0} -> Entry#{route => ok, decided_by => none, retry_after_ms => 0};
+        {Refusal, WaitMs} -> Entry#{route => {error, Refusal}, decided_by => layer(Refusal), retry_after_ms => WaitMs}
+    end.
+
+
+%% The entry was removed since it was found.
+-spec removed(erlmcp_nif:namespace(), map()) -> entry().
+removed(Namespace, Entry) ->
+    not_registered(Namespace, maps:with([registry, routed_by, shard], Entry)).
+
+
+-spec layer(circuit_open | shard_overloaded | rate_limited) -> layer().
+layer(circuit_open) -> circuit;
+layer(shard_overloaded) -> admission;
+layer(rate_limited) -> token_bucket.
 
 
 %% The bucket that a transport's messages to servers are charged to, if any; only the native registry has
@@ -408,34 +471,16 @@ payer(classic, _Id) ->
     #{};
 payer(native, Id) ->
     case erlmcp_token_bucket:get_state(transport, Id) of
-        {error, not_found} ->
-            #{};
-        Bucket ->
-            case lets_through(token_bucket, #{bucket => Bucket}) of
-                true -> #{bucket => Bucket, sends => ok};
-                false -> #{bucket => Bucket, sends => {error, rate_limited}}
-            end
+        {error, not_found} -> #{};
+        #{tokens := Tokens} = Bucket -> #{bucket => Bucket, sends => sends(Tokens)}
     end.
 
 
--spec answered([layer()], map()) -> entry().
-answered([], Entry) ->
-    Entry#{route => ok, decided_by => none};
-answered([Layer | Layers], Entry) ->
-    case lets_through(Layer, Entry) of
-        true -> answered(Layers, Entry);
-        false -> Entry#{route => {error, refusal(Layer)}, decided_by => Layer}
-    end.
-
-
--spec lets_through(layer(), map()) -> boolean().
-lets_through(circuit, _Entry) -> erlmcp_circuit_breaker:would_allow();
-lets_through(admission, #{shard := Shard}) -> erlmcp_admission_control:check_admission(Shard) =:= ok;
-lets_through(token_bucket, #{bucket := #{tokens := 0}}) -> not erlmcp_token_bucket:are_asked();
-lets_through(token_bucket, _Entry) -> true.
-
-
--spec refusal(layer()) -> erlmcp_delivery:reason().
-refusal(circuit) -> circuit_open;
-refusal(admission) -> shard_overloaded;
-refusal(token_bucket) -> rate_limited.
+-spec sends(Tokens :: non_neg_integer() | infinity) -> ok | {error, rate_limited}.
+sends(0) ->
+    case erlmcp_token_bucket:are_asked() of
+        true -> {error, rate_limited};
+        false -> ok
+    end;
+sends(_Tokens) ->
+    ok.

@@ -30,6 +30,7 @@
 -export([route_connection/1, route_server/2, route_transport/1, route_batch/1]).
 -export([route_server_exclusive/2, route_transport_exclusive/1]).
 -export([route_bound/1, route_bound_exclusive/1]).
+-export([forecast/3]).
 %% Token buckets
 -export([bucket_new/1, is_bucket/1, bucket_take/2, bucket_state/1, bucket_set_limits/2]).
 -export([entry_take/3, entry_bucket_state/2, entry_set_limits/3]).
@@ -43,7 +44,7 @@
 -export([set_sample_interval/1, sample_begin/2, sample_take/2, sample_report/3]).
 -export([sample_skip/1, sample_pause/1, sample_counts/1]).
 %% Circuit breaker
--export([breaker_state/0, breaker_allow/0, breaker_success/0, breaker_failure/0]).
+-export([breaker_state/0, breaker_allow/0, breaker_would_allow/0, breaker_success/0, breaker_failure/0]).
 -export([breaker_set/1, breaker_configure/1, breaker_stats/0]).
 %% Named circuit breakers
 -export([named_breaker_register/4, named_breaker_remove/1, named_breaker_owner/1, named_breakers/0]).
@@ -93,6 +94,7 @@
        route_batch/1,
        route_bound/1,
        route_bound_exclusive/1,
+       forecast/3,
        bucket_new/1,
        is_bucket/1,
        bucket_take/2,
@@ -126,6 +128,7 @@
        sample_counts/1,
        breaker_state/0,
        breaker_allow/0,
+       breaker_would_allow/0,
        breaker_success/0,
        breaker_failure/0,
        breaker_set/1,
@@ -424,6 +427,13 @@ route_bound(_Server) -> ?DIVERTED.
 route_bound_exclusive(_Server) -> ?NOT_LOADED.
 
 
+%% What would become of a message to this id, whether routes are diverted or not, and the milliseconds until every layer
+%% would admit it. `Payer' is a list of the transport that pays, or empty; a connection pays itself. Leaves no trace of
+%% the question.
+-spec forecast(namespace(), Id :: term(), Payer :: [term()]) -> {ok | refusal(), WaitMs :: non_neg_integer()}.
+forecast(_Namespace, _Id, _Payer) -> ?NOT_LOADED.
+
+
 %%% Token buckets
 
 
@@ -600,6 +610,11 @@ breaker_state() -> ?NOT_LOADED.
 %% `{allowed, half_open}' is a probe, whose outcome must be recorded as a success or a failure.
 -spec breaker_allow() -> allowed | {allowed, half_open} | refused.
 breaker_allow() -> ?NOT_LOADED.
+
+
+%% Whether {@link breaker_allow/0} would let a request through now. Takes no probe and changes nothing.
+-spec breaker_would_allow() -> boolean().
+breaker_would_allow() -> ?NOT_LOADED.
 
 
 %% Returns the transition that it has caused, as do the next two.

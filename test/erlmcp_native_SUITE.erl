@@ -1,7 +1,8 @@
 %% The application: its start with valid and invalid configuration, and its functions for the shell.
 %%
 %% The contract of explain/1: it says what a route would then return, and why, in every state of the layers and for
-%% either registry; and it changes nothing.
+%% either registry; and it changes nothing. The contract of retry_after_ms/1,2: a message that is sent after that time is
+%% not refused by a layer that would have refused it before, if no other message comes first.
 -module(erlmcp_native_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -16,12 +17,18 @@
          explains_what_is_not_there/1,
          explains_each_layer/1,
          explains_the_bucket_that_pays/1,
+         explains_a_receiver_that_takes_nothing/1,
          explanations_agree_with_routes/1,
          explains_without_the_application/1,
          explains_ids_that_are_too_long/1,
          explains_in_every_mode/1,
          explains_when_the_registry_was_killed/1,
-         explains_while_the_registry_stands_still/1]).
+         explains_while_the_registry_stands_still/1,
+         retry_after_a_bucket/1,
+         retry_after_the_circuit/1,
+         retry_after_a_sample/1,
+         retry_after_the_last_layer/1,
+         retry_after_of_what_passes_no_layer/1]).
 
 %% In a node of its own
 -export([load_again/0]).
@@ -41,12 +48,18 @@ all() ->
      explains_what_is_not_there,
      explains_each_layer,
      explains_the_bucket_that_pays,
+     explains_a_receiver_that_takes_nothing,
      explanations_agree_with_routes,
      explains_without_the_application,
      explains_ids_that_are_too_long,
      explains_in_every_mode,
      explains_when_the_registry_was_killed,
-     explains_while_the_registry_stands_still].
+     explains_while_the_registry_stands_still,
+     retry_after_a_bucket,
+     retry_after_the_circuit,
+     retry_after_a_sample,
+     retry_after_the_last_layer,
+     retry_after_of_what_passes_no_layer].
 
 
 init_per_testcase(_Case, Config) ->
@@ -262,6 +275,34 @@ explains_the_bucket_that_pays(_Config) ->
     ?assertMatch(#{transport := #{sends := ok, bucket := #{tokens := infinity}}}, erlmcp_native:explain(t)).
 
 
+%% With the threshold `auto' a process is refused further messages that nobody has seen it take, and its shard is not.
+explains_a_receiver_that_takes_nothing(_Config) ->
+    ok = start_for_explanations(),
+    ok = erlmcp_native:set(token_bucket, infinity),
+    ok = erlmcp_native:set(admission, #{threshold => auto}),
+    Shard = erlmcp_shard_registry:get_shard_id(stalled),
+    %% Enough receivers for a threshold of several times the limit of one process.
+    Others = [ test_support:process() || _ <- lists:seq(1, 1000) ],
+    Ids = lists:sublist([ N || N <- lists:seq(1, 200_000), erlmcp_shard_registry:get_shard_id(N) =:= Shard ], 1000),
+    _ = [ ok = erlmcp_shard_registry:register_connection(Id, Pid, #{}) || {Id, Pid} <- lists:zip(Ids, Others) ],
+    Stalled = test_support:process(),
+    ok = erlmcp_shard_registry:register_connection(stalled, Stalled, #{}),
+    true = erlang:suspend_process(Stalled),
+    {error, shard_overloaded} = send_until_refused(stalled, 20_000),
+    #{connection := Entry} = erlmcp_native:explain(stalled),
+    ?assertMatch(#{route := {error, shard_overloaded}, decided_by := admission}, Entry),
+    ?assert(erlmcp_native:retry_after_ms(stalled) > 0),
+    ?assertMatch(#{connection := #{route := ok, decided_by := none, retry_after_ms := 0}}, erlmcp_native:explain(hd(Ids))),
+    lists:foreach(fun(Pid) -> exit(Pid, kill) end, [Stalled | Others]).
+
+
+send_until_refused(Id, Left) when Left > 0 ->
+    case erlmcp_shard_manager:route_message(Id, x) of
+        ok -> send_until_refused(Id, Left - 1);
+        Refused -> Refused
+    end.
+
+
 %% Random states of all layers. The seed is in the log.
 explanations_agree_with_routes(_Config) ->
     ok = start_for_explanations(),
@@ -280,9 +321,14 @@ explanations_agree_with_routes(_Config) ->
                     Id = one_of([nobody | Ids]),
                     Namespace = one_of([connection, server, transport]),
                     Before = traces(Ids),
-                    #{Namespace := #{route := Route, decided_by := Layer, registered := IsRegistered}} = erlmcp_native:explain(Id),
+                    #{Namespace := #{route := Route, decided_by := Layer, registered := IsRegistered} = Entry} = erlmcp_native:explain(Id),
+                    RetryMs = retry_after_ms(Namespace, Id),
                     ?assertEqual(Before, traces(Ids)),
                     State = {Namespace, Id, Before},
+                    ?assertEqual({State, IsRegistered andalso Route =/= ok}, {State, is_integer(RetryMs) andalso RetryMs > 0}),
+                    ?assertEqual({State, IsRegistered}, {State, is_integer(RetryMs)}),
+                    ?assertEqual({State, IsRegistered}, {State, is_map_key(retry_after_ms, Entry)}),
+                    ?assertEqual({State, RetryMs > 0}, {State, maps:get(retry_after_ms, Entry, none) > 0}),
                     ?assertEqual({State, Route}, {State, route(Namespace, Id)}),
                     ?assertEqual({State, Layer}, {State, layer(Route, IsRegistered)}),
                     ?assertEqual({State, received_if(Route =:= ok andalso IsRegistered)}, {State, received()}),
@@ -347,6 +393,10 @@ traces(Ids) ->
       refused => [ erlmcp_nif:refused(Shard) || Shard <- Shards ],
       buckets => [ erlmcp_token_bucket:get_state(Namespace, Id) || Namespace <- [connection, transport], Id <- Ids ]
      }.
+
+
+retry_after_ms(server, Id) -> erlmcp_native:retry_after_ms(server, {Id, no_transport});
+retry_after_ms(Namespace, Id) -> erlmcp_native:retry_after_ms(Namespace, Id).
 
 
 route(connection, Id) -> erlmcp_shard_manager:route_message(Id, x);
@@ -423,7 +473,8 @@ explains_in_every_mode(_Config) ->
     %% An entry has no bucket where the native registry has no transports.
     ok = erlmcp_rollout:set(current),
     #{transport := Entry} = erlmcp_native:explain(1),
-    ?assertEqual([binding, config_bytes, decided_by, pid, registered, registry, route, routed_by, shard], lists:sort(maps:keys(Entry))),
+    ?assertEqual([binding, config_bytes, decided_by, pid, registered, registry, retry_after_ms, route, routed_by, shard],
+                 lists:sort(maps:keys(Entry))),
     ?assertEqual({ok, 1}, maps:get(binding, Entry)).
 
 
@@ -499,6 +550,103 @@ explains_while_the_registry_stands_still(_Config) ->
 
 
 %% No process samples, and within a case no bucket is refilled and no timeout is over.
+%%% Times after which to try again
+
+
+%% The time is exact: a message that is sent after it is admitted. A timer never fires too early.
+retry_after_a_bucket(_Config) ->
+    ok = start_for_explanations(),
+    ok = erlmcp_shard_registry:register_connection(c, self(), #{}),
+    ok = erlmcp_registry:register_server(s, self(), #{}),
+    ok = erlmcp_registry:register_transport(t, self(), #{}),
+    ok = erlmcp_token_bucket:set_limits(c, #{capacity => 1, rate_per_second => 50}),
+    ok = erlmcp_token_bucket:set_limits(transport, t, #{capacity => 1, rate_per_second => 50}),
+    Targets = [{connection, c, fun() -> erlmcp_shard_manager:route_message(c, x) end},
+               {server, {s, t}, fun() -> erlmcp_registry:route_to_server(s, t, x) end}],
+    _ = [ begin
+              ?assertEqual(0, erlmcp_native:retry_after_ms(Kind, Target)),
+              ?assertEqual(ok, Route()),
+              WaitMs = erlmcp_native:retry_after_ms(Kind, Target),
+              ?assert(WaitMs >= 0 andalso WaitMs =< 20, WaitMs),
+              timer:sleep(WaitMs)
+          end || _ <- lists:seq(1, 20), {Kind, Target, Route} <- Targets ],
+    %% The bucket of the transport concerns no message to it, and none from another transport.
+    ok = erlmcp_token_bucket:set_limits(transport, t, #{rate_per_second => ?SLOW}),
+    ok = erlmcp_registry:route_to_server(s, t, x),
+    ?assert(erlmcp_native:retry_after_ms(server, {s, t}) > 3_500_000),
+    ?assertEqual({0, 0}, {erlmcp_native:retry_after_ms(transport, t), erlmcp_native:retry_after_ms(server, {s, other})}),
+    ?assertEqual({error, not_found}, erlmcp_native:retry_after_ms(nobody)),
+    ?assertEqual({error, not_found}, erlmcp_native:retry_after_ms(server, {nobody, t})),
+    ?assertError(badarg, erlmcp_native:retry_after_ms(binary:copy(<<"x">>, 65_536))),
+    ?assertError(function_clause, erlmcp_native:retry_after_ms(server, s)),
+    ?assertError(function_clause, erlmcp_native:retry_after_ms(bucket, c)).
+
+
+retry_after_the_circuit(_Config) ->
+    ok = start_for_explanations(),
+    ok = erlmcp_shard_registry:register_connection(c, self(), #{}),
+    ok = erlmcp_native:set(circuit_breaker, #{timeout_ms => 50, probe_limit => 1}),
+    _ = [ begin
+              ok = erlmcp_circuit_breaker:force_open(),
+              WaitMs = erlmcp_native:retry_after_ms(c),
+              ?assert(WaitMs =< 50, WaitMs),
+              timer:sleep(WaitMs),
+              ?assertEqual(half_open, erlmcp_circuit_breaker:get_state()),
+              ?assertEqual(0, erlmcp_native:retry_after_ms(c)),
+              ?assertEqual(ok, erlmcp_shard_manager:route_message(c, x))
+          end || _ <- lists:seq(1, 5) ],
+    %% An answer to a probe may come at any time.
+    ok = erlmcp_native:set(circuit_breaker, #{timeout_ms => 0}),
+    ok = erlmcp_circuit_breaker:force_open(),
+    true = erlmcp_circuit_breaker:allow_test_request(),
+    ok = erlmcp_native:set(circuit_breaker, #{timeout_ms => 3_600_000}),
+    ?assertEqual(1, erlmcp_native:retry_after_ms(c)),
+    ok = erlmcp_circuit_breaker:record_success(),
+    ?assertEqual(0, erlmcp_native:retry_after_ms(c)).
+
+
+%% The next sample is due within an interval.
+retry_after_a_sample(_Config) ->
+    ok = start_for_explanations(),
+    ok = erlmcp_registry:register_transport(t, self(), #{}),
+    Shard = erlmcp_shard_registry:get_shard_id(t),
+    ok = erlmcp_admission_control:set_threshold(Shard, 10),
+    ?assertEqual(0, erlmcp_native:retry_after_ms(transport, t)),
+    ok = erlmcp_admission_control:update_queue_depth(Shard, 10),
+    WaitMs = erlmcp_native:retry_after_ms(transport, t),
+    ?assert(WaitMs > 3_000_000 andalso WaitMs =< 3_600_000, WaitMs),
+    ok = erlmcp_admission_control:update_queue_depth(Shard, -1),
+    ?assertEqual(0, erlmcp_native:retry_after_ms(transport, t)).
+
+
+%% A message has to pass all layers, so the longest time counts, whichever layer refuses first.
+retry_after_the_last_layer(_Config) ->
+    ok = start_for_explanations(),
+    ok = erlmcp_shard_registry:register_connection(c, self(), #{}),
+    ok = erlmcp_token_bucket:set_limits(c, #{capacity => 1, rate_per_second => ?SLOW}),
+    ok = erlmcp_native:set(circuit_breaker, #{timeout_ms => 60_000}),
+    {ok, 0} = erlmcp_token_bucket:consume(c, 1),
+    ok = erlmcp_circuit_breaker:force_open(),
+    ?assertMatch(#{connection := #{decided_by := circuit}}, erlmcp_native:explain(c)),
+    ?assert(erlmcp_native:retry_after_ms(c) > 3_000_000),
+    ok = erlmcp_token_bucket:set_limits(c, infinity),
+    WaitMs = erlmcp_native:retry_after_ms(c),
+    ?assert(WaitMs > 0 andalso WaitMs =< 60_000, WaitMs),
+    ok = erlmcp_native:set(backpressure, off),
+    ?assertEqual(0, erlmcp_native:retry_after_ms(c)).
+
+
+%% What the registry's process sends.
+retry_after_of_what_passes_no_layer(_Config) ->
+    ok = start_for_explanations(),
+    ok = erlmcp_registry:register_server(s, self(), #{}),
+    ok = erlmcp_circuit_breaker:force_open(),
+    ?assert(erlmcp_native:retry_after_ms(server, {s, t}) > 0),
+    ok = erlmcp_rollout:set(current),
+    ?assertEqual(ok, erlmcp_registry:route_to_server(s, t, x)),
+    ?assertEqual(0, erlmcp_native:retry_after_ms(server, {s, t})).
+
+
 start_for_explanations() ->
     ok = application:set_env(erlmcp_native, admission, #{threshold => 10_000, sample_interval_ms => 3_600_000}),
     ok = application:set_env(erlmcp_native, token_bucket, #{capacity => 1000, rate_per_second => ?SLOW}),

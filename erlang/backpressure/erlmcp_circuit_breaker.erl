@@ -91,7 +91,7 @@
 -export([can_execute/0, allow_test_request/0, record_success/0, record_failure/0, record_retry_attempt/0]).
 -export([reset/0, force_open/0, force_close/0]).
 %% For other modules of this application
--export([would_allow/0, node_stats/0, log_transition/2]).
+-export([node_stats/0, log_transition/2]).
 %% The process of a bounded call
 -export([work/3]).
 %% The process of a named breaker
@@ -764,7 +764,7 @@ allow_test_request() ->
 %% @doc Whether a request may be made, for callers that report no outcome: takes no probe.
 -spec can_execute() -> boolean().
 can_execute() ->
-    would_allow().
+    ?UNLESS_LOADED(erlmcp_nif:breaker_would_allow(), true).
 
 
 %% @doc Records a success.
@@ -807,21 +807,6 @@ force_close() ->
 -spec force_node(closed | open) -> ok.
 force_node(State) ->
     log_if_changed(?UNLESS_LOADED(erlmcp_nif:breaker_set(State), none)).
-
-
-%% @private
-%% Whether {@link allow_test_request/0} would let a request through now. Takes no probe and changes nothing.
--spec would_allow() -> boolean().
-would_allow() ->
-    case node_stats() of
-        #{state := open} ->
-            false;
-        #{state := half_open, probes := Probes, since_ms := SinceMs, config := {_, _, _, TimeoutMs, Limit}} ->
-            %% Probes whose outcome was not reported in all this time are lost.
-            Probes < Limit orelse (SinceMs > 0 andalso SinceMs >= TimeoutMs);
-        #{} ->
-            true
-    end.
 
 
 %% @private

@@ -25,6 +25,8 @@
 %% For the owner of the default registry
 -export([open/1, close/1, divert/1, page/5]).
 -export([route_server/2, route_transport/1, route_bound/1]).
+%% What a route would return
+-export([forecast/3]).
 %% The library and the default registry
 -export([load_error/0, make_default/3, distinct_configs/0]).
 %% Sentinels
@@ -406,6 +408,14 @@ divert(Whom) ->
           {[row()], Next :: non_neg_integer() | none}.
 page(Registry, Kind, Shard, From, Count) ->
     erlmcp_nif:page(Registry, Kind, Shard, From, Count).
+
+
+%% @doc What a route by the default registry would return now, and the milliseconds until every layer would admit the
+%% message. `Payer' is a list of the transport whose bucket is charged, or empty.
+-spec forecast(erlmcp_nif:namespace(), Id :: term(), Payer :: [term()]) ->
+          {ok | erlmcp_nif:refusal(), WaitMs :: non_neg_integer()}.
+forecast(Namespace, Id, Payer) ->
+    erlmcp_nif:forecast(Namespace, Id, Payer).
 
 
 %% @doc Routes by the default registry, even if routes are diverted.

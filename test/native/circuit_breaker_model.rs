@@ -58,6 +58,7 @@ fn steps(goes_back: bool) -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 1..200)
 }
 
+#[derive(Clone)]
 struct Model {
     config: Config,
     state: State,
@@ -259,6 +260,12 @@ fn run(config: Config, start_ms: u64, steps: Vec<Step>) {
         let (state, age_ms) = model.seen(clock.now_ms());
         assert_eq!(circuit.state(&clock), state);
         assert_eq!(circuit.config(), is_on.then_some(model.config));
+        let wait_ms = circuit.wait_ms(&clock);
+        let is_refused = model.clone().check(clock.now_ms()).is_err();
+        assert_eq!(wait_ms > 0, is_refused);
+        if state == State::Open {
+            assert_eq!(wait_ms, model.config.timeout_ms - age_ms);
+        }
         let (stats, now_ms) = (circuit.stats(&clock), clock.now_ms());
         assert_eq!(stats.state, state);
         assert_eq!(stats.probes, model.probes);

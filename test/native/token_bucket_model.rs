@@ -289,6 +289,9 @@ impl History {
                     least.take(n, now);
                     self.taken.push((now, n));
                 }
+                if left > 0 {
+                    assert_eq!(self.bucket.state(&self.clock).wait_ns, 0);
+                }
                 // The tokens left are reported as of a nanosecond later.
                 let after = most.held(now).max(0);
                 assert!(tokens(left) <= after + per_ns, "told {left} of {after}");
@@ -309,6 +312,9 @@ impl History {
                     "has to wait too long: {wait_ns} for {n} at {now}, {}",
                     least.held(now)
                 );
+                if n == 1 {
+                    assert_eq!(self.bucket.state(&self.clock).wait_ns, wait_ns);
+                }
                 self.refused = Some((n, now.saturating_add(wait_ns)));
             }
         }

@@ -350,19 +350,41 @@ impl Admission {
         if self.queued() >= bound(threshold) {
             return self.refuse(sampling, now_ms(), receivers);
         }
-        if threshold & AUTO == 0 {
-            return Ok(());
+        match self.at_limit(receiver) {
+            Some(known) => self.refuse_one(known.index, sampling, now_ms()),
+            None => Ok(()),
         }
-        let Some(known) = &mut receiver.known else {
-            return Ok(());
-        };
+    }
+
+    /// The receiver, if an automatic threshold gives it no more messages.
+    #[inline]
+    fn at_limit<'r, 'a>(&self, receiver: &'r mut Receiver<'a>) -> Option<&'r Known<'a>> {
+        if receiver.threshold & AUTO == 0 {
+            return None;
+        }
+        let known = receiver.known.as_mut()?;
         if known.index.is_none() {
             self.receivers.know_by_address(known);
         }
-        if u64::from(known.charge) >= RECEIVER_LIMIT {
-            return self.refuse_one(known.index, sampling, now_ms());
+        (u64::from(known.charge) >= RECEIVER_LIMIT).then_some(known)
+    }
+
+    /// Milliseconds until the next sample is due, 1 if it is overdue, if a message to `receiver` would not be admitted
+    /// now; else 0. Leaves no trace of the question.
+    pub fn wait_ms(
+        &self,
+        receiver: &mut Receiver<'_>,
+        sampling: &Sampling,
+        now_ms: u64,
+        receivers: impl FnOnce() -> u64,
+    ) -> u64 {
+        let is_admitted = self.is_open(sampling, || now_ms, receivers)
+            && (self.at_limit(receiver).is_none() || self.is_stale(sampling, now_ms));
+        if is_admitted {
+            return 0;
         }
-        Ok(())
+        let age_ms = self.sample_age_ms(now_ms).unwrap_or(0);
+        sampling.interval_ms().saturating_sub(age_ms).max(1)
     }
 
     /// Whether a message to some receiver would be admitted, without a trace of the question.

@@ -324,13 +324,7 @@ impl CircuitBreaker {
                 State::HalfOpen if current.probes() < self.probe_limit() => {
                     (current.probes() + 1, current.since_ms())
                 }
-                // The probes have not been answered in all this time: they are lost. What was
-                // half open at this moment already cannot have lost any.
-                State::HalfOpen
-                    if age_ms > 0 && age_ms >= self.timeout_ms.load(Ordering::Relaxed) =>
-                {
-                    (1, now_ms)
-                }
+                State::HalfOpen if self.has_lost_probes(age_ms) => (1, now_ms),
                 State::HalfOpen => return Err(CircuitOpen),
             };
             let next = Word::new(State::HalfOpen, probes, current.successes(), since_ms);
@@ -343,6 +337,36 @@ impl CircuitBreaker {
                 Err(changed) => held = changed,
             }
         }
+    }
+
+    /// Milliseconds until a call may go through; 0 if one may now. Leaves no trace of the question. While half open
+    /// with all probes under way it is 1, since a probe may be answered at any time.
+    pub fn wait_ms(&self, clock: &impl Clock) -> u64 {
+        let now_ms = clock.now_ms();
+        let current = self.at(self.word_until(now_ms), now_ms);
+        let age_ms = now_ms.saturating_sub(current.since_ms());
+        match current.state() {
+            State::Closed | State::Off => 0,
+            State::Open => self
+                .timeout_ms
+                .load(Ordering::Relaxed)
+                .saturating_sub(age_ms)
+                .max(1),
+            State::HalfOpen if self.has_free_probe(current, age_ms) => 0,
+            State::HalfOpen => 1,
+        }
+    }
+
+    /// Whether another probe may go through, while half open for `age_ms`.
+    ///
+    /// Probes that have not been answered in `timeout_ms` are lost. What was half open at this moment already
+    /// cannot have lost any.
+    fn has_free_probe(&self, half_open: Word, age_ms: u64) -> bool {
+        half_open.probes() < self.probe_limit() || self.has_lost_probes(age_ms)
+    }
+
+    fn has_lost_probes(&self, age_ms: u64) -> bool {
+        age_ms > 0 && age_ms >= self.timeout_ms.load(Ordering::Relaxed)
     }
 
     fn probe_limit(&self) -> u64 {

@@ -164,12 +164,15 @@ pub struct BucketState {
     pub tokens: Option<u64>,
     /// The limits; `None` for none.
     pub limits: Option<Limits>,
+    /// Nanoseconds until there is a whole token, if nobody takes any; 0 if there is one.
+    pub wait_ns: u64,
 }
 
 impl BucketState {
     const UNLIMITED: Self = Self {
         tokens: None,
         limits: None,
+        wait_ns: 0,
     };
 }
 
@@ -736,6 +739,10 @@ impl Limiter {
                 let state = BucketState {
                     tokens: Some(terms.decide(word, now_ns, 0).1.unwrap_or(0)),
                     limits: Some(terms.limits),
+                    wait_ns: match terms.decide(word, now_ns, 1).1 {
+                        Err(Refused::RateLimited { wait_ns }) => wait_ns,
+                        Ok(_) | Err(Refused::ExceedsCapacity) => 0,
+                    },
                 };
                 (word, state)
             },

@@ -78,6 +78,12 @@ fn breaker_configure(config: Term<'_>) -> NifResult<Atom> {
     Ok(atoms::ok())
 }
 
+/// Whether [`breaker_allow`] would let a call through now. Takes no probe.
+#[rustler::nif]
+fn breaker_would_allow() -> bool {
+    circuit().wait_ms(clock()) == 0
+}
+
 #[rustler::nif]
 fn breaker_stats<'a>(env: Env<'a>) -> NifResult<Term<'a>> {
     let stats = circuit().stats(clock());

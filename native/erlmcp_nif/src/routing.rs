@@ -18,7 +18,7 @@ use crate::backpressure::{circuit, clock};
 use crate::id;
 use crate::immediate;
 use crate::registry::lookup::REMOTE;
-use crate::registry::{MAX_LISTED_ON_NORMAL_SCHEDULER, live_entry, pid_term};
+use crate::registry::{MAX_LISTED_ON_NORMAL_SCHEDULER, live_entry, namespace, pid_term};
 use crate::reschedule::{Outcome, Scheduler, reschedulable};
 use crate::resource::{Registry, default_registry};
 use crate::tuple::first_of_pair;
@@ -104,6 +104,36 @@ fn route<'a, const NAMESPACE: usize>(
         }
         result.as_c_arg()
     })
+}
+
+/// What would become of a message to `id`, and the milliseconds until it would be admitted. `payer` is a list with the
+/// transport whose bucket is charged, or empty.
+#[rustler::nif]
+fn forecast<'a>(env: Env<'a>, ns: Term<'a>, id: Term<'a>, payer: Term<'a>) -> NifResult<Term<'a>> {
+    let registry = default_registry();
+    let target = namespace(ns)?;
+    let mut encoded = None;
+    let charged = if payer.is_empty_list() {
+        match target {
+            Namespace::Connection => Charged::Target,
+            Namespace::Server | Namespace::Transport => Charged::Nobody,
+        }
+    } else {
+        let (payer, _) = payer.list_get_cell()?;
+        // An id that is too long to be registered has no bucket.
+        id::kind_and_bytes(payer, registry.limits().max_id_bytes(), &mut encoded)
+            .map_or(Charged::Nobody, |(kind, bytes)| {
+                Charged::Transport(registry.id(kind, bytes))
+            })
+    };
+    id::with(registry, id, |id| {
+        let forecast = registry.forecast(target, id, charged, circuit(), clock());
+        let outcome = forecast.refusal.map_or(atoms::ok().encode(env), |refusal| {
+            refusal_term(env, refusal)
+        });
+        (outcome, forecast.wait_ms).encode(env)
+    })
+    .ok_or(Error::BadArg)
 }
 
 // ---- One message: registered by hand, see `crate::registry::lookup` ----

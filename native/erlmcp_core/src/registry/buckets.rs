@@ -583,6 +583,7 @@ mod tests {
                 Some(BucketState {
                     tokens: held(tokens),
                     limits: shared,
+                    wait_ns: 0,
                 })
             };
             assert_eq!(buckets.take(&level, &clock, 4), Ok(held(6)));

@@ -59,7 +59,7 @@ use entry::{Connection, IdHashing, Key, Located, Server, Transport};
 pub use entry::{Entry, Id, Location};
 #[doc(hidden)]
 pub use group::Decision;
-pub use routing::{Charged, Events, ROUTED_TOGETHER, Refusal};
+pub use routing::{Charged, Events, Forecast, ROUTED_TOGETHER, Refusal};
 use stored::with_map;
 
 use crate::admission::{Admission, Sampling, Threshold, UNSEEN};

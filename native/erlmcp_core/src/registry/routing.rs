@@ -38,6 +38,16 @@ pub enum Refusal {
     RateLimited = 3,
 }
 
+/// What would become of a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Forecast {
+    /// Why it would be refused; `None` if it would be admitted.
+    pub refusal: Option<Refusal>,
+    /// Milliseconds until every layer would admit it, as far as can be known: an open circuit is half open, the
+    /// shard is sampled, the bucket holds a token. 0 if it would be admitted, or the target is not registered.
+    pub wait_ms: u64,
+}
+
 /// What the caller reports to other processes. Empty for most messages.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Events {
@@ -246,6 +256,53 @@ where
             events.circuit = Some(State::Closed);
         }
         Ok(target.address)
+    }
+
+    /// What would become of a message now. Leaves no trace of the question: takes no token and no probe, and counts
+    /// nothing. The layers are asked one after the other, so it is no snapshot.
+    pub fn forecast(
+        &self,
+        namespace: Namespace,
+        id: &Id<'_>,
+        charged: Charged<'_>,
+        circuit: &CircuitBreaker,
+        clock: &impl Clock,
+    ) -> Forecast {
+        let target = with_map!(self, namespace, |map| {
+            self.lookup(map, id, |key, _, entry| {
+                let shard = &self.shards[usize::from(key.shard())];
+                let admission = shard.admission();
+                let mut receiver = admission.receiver(entry.address, key.receiver());
+                admission.wait_ms(&mut receiver, &self.sampling, clock.now_ms(), || {
+                    shard.receivers()
+                })
+            })
+        });
+        let Some(admission_ms) = target else {
+            return Forecast {
+                refusal: Some(Refusal::NotFound),
+                wait_ms: 0,
+            };
+        };
+        let bucket = match charged {
+            _ if !self.buckets.is_on() => None,
+            Charged::Nobody => None,
+            Charged::Target => self.bucket_state(namespace, id, clock),
+            Charged::Transport(id) => self.bucket_state(Namespace::Transport, &id, clock),
+        };
+        let layers = [
+            (Refusal::CircuitOpen, circuit.wait_ms(clock)),
+            (Refusal::ShardOverloaded, admission_ms),
+            (
+                Refusal::RateLimited,
+                bucket.map_or(0, |bucket| bucket.wait_ns.div_ceil(1_000_000)),
+            ),
+        ];
+        let refusals = layers.iter().filter(|(_, wait_ms)| *wait_ms > 0);
+        Forecast {
+            refusal: refusals.clone().map(|(refusal, _)| *refusal).next(),
+            wait_ms: refusals.map(|(_, wait_ms)| *wait_ms).max().unwrap_or(0),
+        }
     }
 
     /// Refuses a message to an id that cannot be registered, or not where it is looked for, and was
