@@ -2,64 +2,64 @@
 //!
 //! # Algorithm
 //!
-//! The generic cell rate algorithm (ITU-T Recommendation I.371, annex A: *virtual scheduling*). GCRA keeps
-//! the *theoretical arrival time* of the next cell, which each cell moves on by the *emission interval*, and
-//! admits a cell that comes no earlier than the *tolerance* before it. Here the emission interval is a
-//! token's worth of time and the tolerance `capacity - 1` of them.
+//! The generic cell rate algorithm (ITU-T Recommendation I.371, annex A: *virtual scheduling*). GCRA keeps the
+//! *theoretical arrival time* of the next cell. Each cell advances it by the *emission interval*. A cell is
+//! admitted if it comes no earlier than the *tolerance* before the theoretical arrival time. Here the emission
+//! interval is the time that one token takes, and the tolerance is `capacity - 1` emission intervals.
 //!
-//! Times are *positions* on an axis that advances by the rate, so that a token has the same length under
-//! every rate. The word of a bucket is the theoretical arrival time less the tolerance: the position at
-//! which the bucket is, or would have been, empty. It holds what the present position is ahead of the word, up
-//! to the capacity. So neither a change of the rate nor a lower capacity changes a word.
+//! Times are *positions* on an axis that advances by the rate, so a token has the same length under every rate. The
+//! word of a bucket is the theoretical arrival time less the length of `capacity` tokens: the position at which the
+//! bucket is, or would have been, empty. The bucket holds the distance from its word to the present position, up to
+//! the capacity. So neither a change of the rate nor a lower capacity changes a word.
 //!
-//! Positions are counted in *units*, modulo 2^63. A token is a power of two of them, chosen so that a
-//! nanosecond is one to eight units.
+//! Positions are counted in *units*, modulo 2^63. A token is a power of two of units, chosen so that a nanosecond
+//! is one to eight units.
 //!
 //! # Guarantee
 //!
-//! In every window of length `t` at most `capacity + rate * t` tokens are taken, whatever the number
-//! of threads. A taking belongs to the moment at which its clock was read. *Proof*: let `P1` and `P2` be the
-//! positions at the beginning and at the end of the window, rounded down. Each taking moves the word on by what
-//! it takes. The first one leaves it at least `n + 1` units ahead of `P1 - capacity`: either the bucket was not
-//! full, and the word was ahead of that (positions are integers), or it was full, and its taking adds the
-//! unit. The last one leaves it at `P2` at most, unless the bucket was full again. So at most
-//! `capacity + P2 - P1 - 1` are taken, and rounding the positions down has made `P2 - P1` less than one unit too
-//! large. (If the bucket was full at the last one, that bound without `capacity` holds for what came before, and
-//! the last one takes `capacity` at most.)
+//! In every window of length `t` at most `capacity + rate * t` tokens are acquired, whatever the number of threads.
+//! An acquisition belongs to the moment at which its clock was read.
 //!
-//! The added unit and the rounding make a bucket hold at most two units less than an ideal one: two
-//! nanoseconds' worth of tokens, or one token where the rate is close to one a nanosecond. Each change of limits
-//! may cost two more.
+//! *Proof*: let `P1` and `P2` be the positions at the beginning and at the end of the window, rounded down. Each
+//! acquisition advances the word by at least what it acquires. The first one acquires `n` units and leaves the word
+//! at least `n + 1` units ahead of `P1 - capacity`: if the bucket was not full, its word was ahead of that position
+//! (positions are integers); if it was full, the acquisition adds the unit. The last one leaves the word at `P2` at
+//! most, unless the bucket was full again. So at most `capacity + P2 - P1 - 1` units are acquired, and rounding the
+//! positions down has made `P2 - P1` less than one unit too large. If the bucket was full at the last acquisition,
+//! that bound without `capacity` holds for all before it, and the last one acquires `capacity` at most.
+//!
+//! The added unit and the rounding make a bucket hold at most two units less than an ideal one: two nanoseconds'
+//! worth of tokens, or one token where the rate is close to one a nanosecond. Each change of limits may cost two
+//! more units.
 //!
 //! # When limits change
 //!
-//! Limits are exchanged as a whole (`snapshot.rs`), and words stay as they are: the tokens that a bucket
-//! held stay, as far as the capacities since then went. A taking that overlaps a change is judged by one or the
-//! other.
+//! Limits are replaced as a whole (`snapshot.rs`), and words stay as they are: a bucket keeps its tokens, up to the
+//! lowest capacity since then. An acquisition that overlaps a change is judged by the limits before or after it.
 //!
-//! A *generation* of terms ends where words need a translation: when the capacity is raised (an old bucket does
-//! not hold what a new one does) or a token becomes another number of units. The next generation begins at a
-//! position that no word has reached, so a word tells which one it was written in, and the next taking
-//! translates it. What a translation needs of a generation is two numbers, because refilling for some time is
-//! `min(held + refill, bound)`, and a sequence of such steps is one such step. A generation is forgotten when
-//! every bucket of it has been refilled since, which loses nothing. Of those that end within the time in
-//! which a bucket fills, [`MAX_PAST`] are remembered; a bucket that was not used since before these counts as
-//! empty at the end of the last one that is forgotten.
+//! A *generation* of terms ends where words need a translation: when the capacity is raised (a bucket that was full
+//! is not full any more) or when a token becomes another number of units. The next generation begins at a position
+//! that no word has reached. So a word tells its generation, and the next acquisition translates it. Two numbers of
+//! a generation suffice for a translation, because refilling for some time is `min(held + refill, bound)`, and a
+//! sequence of such steps is one such step. A generation is forgotten when all its buckets must have been refilled
+//! since, which loses nothing. Of the generations that end within the time in which a bucket fills, the last
+//! [`MAX_PAST`] are remembered. A bucket that was last used before these counts as empty at the end of the newest
+//! generation that was forgotten.
 //!
 //! # Clocks that go back
 //!
-//! A word ahead of the position was written at a later time. One that is further ahead than clocks of
-//! different processors disagree (a millisecond), by a clock that is read after the word, was written before the
-//! clock went back. The bucket then counts as emptied now: it waits no longer than its limits make an empty
-//! bucket wait, and gives nothing twice. Terms that begin later than now begin now, at the same position.
+//! A word ahead of the position was written at a later time. Clocks of different processors disagree by up to a
+//! millisecond. A word that is further ahead, by a clock that is read after the word, was written before the clock
+//! went back. Such a bucket counts as emptied now: it waits no longer than its limits make an empty bucket wait,
+//! and gives no token twice. Terms that begin in the future begin now instead, at the same position.
 //!
 //! # Trade-offs
 //!
-//! Threads that take from one bucket at the same moment repeat each other's compare-and-swap (lock-free, not
-//! wait-free). Thousands of buckets can share their limits at eight bytes each; what a taking needs of
-//! them stands beside the snapshot in a [`crate::seqlock`], since an epoch guard would double its cost.
-//! A bucket that nobody uses for 25 years counts as empty then. One that is not used between a jump of the clock
-//! back and a raise of its capacity may count as full.
+//! Threads that acquire from one bucket at the same moment retry each other's compare-and-swap (lock-free, not
+//! wait-free). Thousands of buckets can share their limits at eight bytes each. The part of the limits that an
+//! acquisition needs stands beside the snapshot in a [`crate::seqlock`], since an epoch guard would double its
+//! cost. A bucket that is not used for 25 years counts as empty then. One that is not used between a jump of the
+//! clock back and a raise of its capacity may count as full.
 
 use std::fmt;
 use std::sync::Arc;
@@ -69,7 +69,7 @@ use crate::seqlock::SeqLock;
 use crate::snapshot::Snapshot;
 use crate::sync::{AtomicBool, AtomicU64, Ordering};
 
-/// What a bucket holds, and how fast it is refilled.
+/// The capacity of a bucket, and the rate at which it is refilled.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Limits {
     capacity: u64,
@@ -108,12 +108,12 @@ impl Limits {
         })
     }
 
-    /// Tokens that the bucket holds at most.
+    /// The most tokens that the bucket holds.
     pub fn capacity(&self) -> u64 {
         self.capacity
     }
 
-    /// Tokens that it gets a second.
+    /// Tokens that are added per second.
     pub fn rate_per_second(&self) -> f64 {
         self.rate_per_second
     }
@@ -129,7 +129,7 @@ impl Default for Limits {
     }
 }
 
-/// Limits that name some of the two numbers.
+/// A change of either or both of the limits.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Change {
     /// `None`: stays.
@@ -139,7 +139,7 @@ pub struct Change {
 }
 
 impl Change {
-    /// With the rest of `base`.
+    /// The changed limits, with the rest of `base`.
     pub fn over(self, base: Limits) -> Result<Limits, LimitsError> {
         Limits::new(
             self.capacity.unwrap_or(base.capacity),
@@ -157,12 +157,12 @@ impl From<Limits> for Change {
     }
 }
 
-/// What a bucket holds at the moment.
+/// The present state of a bucket.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct BucketState {
-    /// Whole tokens; `None` without limits.
+    /// Whole tokens that it holds; `None` without limits.
     pub tokens: Option<u64>,
-    /// The limits; `None` for none.
+    /// The limits; `None` if there are none.
     pub limits: Option<Limits>,
     /// Nanoseconds until there is a whole token, if nobody takes any; 0 if there is one.
     pub wait_ns: u64,
@@ -176,46 +176,48 @@ impl BucketState {
     };
 }
 
-/// Why nothing was taken.
+/// Why no tokens were acquired.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refused {
-    /// The bucket does not hold so many tokens now.
+    /// The bucket does not hold enough tokens now.
     RateLimited {
-        /// Nanoseconds from now until it would, if nobody takes any meanwhile.
+        /// Nanoseconds until it would, if no other caller acquires any meanwhile.
         wait_ns: u64,
     },
-    /// The bucket never holds so many tokens.
+    /// The bucket never holds that many tokens.
     ExceedsCapacity,
 }
 
 // ---- Decision ----
 
-/// The bits of words and positions. What has the highest bit is no level: see [`FROZEN`] and `registry/buckets.rs`.
+/// The bits of levels and positions. A word with the highest bit set is no level: see [`FROZEN`] and
+/// `registry/buckets.rs`.
 const MASK: u64 = u64::MAX >> 1;
 
-/// Set in the word of a bucket whose tokens are about to move elsewhere. No taking changes or judges such a word. A
-/// fetch-or sets the bit, so takings cannot delay it, and the level stays readable, so any thread can finish the
-/// move and none waits.
+/// Set in the word of a bucket whose tokens are about to move elsewhere. No acquisition changes or judges such a
+/// word. A fetch-or sets the bit, so acquisitions cannot delay it. The level stays readable, so any thread can
+/// finish the move and none waits.
 const FROZEN: u64 = 1 << 63;
 
-/// Differences of positions are from `-AHEAD` to `MASK - AHEAD`.
+/// Differences of positions lie from `-AHEAD` to `MASK - AHEAD`.
 const AHEAD: i64 = 1 << 61;
 
 /// Units a nanosecond, times this power of two, are less than 2^63.
 const SPEED_BITS: u32 = 60;
 
-/// 17 seconds: between the change of terms and the last taking that read the clock before it was published.
+/// 17 seconds, allowed between a change of terms and the last acquisition that read the clock before the change was
+/// published.
 const SLACK_NS_BITS: u32 = 34;
 
 /// A millisecond, by which clocks of different processors may disagree.
 const TOLERANCE_NS_BITS: u32 = 20;
 
-/// Tokens that are held or refilled, in 2^-44 of one: no token has more units.
+/// Tokens that are held or refilled, in 2^-44 of a token: no token has more units.
 type Held = i128;
 
 const HELD_BITS: u32 = 44;
 
-/// So much fills every bucket.
+/// Enough to fill every bucket.
 const FULL: Held = 1 << 100;
 
 /// How far `position` is ahead of `word`.
@@ -225,7 +227,7 @@ fn behind(position: u64, word: u64) -> i64 {
     shifted as i64 - AHEAD
 }
 
-/// Units a second, and the power of two of them that a token is, of a rate that may choose.
+/// Units per second, and the binary logarithm of the units per token, for a rate that begins a generation.
 fn units(rate_per_second: f64) -> (f64, u32) {
     // A float times a power of two is exact.
     let (mut units_per_second, mut token_bits) = (rate_per_second, 0);
@@ -266,8 +268,8 @@ impl Scale {
         }
     }
 
-    /// The first scale of a generation, whose first word is `first`: that of a full bucket, by a clock that is
-    /// behind as far as clocks may be.
+    /// The first scale of a generation. Its first word is `first`: that of a full bucket, by a clock that is behind
+    /// by the tolerance.
     fn begun_at(self, first: u64) -> Self {
         let reach = self.capacity_units() + self.units_in(TOLERANCE_NS_BITS);
         Self {
@@ -310,13 +312,13 @@ impl Scale {
         self.units(self.capacity)
     }
 
-    /// Nanoseconds since `since_ns`; fewer than none if this moment was read before, or the clock has gone back.
+    /// Nanoseconds since `since_ns`; negative if `now_ns` was read before it, or if the clock has gone back.
     #[inline]
     fn elapsed_ns(&self, now_ns: u64) -> i64 {
         now_ns.wrapping_sub(self.since_ns) as i64
     }
 
-    /// Whether the terms begin later than now, by more than clocks disagree.
+    /// Whether the terms begin in the future, by more than clocks disagree.
     #[inline]
     fn is_ahead(&self, now_ns: u64) -> bool {
         self.elapsed_ns(now_ns) < -(1 << TOLERANCE_NS_BITS)
@@ -347,7 +349,7 @@ impl Scale {
         units << (HELD_BITS - self.token_bits)
     }
 
-    /// The word after `tokens` were taken, and how many are left.
+    /// The word after `tokens` were acquired, and the number of tokens left.
     #[inline]
     fn take(&self, word: u64, now_ns: u64, tokens: u64) -> Result<(u64, u64), Shortage> {
         if word > MASK {
@@ -369,13 +371,13 @@ impl Scale {
             if tokens == 0 {
                 return Ok((word, self.capacity));
             }
-            // The unit that makes up for rounding: see the module's documentation.
+            // The unit that makes up for rounding: see *Guarantee* in the module's documentation.
             let left = (capacity - wanted - 1) as u64;
             let next = position.wrapping_sub(left) & MASK;
             return Ok((next, self.capacity - tokens));
         }
         match held - wanted {
-            // The unit again: what is left is told as it will be a nanosecond later.
+            // The unit again: the tokens left are those of a nanosecond later.
             left if left >= 0 || (tokens == 0 && left == -1) => {
                 let next = word.wrapping_add(wanted as u64) & MASK;
                 Ok((next, ((left + 1) as u64) >> self.token_bits))
@@ -388,7 +390,7 @@ impl Scale {
         }
     }
 
-    /// What a shortage means to a caller who wanted `tokens`.
+    /// The refusal for a caller who wanted `tokens`.
     fn told(&self, shortage: Shortage, now_ns: u64, tokens: u64) -> Refused {
         let missing = match shortage {
             Shortage::Forever => return Refused::ExceedsCapacity,
@@ -406,23 +408,23 @@ impl Scale {
     }
 }
 
-/// Why nothing can be taken.
+/// Why no tokens can be acquired.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Shortage {
-    /// So many units are missing.
+    /// This many units are missing.
     Missing(u64),
-    /// The word is further ahead of this position than a taking at this moment has left it.
+    /// The word is further ahead of this position than any acquisition at this moment leaves it.
     Displaced(u64),
-    /// The word is from another generation, or no word, or the terms begin later than now.
+    /// The word is from another generation or is no level, or the terms begin in the future.
     Untranslated,
-    /// There is never enough.
+    /// The bucket never holds that many tokens.
     Forever,
 }
 
-/// Generations that are remembered although buckets of them may not have been refilled since.
+/// Past generations that are remembered although some of their buckets may not have been refilled since.
 pub const MAX_PAST: usize = 4096;
 
-/// As [`MAX_PAST`] for a bucket with limits of its own, whose word is translated with each change.
+/// As [`MAX_PAST`], for a bucket with its own limits. Each change translates its word.
 const MAX_OWN_PAST: usize = 8;
 
 /// A generation that has ended.
@@ -440,7 +442,7 @@ struct Past {
     bound: Held,
 }
 
-/// The limits in force from a moment on, and those before them.
+/// The limits in force since some moment, and the generations before them.
 #[derive(Debug, Clone)]
 pub struct Terms {
     limits: Limits,
@@ -449,12 +451,12 @@ pub struct Terms {
     began: u64,
     /// The newest first.
     past: Arc<[Past]>,
-    /// What a bucket from before these held when the present generation began.
+    /// What a bucket older than `past` held when the present generation began.
     older: Held,
 }
 
 impl Terms {
-    /// The first ones of a bucket. Every word 0 is a full bucket.
+    /// The first terms of a bucket. The word 0 is a full bucket.
     pub fn new(limits: Limits, now_ns: u64) -> Self {
         let scale = Scale::new(limits, units(limits.rate_per_second), now_ns).begun_at(0);
         Self {
@@ -466,10 +468,10 @@ impl Terms {
         }
     }
 
-    /// The next ones, which remember so many generations. One pass over them.
+    /// The next terms, which remember up to `max_past` generations. One pass over these.
     pub fn changed(&self, limits: Limits, now_ns: u64, max_past: usize) -> Self {
         let former = &self.scale;
-        // What is later than now counts as now: see the module's documentation.
+        // A time in the future counts as now: see the module's documentation.
         let advanced = former.advanced(now_ns).max(0);
         let position = former.position(advanced);
         let reach = i128::from(former.reach) + advanced;
@@ -482,7 +484,7 @@ impl Terms {
                 limits,
                 scale: Scale {
                     base: position,
-                    // Further than any difference of positions, and still far from an overflow.
+                    // Further than any difference of positions, and far from an overflow.
                     reach: reach.min(i128::from(MASK)) as u64,
                     ..scale
                 },
@@ -513,7 +515,7 @@ impl Terms {
             let is_refilled = generation.refill >= generation.bound;
             let is_far = first.wrapping_sub(generation.first) & MASK > MASK - AHEAD as u64;
             if is_refilled || is_far || past.len() == max_past {
-                // Of what is still older, each bucket holds as much, or more.
+                // Every bucket of an even older generation holds as much or more.
                 older = generation.refill.min(generation.bound);
                 break;
             }
@@ -533,7 +535,7 @@ impl Terms {
         self.limits
     }
 
-    /// What becomes of a word, and of the caller. Nothing is written if the word stays.
+    /// The next word, and the result for the caller. The word is not stored if it is unchanged.
     fn decide(&self, held: u64, now_ns: u64, tokens: u64) -> (u64, Result<u64, Refused>) {
         let scale = &self.scale;
         let taken = match scale.take(held, now_ns, tokens) {
@@ -564,7 +566,7 @@ impl Terms {
         i128::from(held) > i128::from(scale.reach) + advanced
     }
 
-    /// A word, as if it had been written in this generation.
+    /// Translates a word to this generation.
     fn present(&self, word: u64, now_ns: u64) -> u64 {
         if self.is_former(word, now_ns) {
             self.translated(word)
@@ -573,12 +575,12 @@ impl Terms {
         }
     }
 
-    /// A word of a former generation, as if it had been written in this one.
+    /// Translates a word of a former generation to this one.
     #[cold]
     fn translated(&self, word: u64) -> u64 {
         let first = self.scale.first();
         let distance = |from: u64| first.wrapping_sub(from) & MASK;
-        // The newest of those that begin before the word.
+        // The newest generation that begins before the word.
         let index = self
             .past
             .partition_point(|past| distance(past.first) < distance(word));
@@ -590,8 +592,8 @@ impl Terms {
         self.holding(held)
     }
 
-    /// The word of a bucket that held so much when the generation began. Rounds down. Words that are ahead would
-    /// reach into the next generation.
+    /// The word of a bucket that held `held` when the generation began, rounded down. Never ahead of that moment:
+    /// such a word could reach into the next generation.
     fn holding(&self, held: Held) -> u64 {
         let units = held >> (HELD_BITS - self.scale.token_bits);
         let units = units.clamp(0, i128::from(self.began));
@@ -611,7 +613,7 @@ impl Terms {
 
 // ---- Storage and compare-and-swap ----
 
-/// The word of one bucket. Its limits stand elsewhere, since many buckets share them.
+/// The word of one bucket. Its limits are stored elsewhere, since many buckets share them.
 #[derive(Debug)]
 pub struct Level(AtomicU64);
 
@@ -622,18 +624,18 @@ impl Level {
         Self(AtomicU64::new(0))
     }
 
-    /// Loads the word, for whoever will take from the bucket soon.
+    /// Loads the word without ordering: to prefetch it, or to test a bit.
     #[inline]
     pub(crate) fn touch(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 
-    /// Takes tokens, or none. Returns how many are left.
+    /// Acquires all of `tokens` or none. Returns the number of tokens left.
     pub fn take(&self, terms: &Terms, now_ns: u64, tokens: u64) -> Result<u64, Refused> {
         self.update(|word| terms.decide(word, now_ns, tokens))
     }
 
-    /// Replaces the word by what `next` makes of it, and returns what else it gives.
+    /// Replaces the word by the first result of `next`, and returns the second one.
     #[inline]
     fn update<R>(&self, mut next: impl FnMut(u64) -> (u64, R)) -> R {
         let mut held = self.0.load(Ordering::Acquire);
@@ -661,14 +663,14 @@ impl Level {
 /// Limits that buckets share, changed while the buckets are in use.
 #[derive(Debug)]
 pub struct Limiter {
-    /// No limits. The terms are kept, since words refer to them.
+    /// Whether there are no limits. The terms are kept, since words refer to them.
     is_off: AtomicBool,
     scale: SeqLock<5>,
     terms: Snapshot<Option<Terms>>,
 }
 
 impl Limiter {
-    /// With these limits; `None` for no limits.
+    /// A limiter with these limits; `None` for no limits.
     pub fn new(limits: Option<Limits>, clock: &impl Clock) -> Self {
         Self::with_terms(limits.map(|limits| Terms::new(limits, clock.now_ns())))
     }
@@ -681,7 +683,7 @@ impl Limiter {
         }
     }
 
-    /// Those of no limits are never used.
+    /// The words of the scale. Without limits they are never used.
     fn words(terms: &Option<Terms>) -> [u64; 5] {
         terms.as_ref().map_or([0; 5], |terms| terms.scale.words())
     }
@@ -697,7 +699,7 @@ impl Limiter {
         Level(AtomicU64::new(word))
     }
 
-    /// A bucket that holds so much.
+    /// A bucket that holds `held`.
     pub(crate) fn holding(&self, held: Held, clock: &impl Clock) -> Level {
         let now_ns = clock.now_ns();
         let word = self.terms.read(|terms| {
@@ -712,7 +714,7 @@ impl Limiter {
         Level(AtomicU64::new(word))
     }
 
-    /// What a bucket with this word holds; without limits, as much as any bucket can.
+    /// What a bucket with this word holds; without limits, [`FULL`].
     pub(crate) fn held(&self, word: u64, clock: &impl Clock) -> Held {
         if self.is_off() {
             return FULL;
@@ -725,8 +727,8 @@ impl Limiter {
         })
     }
 
-    /// What a bucket holds, and the limits that say so: of the same terms. `None` if the word was no level when it
-    /// was judged.
+    /// The tokens and the limits of a bucket, both of the same terms. `None` if the word was no level when it was
+    /// judged.
     pub(crate) fn state(&self, level: &Level, clock: &impl Clock) -> Option<BucketState> {
         if self.is_off() {
             return Some(BucketState::UNLIMITED);
@@ -755,8 +757,8 @@ impl Limiter {
         self.is_off.load(Ordering::Acquire)
     }
 
-    /// Takes tokens from a bucket that has these limits. Returns how many are left; `None` where
-    /// there are no limits. Lock-free.
+    /// Acquires tokens from a bucket that has these limits. Returns the number of tokens left; `None` where there
+    /// are no limits. Lock-free.
     #[inline]
     pub fn take(
         &self,
@@ -788,7 +790,7 @@ impl Limiter {
         }
     }
 
-    /// Takes one token, or none: whether there was one; `None` if the word was no level when it was judged. As
+    /// Acquires one token; `Some(false)` if there is none, `None` if the word was no level when it was judged. As
     /// [`Self::take`], but a refusal costs as little as a token.
     #[inline]
     pub(crate) fn admits(&self, level: &Level, clock: &impl Clock) -> Option<bool> {
@@ -801,9 +803,10 @@ impl Limiter {
         }
     }
 
-    /// `None` if the bucket's word needs more than the scale, or the terms are being changed. The clock is
-    /// read before the terms, so that a thread that sleeps between has not been under former terms
-    /// for longer than they were in force.
+    /// The fast path. `None` if the bucket's word needs more than the scale, or if the terms are being changed.
+    ///
+    /// The clock is read before the terms. So a thread that is suspended between the two does not apply former
+    /// terms to a time after they were replaced.
     #[inline(always)]
     fn take_quickly(
         &self,
@@ -836,17 +839,19 @@ impl Limiter {
         })
     }
 
-    /// The verdict of `judge` on a bucket's word, which it also gives the next value of; `unlimited` if there are no
-    /// terms, `None` if the word is no level.
+    /// Loads the word of a bucket, has `judge` give the next word and a verdict, and stores that word. Returns the
+    /// verdict; `unlimited` if there are no terms, `None` if the word is no level.
     ///
-    /// The terms are read after each word, so they are not older than the word, and the clock before the terms (see
-    /// [`Self::take_quickly`]). A word that is ahead of them was written before the clock went back.
+    /// The terms are read after each load of the word, so they are not older than the word. The clock is read
+    /// before the terms (see [`Self::take_quickly`]). A word that is ahead of them was written before the clock
+    /// went back.
     ///
-    /// A thread that sleeps between its readings goes round once more, which takes a change of limits meanwhile:
-    /// * Terms that begin later than the time it has read are no terms of that time.
-    /// * If so many generations have begun since the word was loaded that the word's is forgotten, the word is judged
-    ///   as an unused one is. Then somebody has translated it, so a compare-and-swap confirms every verdict on
-    ///   a word of a former generation, also where the word stays.
+    /// A thread that is suspended between these loads retries. That happens only after a change of limits
+    /// meanwhile:
+    /// * Terms that begin later than the time that it has read do not apply to that time.
+    /// * If so many generations have begun since the word was loaded that its generation is forgotten, the word is
+    ///   judged as that of an unused bucket. Then another thread has translated it. So a compare-and-swap confirms
+    ///   every verdict on a word of a former generation, even if the word is unchanged.
     fn judged<R: Copy>(
         &self,
         level: &Level,
@@ -885,7 +890,7 @@ impl Limiter {
         None
     }
 
-    /// Where the clock has gone back behind the beginning of the terms, they begin anew, at the same position.
+    /// If the clock has gone back behind the beginning of the terms, begins them anew at the same position.
     fn begin_now(&self, clock: &impl Clock) {
         let began_anew = self.terms.update(|terms| {
             clock.renew();
@@ -918,7 +923,7 @@ impl Limiter {
     /// Changes the limits; `None` for no limits.
     pub fn set_limits(&self, limits: Option<Limits>, clock: &impl Clock) {
         match limits {
-            // Complete limits are possible ones over any others.
+            // Cannot fail: complete limits are valid over any others.
             Some(limits) => {
                 let _ = self.change_limits(limits.into(), limits, clock, MAX_PAST);
             }
@@ -926,8 +931,8 @@ impl Limiter {
         }
     }
 
-    /// Changes the limits that `change` names and keeps the others: those in force, or the last ones, or else
-    /// those of `otherwise`. Repeats itself for other changes alone, never for takings.
+    /// Changes the limits that `change` names. The others stay: those in force, or the last ones, or else those of
+    /// `otherwise`. Retries for concurrent changes alone, never for acquisitions.
     fn change_limits(
         &self,
         change: Change,
@@ -955,8 +960,8 @@ impl Limiter {
 #[repr(align(128))]
 struct Apart(Level);
 
-/// A bucket with limits of its own. Its level is written all the time and must not take the limits,
-/// which are read, out of the caches of others.
+/// A bucket with its own limits. Its level is written all the time. Apart from it, the limits, which are read, stay
+/// in the caches of other processors.
 #[derive(Debug)]
 pub struct TokenBucket {
     limiter: Limiter,
@@ -972,7 +977,7 @@ impl TokenBucket {
         }
     }
 
-    /// A bucket that holds so much.
+    /// A bucket that holds `held`.
     pub(crate) fn holding(held: Held, limits: Limits, clock: &impl Clock) -> Self {
         let limiter = Limiter::new(Some(limits), clock);
         let level = limiter.holding(held, clock);
@@ -982,13 +987,13 @@ impl TokenBucket {
         }
     }
 
-    /// Replaces what it holds, before anybody else uses it.
+    /// Replaces what the bucket holds, before another thread uses it.
     pub(crate) fn hold(&self, held: Held, clock: &impl Clock) {
         let word = self.limiter.holding(held, clock).0.load(Ordering::Relaxed);
         self.level.0.0.store(word, Ordering::Release);
     }
 
-    /// Ends all takings, and returns what they have left.
+    /// Stops all acquisitions, and returns what they have left.
     pub(crate) fn freeze(&self, clock: &impl Clock) -> Held {
         let word = self.level.0.0.fetch_or(FROZEN, Ordering::AcqRel);
         self.limiter.held(word & MASK, clock)
@@ -1010,7 +1015,7 @@ impl TokenBucket {
             .take_unless_marked(&self.level.0, clock, tokens)
     }
 
-    /// What it holds, and its limits.
+    /// Its tokens and its limits.
     pub fn state(&self, clock: &impl Clock) -> BucketState {
         // Only buckets of entries are ever frozen.
         self.state_unless_frozen(clock)
@@ -1022,7 +1027,7 @@ impl TokenBucket {
         self.limiter.state(&self.level.0, clock)
     }
 
-    /// Takes tokens, or none. Returns how many are left; `None` where there are no limits.
+    /// Acquires all of `tokens` or none. Returns the number of tokens left; `None` where there are no limits.
     #[inline]
     pub fn take(&self, clock: &impl Clock, tokens: u64) -> Result<Option<u64>, Refused> {
         self.limiter.take(&self.level.0, clock, tokens)
@@ -1033,10 +1038,10 @@ impl TokenBucket {
         self.limiter.limits()
     }
 
-    /// Changes the limits; `None` for no limits. The tokens that the bucket holds stay, up to the new capacity.
+    /// Changes the limits; `None` for no limits. The bucket keeps its tokens, up to the new capacity.
     pub fn set_limits(&self, limits: Option<Limits>, clock: &impl Clock) {
         match limits {
-            // Complete limits are possible ones over any others.
+            // Cannot fail: complete limits are valid over any others.
             Some(limits) => {
                 let _ = self.change_limits(limits.into(), limits, clock);
             }
@@ -1044,8 +1049,8 @@ impl TokenBucket {
         }
     }
 
-    /// Changes the limits that `change` names and keeps the others: those in force, or the last ones, or else
-    /// those of `otherwise`. The tokens that the bucket holds stay, up to the new capacity.
+    /// Changes the limits that `change` names. The others stay: those in force, or the last ones, or else those of
+    /// `otherwise`. The bucket keeps its tokens, up to the new capacity.
     pub fn change_limits(
         &self,
         change: Change,
@@ -1054,11 +1059,11 @@ impl TokenBucket {
     ) -> Result<(), LimitsError> {
         self.limiter
             .change_limits(change, otherwise, clock, MAX_OWN_PAST)?;
-        // A taking writes a word of the present generation, and ends this. One under former terms, which began
-        // before the change, makes it go round once more.
+        // Translates the word. A concurrent acquisition that writes a word of the present generation ends the loop.
+        // One under former terms, which began before the change, makes it retry once.
         self.level.0.update(|word| {
             if word > MASK {
-                // Frozen: what it holds moves elsewhere, and this change comes before that.
+                // Frozen: the tokens move elsewhere, and this change is ordered before the move.
                 return (word, ());
             }
             let now_ns = clock.now_ns();

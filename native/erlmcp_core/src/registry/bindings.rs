@@ -2,46 +2,44 @@
 //!
 //! # Where the truth is
 //!
-//! A transport's map entry holds its binding, which names a [`Group`]: one life of a server id,
-//! from its registration (or from the first automatic binding that names it) until the server is
-//! removed. A server's map entry holds its current group. *A transport is bound if and only if the
-//! group it names is the current one of that group's server id.* Taking a server out of the map
-//! therefore unbinds all its transports at that one instant, whatever their number, and taking a
-//! transport out takes its binding along.
+//! A transport's map entry holds its binding, which names a [`Group`]: one life of a server id, from its
+//! registration (or from the first automatic binding that names it) until the server is removed. A server's map
+//! entry holds its current group. *A transport is bound if and only if the group it names is the current one of
+//! that group's server id.* So removing a server from its map unbinds all its transports at that one instant,
+//! whatever their number. Removing a transport removes its binding with it.
 //!
 //! # Binding is a write that depends on two entries
 //!
-//! `bind` must change the transport's entry only if the server's group is still current at that
-//! moment. That is restricted double-compare single-swap (Harris, Fraser and Pratt, *A practical
-//! multi-word compare-and-swap operation*, 2002), built from an [`Attempt`]:
+//! `bind` must change the transport's entry only if the server's group is still current at that moment. That is
+//! restricted double-compare single-swap (Harris, Fraser and Pratt, *A practical multi-word compare-and-swap
+//! operation*, 2002), built from an [`Attempt`]:
 //!
-//! 1. The member is entered in the group's list.
-//! 2. The attempt, undecided, takes the binding's place in the transport's entry by one exchange.
-//!    From here on everybody who needs this binding decides the attempt first.
-//! 3. To decide: read whether the group is current, then exchange `undecided` for the answer. The
-//!    first exchange wins.
-//! 4. The one who made the attempt puts a plain binding in its place.
+//! 1. The member is inserted in the group's list.
+//! 2. One compare-and-swap replaces the binding in the transport's entry by the attempt, undecided. From here on
+//!    every thread that needs this binding decides the attempt first.
+//! 3. To decide: read whether the group is current, then compare-and-swap `undecided` for the answer. The first
+//!    compare-and-swap wins.
+//! 4. The thread that made the attempt replaces it by a plain binding.
 //!
-//! The binding takes effect at the *read* in step 3 of the thread that wins. Between that read and
-//! its exchange nobody can have seen the old binding, since seeing means deciding. If the server
-//! goes in between, the binding was made just before and went with it. If the transport is removed
-//! before the decision, then a decision "bound" means that the group was current all along (it is
-//! looked up before the transport is, and no group comes back), so the binding was made just before
-//! the removal.
+//! The binding takes effect at the *read* in step 3 of the thread that wins. Between that read and its
+//! compare-and-swap no thread can have seen the old binding, since seeing means deciding. If the server is removed
+//! in between, the binding was made just before and was removed with it. If the transport is removed before the
+//! decision, then a decision "bound" means that the group was current all along (it is looked up before the
+//! transport is, and no group comes back), so the binding was made just before the removal.
 //!
-//! Binding to the server that the transport is bound to already changes nothing, so that its place in
-//! the list stays. The group is looked up first, then the binding to it is read, and then the group is
-//! still current: so it was when the binding was read, and that is when this takes effect.
+//! Binding to the server that the transport is already bound to changes nothing, so that its place in the list
+//! stays. The group is looked up first, then the binding to it is read, and then the group is still current. So it
+//! was current when the binding was read, and that is when this takes effect.
 //!
-//! An automatic binding is part of a registration: the transport enters the map with an undecided
-//! attempt and counts as registered from the decision on. If the decision is "aborted" it never
-//! was, and the one who registers it begins again with the group that is current now.
+//! An automatic binding is part of a registration: the transport is inserted in the map with an undecided attempt
+//! and counts as registered from the decision on. If the decision is "aborted", it was never registered, and the
+//! thread that registers it retries with the group that is current now.
 //!
 //! # The list of members
 //!
-//! A group's list may name transports that are not (or no longer) bound; a reader checks each one
-//! against the transport's entry. It never misses one that is: the member is entered before step 2
-//! and taken out by the one whose exchange took the binding out of the transport's entry.
+//! A group's list may name transports that are not (or no longer) bound; a reader checks each one against the
+//! transport's entry. It never misses one that is bound: a member is inserted before step 2, and removed by the
+//! thread whose compare-and-swap removed the binding from the transport's entry.
 
 use std::sync::Arc;
 
@@ -58,10 +56,10 @@ impl<L> Registry<L>
 where
     L: Clone + PartialEq + Send + Sync + 'static,
 {
-    /// Binds a transport to a server, instead of what it is bound to.
+    /// Binds a transport to a server, in place of its present binding.
     ///
-    /// With `server_must_exist` the server must be registered at the moment of binding (checked
-    /// before the transport); without it the binding is made as an automatic one.
+    /// With `server_must_exist` the server must be registered at the moment of binding (checked before the
+    /// transport); without it the binding is made as an automatic one.
     pub fn bind(
         &self,
         transport: &Id<'_>,
@@ -98,15 +96,15 @@ where
                 if is_bound {
                     return Ok(());
                 }
-                // The server has gone since it was looked up.
+                // The server was removed after it was looked up.
                 continue;
             }
             let attempt = Attempt::new(group.enter(location), From::Registered(from.clone()));
             let installed = self.transports.compute(
                 Key::new(*transport, location),
                 |current| match current {
-                    // No entry is freed while we hold the guard, so the same address is the same
-                    // entry and `from` is what it holds.
+                    // No entry is freed under this guard, so the same address is the same entry and `from` is its
+                    // binding.
                     Some((_, current)) if std::ptr::eq(current, held) => {
                         Operation::Insert(Transport {
                             entry: held.entry.clone(),
@@ -119,7 +117,7 @@ where
                 &guard,
             );
             if !matches!(installed, Compute::Updated { .. }) {
-                // Lost to another change of this transport.
+                // Lost to a concurrent change of this transport.
                 self.leave(&attempt.to);
                 continue;
             }
@@ -142,7 +140,7 @@ where
         }
     }
 
-    /// Ends a transport's binding. Returns whether the transport is registered.
+    /// Removes a transport's binding. Returns whether the transport is registered.
     pub fn unbind(&self, transport: &Id<'_>) -> bool {
         loop {
             let guard = self.transports.guard();
@@ -176,7 +174,7 @@ where
         }
     }
 
-    /// Gives `found` the id of the server that a transport is bound to, registered or not.
+    /// Calls `found` with the id of the server that a transport is bound to, registered or not.
     pub fn bound_server<R>(
         &self,
         transport: &Id<'_>,
@@ -192,8 +190,8 @@ where
             if self.is_current(&membership.group) {
                 return Some(found(self.id_of(&membership.group.server)));
             }
-            // Unbound by the end of its server, provided that it was still this binding when we
-            // saw the server gone.
+            // Unbound by the removal of its server, provided that the transport still had this binding when the
+            // server was seen to be gone.
             if self
                 .transports
                 .get(transport, &guard)
@@ -204,8 +202,8 @@ where
         }
     }
 
-    /// Gives `each` the entries of the transports that are bound to `server`. Weakly consistent;
-    /// costs in proportion to the most transports bound to it at one time.
+    /// Calls `each` with the entries of the transports that are bound to `server`. Weakly consistent; costs in
+    /// proportion to the most transports bound to it at one time.
     pub fn for_each_bound(&self, server: &Id<'_>, mut each: impl FnMut(&Entry<L>)) {
         self.visit_bound(server, |_, transport| each(&transport.entry));
     }
@@ -245,7 +243,7 @@ where
         }
     }
 
-    /// An upper bound of what [`Self::for_each_bound`] visits.
+    /// An upper bound of the transports that [`Self::for_each_bound`] visits.
     pub fn bound_high_water(&self, server: &Id<'_>) -> u32 {
         let guard = self.servers.guard();
         self.servers
@@ -266,8 +264,7 @@ where
         attempt.decide(|| self.is_current(&attempt.to.group))
     }
 
-    /// The membership that a binding amounts to, after deciding it if need be. Its group may have
-    /// ended.
+    /// The membership that a binding stands for, after deciding it if need be. Its group may be no longer current.
     pub(super) fn holding(&self, binding: &Binding) -> Option<Membership> {
         match binding {
             Binding::Unbound => None,
@@ -280,7 +277,7 @@ where
         }
     }
 
-    /// Puts a plain binding in the place of a decided attempt, unless somebody was quicker.
+    /// Replaces a decided attempt by a plain binding, unless another thread has changed it.
     pub(super) fn settle(
         &self,
         transport: &Id<'_>,
@@ -308,8 +305,8 @@ where
         );
     }
 
-    /// The current group of a server id, for an automatic binding. A name without a server is
-    /// kept in the map by counting the bindings to it; [`Self::leave_group`] undoes that.
+    /// The current group of a server id, for an automatic binding. An id without a server is kept in the map by
+    /// counting the bindings to it; [`Self::leave_group`] undoes that.
     pub(super) fn join(&self, server: Id<'_>) -> Arc<Group> {
         let guard = self.servers.guard();
         loop {
@@ -341,7 +338,7 @@ where
                 group: Group::new(Key::without_location(server)),
                 bound: 1,
             };
-            // Counted before it is there, so that it is never counted out before it is counted in.
+            // Counted before it is inserted, so that it is never subtracted before it is added.
             self.dangling.fetch_add(1, Ordering::Relaxed);
             if let Ok(inserted) =
                 self.servers
@@ -350,18 +347,18 @@ where
                 return Arc::clone(inserted.group());
             }
             self.dangling.fetch_sub(1, Ordering::Relaxed);
-            // Lost to another change of this name.
+            // Lost to a concurrent change of this id.
         }
     }
 
-    /// Ends a membership. Only for the one whose exchange ended it (or who never made use of it).
+    /// Ends a membership. Only for the thread whose compare-and-swap ended it (or that never made use of it).
     pub(super) fn leave(&self, membership: &Membership) {
         membership.leave_list();
         self.leave_group(&membership.group);
     }
 
-    /// Takes one binding off the count of a name without a server. Every binding to such a group
-    /// was counted by `join`, and once the server is registered (or gone) the count is void.
+    /// Subtracts one binding from the count of an id without a server. Every binding to such a group was counted by
+    /// `join`. Once the server is registered (or gone) the count is void.
     fn leave_group(&self, group: &Arc<Group>) {
         let guard = self.servers.guard();
         let is_dangling = |server: &Server<L>| matches!(server, Server::Dangling { group: held, .. } if Arc::ptr_eq(held, group));

@@ -1,22 +1,21 @@
-//! The token buckets of a registry's entries. All share the registry's limits; an entry may be given
-//! limits of its own.
+//! The token buckets of a registry's entries. All share the registry's limits; an entry may be given its own
+//! limits.
 //!
-//! A bucket's word stands in the entry. A word from [`OWN`] on is no level but a mark: the entry's
-//! bucket is in the map of own buckets, under the number in the mark, or the entry was removed
-//! ([`GONE`]).
+//! The word of a bucket is a field of its entry. A word from [`OWN`] on is no level but a mark: either the number
+//! in the mark is the key of the entry's bucket in the map of own buckets, or the entry was removed ([`GONE`]).
 //!
 //! # Invariants
 //!
-//! * *A taking is judged by the one place that holds the tokens.* A verdict is computed from a loaded word, and
-//!   a mark or a frozen word gives none. No second load confirms or overturns a verdict: between two
-//!   loads an entry can leave the shared limits and come back, so the second word says nothing of the first.
-//! * *Tokens are in one place at any time.* A compare-and-swap from the exact level to a mark moves them, or
-//!   from a mark whose bucket is frozen to a level. The target holds them before it can be found, so it
-//!   never looks empty, and no taking is lost.
-//! * *Takings delay no change.* A change that loses [`ATTEMPTS`] compare-and-swaps to takings announces the move in
-//!   `moves`. Whoever sees that moves the tokens before it takes, so each thread makes the change lose
-//!   once more at most. A bucket of an entry's own is frozen, which cannot fail, and whoever finds it so moves its
-//!   tokens too.
+//! * *An acquisition is judged by the one place that holds the tokens.* A verdict is computed from a loaded word. A
+//!   mark or a frozen word gives no verdict. No second load confirms or overturns a verdict: between two loads an
+//!   entry can leave the shared limits and return to them, so the second word says nothing about the first.
+//! * *Tokens are in one place at any time.* A compare-and-swap moves them, from the exact level to a mark, or from
+//!   a mark whose bucket is frozen to a level. The target holds the tokens before it can be found. So it never
+//!   looks empty, and no acquisition is lost.
+//! * *Acquisitions delay no change.* A change that loses [`ATTEMPTS`] compare-and-swaps to acquisitions announces
+//!   the move in `moves`. A thread that sees the announcement moves the tokens before it acquires any. So each
+//!   thread makes the change lose once more at most. An entry's own bucket is frozen, which cannot fail, and a
+//!   thread that finds it frozen moves its tokens too.
 
 use std::sync::Arc;
 
@@ -33,33 +32,33 @@ use crate::token_bucket::{Change, Level, Limiter, Limits, LimitsError, Refused, 
 const OWN: u64 = u64::MAX << 40;
 const GONE: u64 = u64::MAX;
 
-/// Compare-and-swaps that takings may make fail before the move is announced.
+/// Compare-and-swaps that acquisitions may make fail before the move is announced.
 const ATTEMPTS: usize = if cfg!(loom) { 1 } else { 8 };
 
 const SHARED_LIMITS: u8 = 1;
-/// Never taken back.
+/// Never cleared.
 const OWN_LIMITS: u8 = 2;
-/// The highest bit, so that one comparison tells it with any of the others.
+/// The highest bit, so that one comparison tests for it and any of the others.
 const ENFORCED: u8 = 4;
 
 /// Limits for one entry.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum EntryLimits {
-    /// Those of the registry.
+    /// The limits of the registry.
     Shared,
-    /// Its own; `None` for none. What a change does not name stays: of its own limits, those in force or the last
-    /// ones, else of those that it has shared.
+    /// Its own limits; `None` for no limits. A change keeps what it does not name: of the entry's own limits, those
+    /// in force or the last ones, else of the shared limits.
     Own(Option<Change>),
 }
 
-/// Why nothing was taken, or why limits were not changed.
+/// Why no tokens were acquired, or why limits were not changed.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum BucketError {
     /// The id is not registered.
     NotFound,
-    /// The bucket has not enough.
+    /// The bucket does not hold enough tokens.
     Refused(Refused),
-    /// The limits are not possible.
+    /// The limits are out of bounds.
     Limits(LimitsError),
 }
 
@@ -82,9 +81,9 @@ pub(super) struct Buckets {
     shared: Limiter,
     own: HashMap<u64, Arc<TokenBucket>>,
     numbers: AtomicU64,
-    /// The addresses of levels whose tokens are about to move to a bucket of the entry's own.
+    /// The addresses of levels whose tokens are about to move to the entry's own bucket.
     moves: HashMap<usize, ()>,
-    /// Changes that have something in `moves`. Stands beside `in_use`, which routes have loaded before.
+    /// Changes that have an entry in `moves`. Beside `in_use`, whose cache line routes have loaded before.
     moving: AtomicU32,
 }
 
@@ -130,10 +129,10 @@ impl Buckets {
         }
     }
 
-    /// Whether a change has announced that the entry gets a bucket of its own. One load where none has.
+    /// Whether a change has announced a move to the entry's own bucket. One load if there is no announcement.
     #[inline]
     fn is_moving(&self, level: &Level) -> bool {
-        // Relaxed: whoever takes without seeing it makes the change lose once more.
+        // Relaxed: an acquisition that does not see it makes the change lose once more.
         self.moving.load(Ordering::Relaxed) > 0 && self.is_announced(level)
     }
 
@@ -143,7 +142,8 @@ impl Buckets {
             .contains_key(&address(level), &self.moves.guard())
     }
 
-    /// `None` if the entry had no bucket of its own, or that was frozen. It has been moved then.
+    /// `None` if the entry had no bucket of its own, or if that was frozen, in which case its tokens have been
+    /// moved.
     #[cold]
     fn take_own(
         &self,
@@ -170,7 +170,7 @@ impl Buckets {
         taken
     }
 
-    /// Takes one token, or none: whether there was one.
+    /// Acquires one token; `false` if there is none.
     #[inline]
     pub(super) fn admits(&self, level: &Level, clock: &impl Clock) -> bool {
         if !self.is_moving(level)
@@ -181,13 +181,13 @@ impl Buckets {
         self.admits_by_own_limits(level, clock)
     }
 
-    /// The entry had limits of its own when the shared ones were asked, or is about to get some.
+    /// For an entry that had its own limits when the shared ones were applied, or is about to get some.
     #[cold]
     fn admits_by_own_limits(&self, level: &Level, clock: &impl Clock) -> bool {
         self.take(level, clock, 1).is_ok()
     }
 
-    /// The bucket under a mark that was loaded from the entry; `None` if the entry has another word by now, which
+    /// The bucket under a mark that was loaded from the entry. `None` if the entry has another word by now, which
     /// the caller's next load sees.
     fn bucket<'g>(
         &self,
@@ -197,8 +197,8 @@ impl Buckets {
     ) -> Option<&'g Arc<TokenBucket>> {
         let bucket = self.own.get(&mark, guard);
         if bucket.is_none() {
-            // Reads the newest word, so no later load returns the mark again. The map promises as much, but
-            // nothing that loom sees.
+            // A read-modify-write reads the newest word, so no later load returns the mark again. `papaya` promises
+            // as much, but by nothing that loom sees.
             level.word().fetch_or(0, Ordering::AcqRel);
         }
         bucket
@@ -217,10 +217,10 @@ impl Buckets {
                 if state.is_some() {
                     return state;
                 }
-                // It has just got limits of its own, or was removed.
+                // The entry has just been given its own limits, or was removed.
                 continue;
             }
-            // None: shared again meanwhile.
+            // `None`: shared again meanwhile.
             if let Some(bucket) = self.bucket(level, word, &guard) {
                 let state = bucket.state_unless_frozen(clock);
                 if state.is_some() {
@@ -240,15 +240,15 @@ impl Buckets {
             } else {
                 self.in_use.fetch_or(SHARED_LIMITS, Ordering::AcqRel);
             }
-            // Another change may do the same: the last one sees here what all before it have set. Takings change
-            // neither.
+            // Concurrent changes may do the same: the last one sees here what all before it have set. Acquisitions
+            // change neither.
             if self.shared.is_off() == is_off {
                 break;
             }
         }
     }
 
-    /// Replaces what `level` refers to. The tokens that are held stay, as far as the new capacity goes.
+    /// Changes the limits of an entry. It keeps its tokens, up to the new capacity.
     fn set(
         &self,
         level: &Level,
@@ -261,7 +261,8 @@ impl Buckets {
         }
     }
 
-    /// Repeats itself for other changes of the same entry, and for takings [`ATTEMPTS`] times at most.
+    /// Retries for concurrent changes of the same entry, and for acquisitions: [`ATTEMPTS`] times, then once per
+    /// thread after the move is announced.
     fn set_own(
         &self,
         level: &Level,
@@ -276,14 +277,14 @@ impl Buckets {
         let mut announced = None;
         loop {
             if attempts >= ATTEMPTS {
-                // Before the load: who changes the word after it has begun before the announcement.
+                // Before the load: a thread that changes the word after it began before the announcement.
                 announced
                     .get_or_insert_with(|| Announced::of(self, level))
                     .renew();
             }
             let held = level.word().load(Ordering::Acquire);
             if held >= OWN {
-                // Never in use: of the other changes one was quicker.
+                // Never used: lost to a concurrent change.
                 if let Some((mark, _)) = prepared.take() {
                     self.own.remove(&mark, &guard);
                 }
@@ -291,7 +292,7 @@ impl Buckets {
                     return Err(BucketError::NotFound);
                 }
                 match self.bucket(level, held, &guard) {
-                    // Its terms are needed as they were when it was frozen, or little newer.
+                    // Its terms must be those of the moment at which it was frozen, or little newer.
                     Some(bucket) if bucket.is_frozen() => {
                         self.give_back(level, held, bucket, clock);
                         continue;
@@ -344,7 +345,7 @@ impl Buckets {
         (mark, bucket)
     }
 
-    /// Moves what the level `held` says to a prepared bucket.
+    /// Moves the tokens of the level `held` to a prepared bucket.
     fn replace(
         &self,
         level: &Level,
@@ -360,18 +361,18 @@ impl Buckets {
             .is_ok()
     }
 
-    /// For a change that has announced a move: gives the entry a bucket with the limits that it has shared, which
-    /// that change finds and changes.
+    /// Helps a change that has announced a move: gives the entry a bucket with its present shared limits, which
+    /// that change then finds and changes.
     fn finish_own(&self, level: &Level, held: u64, clock: &impl Clock) {
         let limits = self.shared.last_limits().unwrap_or_default();
         let (mark, bucket) = self.prepared(limits, self.shared.is_off(), clock);
         if !self.replace(level, held, mark, &bucket, clock) {
-            // Lost to a taking, to that change, or to another one that helps.
+            // Lost to an acquisition, to that change, or to another thread that helps.
             self.own.remove(&mark, &self.own.guard());
         }
     }
 
-    /// Gives an entry the limits of all. Repeats itself for other changes of the same entry.
+    /// Gives an entry the shared limits. Retries for concurrent changes of the same entry.
     fn share(&self, level: &Level, clock: &impl Clock) -> Result<(), BucketError> {
         let guard = self.own.guard();
         loop {
@@ -391,8 +392,8 @@ impl Buckets {
         }
     }
 
-    /// Moves what the bucket under `mark` holds to the entry; `false` if that has been done, or the entry was
-    /// removed.
+    /// Moves the tokens of the bucket under `mark` to the entry; `false` if another thread has done so, or the
+    /// entry was removed.
     fn give_back(
         &self,
         level: &Level,
@@ -412,9 +413,9 @@ impl Buckets {
         is_moved
     }
 
-    /// Frees what an entry that was taken out had for itself.
+    /// Frees the own bucket, if any, of an entry that was removed.
     pub(super) fn left(&self, level: &Level) {
-        // Of those who exchange a mark, one gets it.
+        // Of the threads that replace a mark, one gets it.
         let mark = level.word().swap(GONE, Ordering::AcqRel);
         if mark >= OWN {
             self.own.remove(&mark, &self.own.guard());
@@ -422,7 +423,7 @@ impl Buckets {
     }
 }
 
-/// What a level is known by while somebody refers to it.
+/// Identifies a level while a reference to it exists.
 fn address(level: &Level) -> usize {
     std::ptr::from_ref(level).addr()
 }
@@ -442,7 +443,7 @@ impl<'a> Announced<'a> {
         announced
     }
 
-    /// Of two changes of one entry, the first to end removes what both have announced.
+    /// The first of two changes of one entry to complete removes the announcement of both.
     fn renew(&self) {
         let moves = &self.buckets.moves;
         moves.insert(self.address, (), &moves.guard());
@@ -466,7 +467,7 @@ where
         self.buckets.set_shared(limits, clock);
     }
 
-    /// Whether routes take from buckets. Limits and tokens stay as they are.
+    /// Whether routes acquire from buckets. Limits and tokens are kept.
     pub fn enforce_limits(&self, is_on: bool) {
         if is_on {
             self.buckets.in_use.fetch_or(ENFORCED, Ordering::Relaxed);
@@ -475,12 +476,12 @@ where
         }
     }
 
-    /// What [`Self::enforce_limits`] has been told last; at first it is on.
+    /// The last argument of [`Self::enforce_limits`]; `true` at first.
     pub fn enforces_limits(&self) -> bool {
         self.buckets.in_use.load(Ordering::Relaxed) & ENFORCED != 0
     }
 
-    /// Whether routes take from any entry's bucket. One load.
+    /// Whether routes acquire from any entry's bucket. One load.
     #[inline]
     pub fn has_token_buckets(&self) -> bool {
         self.buckets.is_on()
@@ -491,8 +492,8 @@ where
         self.buckets.shared.limits()
     }
 
-    /// Changes the limits of one connection or transport. Tokens that it holds stay. Servers have no
-    /// bucket: they are never found.
+    /// Changes the limits of one connection or transport. It keeps its tokens. Servers have no bucket: the result
+    /// for them is always [`BucketError::NotFound`].
     pub fn set_entry_limits(
         &self,
         namespace: Namespace,
@@ -506,7 +507,7 @@ where
         .unwrap_or(Err(BucketError::NotFound))
     }
 
-    /// Takes tokens from the bucket of a connection or transport, or none. Returns how many are
+    /// Acquires all of `tokens` or none from the bucket of a connection or transport. Returns the number of tokens
     /// left; `None` where there are no limits.
     pub fn take_tokens(
         &self,
@@ -521,7 +522,7 @@ where
         .unwrap_or(Err(BucketError::NotFound))
     }
 
-    /// What the bucket of a connection or transport holds.
+    /// The state of the bucket of a connection or transport.
     pub fn bucket_state(
         &self,
         namespace: Namespace,
@@ -550,7 +551,7 @@ mod tests {
     use super::*;
     use crate::clock::FakeClock;
 
-    /// Or else a bucket that is given other limits while tokens are taken from it would refuse them.
+    /// Otherwise a bucket whose limits change during an acquisition would refuse it.
     #[test]
     fn shared_limits_say_nothing_of_a_mark() {
         let clock = FakeClock::at_ns(0);
@@ -570,7 +571,7 @@ mod tests {
         }
     }
 
-    /// Whoever takes does not wait for the change that moves the tokens, and is not refused.
+    /// An acquisition does not wait for the change that moves the tokens, and is not refused.
     #[test]
     fn a_taking_finishes_a_move_that_another_thread_has_begun() {
         let clock = FakeClock::at_ns(0);

@@ -1,5 +1,4 @@
-//! What the maps hold: keys, which carry the place of their entry, and the entries of the three
-//! namespaces.
+//! What the maps hold: keys, which include the place of their entry, and the entries of the three namespaces.
 
 use std::fmt;
 use std::hash::{BuildHasher, Hash, Hasher};
@@ -14,8 +13,8 @@ use crate::slots::OCCUPIED;
 use crate::sync::AtomicU32;
 use crate::token_bucket::Level;
 
-/// An identifier as a caller gives it: bytes, and what kind of thing they encode. Two ids are the
-/// same exactly if both are equal. Made by [`super::Registry::id`], for that registry alone.
+/// An identifier as a caller passes it: bytes, and the kind of what they encode. Two ids are the same if and only
+/// if both are equal. Created by [`super::Registry::id`], for that registry alone.
 #[derive(Clone, Copy)]
 pub struct Id<'a> {
     pub(super) hash: u64,
@@ -46,8 +45,8 @@ impl fmt::Debug for Id<'_> {
     }
 }
 
-/// Where an entry stands in its registry, for as long as it is registered. Together with its lease
-/// it says exactly which registration is meant, also when the place has been given to another one.
+/// The place of an entry in its registry, for as long as it is registered. Together with its lease it identifies
+/// one registration, even after the place has been given to another one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Location {
     pub(super) slot: u32,
@@ -79,11 +78,11 @@ impl Location {
     pub const BITS: u32 = 41;
 }
 
-/// Ids of up to this many bytes need no allocation of their own and no further cache line.
+/// Ids of up to this many bytes need no allocation and no further cache line.
 const INLINE_BYTES: usize = 26;
 
-/// The bytes, and beside them the record that the entry's process is charged in (see
-/// [`crate::admission`]): in either case in what would else be padding.
+/// The bytes, and the index of the record that the entry's process is charged in (see [`crate::admission`]). In
+/// either variant the index occupies what would otherwise be padding.
 enum KeyBytes {
     Inline {
         receiver: AtomicU32,
@@ -96,7 +95,7 @@ enum KeyBytes {
     },
 }
 
-/// An entry of the map with the most of them takes 72 bytes, and the allocator 80.
+/// An entry of the map with the most entries has 72 bytes, for which the allocator uses 80.
 #[cfg(all(not(loom), target_pointer_width = "64"))]
 const _: () = assert!(size_of::<Key>() == 40);
 
@@ -135,8 +134,8 @@ impl KeyBytes {
 /// The slot of a key that is in no shard's list.
 const NO_SLOT: u32 = u32::MAX;
 
-/// An owned id with its place. Equality is that of the id. The hash is not kept: it would cost as
-/// much memory as it saves time, and only when a table grows.
+/// An owned id with its place. Equality is that of the id. The hash is not stored: it would cost as much memory as
+/// it saves time, and would be used only when a table grows.
 pub(super) struct Key {
     slot: u32,
     shard: u16,
@@ -180,7 +179,7 @@ impl Key {
         self.shard
     }
 
-    /// What admission control keeps beside the id.
+    /// The record's index, which admission control keeps beside the id.
     pub(super) fn receiver(&self) -> &AtomicU32 {
         self.bytes.receiver()
     }
@@ -223,14 +222,13 @@ impl Hash for Id<'_> {
     }
 }
 
-/// A query for the entry at a place, whatever its id is: finds the id that has this hash, whose key may
-/// by now be at another place (see [`Located::is_place_of`]).
+/// A query for the entry at a place, whatever its id is: finds the id that has this hash. Its key may by now be at
+/// another place (see [`Located::is_place_of`]).
 ///
-/// It must not ask for the place itself. While a map is resized, what was copied and then removed
-/// still stands in the former table and leads on to the next one; the same id, registered anew at
-/// another place, is found behind it. Whoever took only the other place for an answer would pass by
-/// and end the search in the former table. No two ids have the same hash but once in millions of
-/// registries that are full (63 bits, keyed at random).
+/// The query must not compare the place itself. While a map is resized, an entry that was copied and then removed
+/// is still in the former table and leads on to the next one. The same id, registered anew at another place, is
+/// found behind it. A query that accepted the place alone would pass by the entry and end in the former table. No
+/// two ids have the same hash but once in millions of full registries (63 bits, keyed at random).
 pub(super) struct Located<'a> {
     pub(super) hashing: &'a IdHashing,
     pub(super) hash: u64,
@@ -238,7 +236,7 @@ pub(super) struct Located<'a> {
 }
 
 impl Located<'_> {
-    /// Whether the key that was found is that of the place.
+    /// Whether the key that was found has this place.
     pub(super) fn is_place_of(&self, key: &Key) -> bool {
         self.location == key.location()
     }
@@ -266,8 +264,8 @@ impl Hash for Located<'_> {
     }
 }
 
-/// The maps' hasher, keyed at random. What brings its hash along (an [`Id`], a [`Located`]) writes
-/// it as one `u64`; what does not (a [`Key`], when a table grows) writes its bytes and its kind.
+/// The maps' hasher, keyed at random. A query with a known hash (an [`Id`], a [`Located`]) writes it as one `u64`.
+/// A [`Key`], which is hashed when a table grows, writes its bytes and its kind.
 #[derive(Clone)]
 pub(super) struct IdHashing(pub(super) RandomState);
 
@@ -277,7 +275,7 @@ pub(super) enum IdHasher {
 }
 
 impl IdHashing {
-    /// The hash of an id. It has [`OCCUPIED`] set, so that it can be kept in [`crate::slots`].
+    /// The hash of an id, with [`OCCUPIED`] set, so that [`crate::slots`] can store it.
     #[inline(always)]
     pub(super) fn hash(&self, kind: u8, bytes: &[u8]) -> u64 {
         let mut hasher = self.0.build_hasher();
@@ -334,7 +332,7 @@ pub struct Entry<L> {
 
 /// A server id: registered, or only named by automatic bindings ("dangling").
 ///
-/// Transitions, each one exchange in the map:
+/// Each of these transitions is one compare-and-swap in the map:
 ///
 /// ```text
 /// absent ─► Dangling(g, 1) ─► Dangling(g, n ± 1) ─► absent (at 0)
@@ -375,6 +373,6 @@ pub(super) struct Connection<L> {
 pub(super) struct Transport<L> {
     pub(super) entry: Entry<L>,
     pub(super) binding: Binding,
-    /// Apart, since the value is written anew with every change of the binding.
+    /// Allocated apart, since each change of the binding writes the value anew.
     pub(super) level: Arc<Level>,
 }

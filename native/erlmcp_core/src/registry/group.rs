@@ -14,7 +14,7 @@ use crate::sync::{AtomicU8, Ordering, fence};
 pub(super) struct Group {
     /// The server's id; its location means nothing.
     pub(super) server: Key,
-    /// Made at the first binding: most connections are never bound to.
+    /// Allocated at the first binding: a server may have none.
     members: OnceBox<Slots>,
 }
 
@@ -37,7 +37,7 @@ impl Group {
         }
     }
 
-    /// The places of those that may be bound, among some of the membership slots: membership slot, shard, and
+    /// The places of the transports that may be bound, for a range of membership slots: membership slot, shard, and
     /// slot in the shard.
     pub(super) fn members(&self, slots: Range<u32>) -> impl Iterator<Item = (u32, u16, u32)> + '_ {
         self.members
@@ -47,7 +47,7 @@ impl Group {
             .map(|(slot, word)| (slot, (word >> 49) as u16, word as u32))
     }
 
-    /// Number of membership slots that there are.
+    /// Number of membership slots.
     pub(super) fn high_water(&self) -> u32 {
         self.members.get().map_or(0, Slots::high_water)
     }
@@ -65,7 +65,7 @@ impl Membership {
         self.slot == slot && Arc::ptr_eq(&self.group, group)
     }
 
-    /// Takes the place out of the list. Only for the one that ended the membership, once.
+    /// Removes the place from the list. Only for the thread that ended the membership, once.
     pub(super) fn leave_list(&self) {
         if let Some(members) = self.group.members.get() {
             members.remove(self.slot);
@@ -73,7 +73,7 @@ impl Membership {
     }
 }
 
-/// What stands in a transport's entry.
+/// The binding in a transport's entry.
 #[derive(Clone)]
 pub(super) enum Binding {
     Unbound,
@@ -116,8 +116,8 @@ impl Attempt {
         })
     }
 
-    /// Whether the binding holds. `is_current` says whether the attempt's group is the current one
-    /// of its server id; it is asked only as long as nobody has decided.
+    /// Whether the attempt is bound. `is_current` says whether the attempt's group is the current one of its server
+    /// id; it is called only while the attempt is undecided.
     pub(super) fn decide(&self, is_current: impl FnOnce() -> bool) -> bool {
         self.decision.decide(is_current)
     }
@@ -127,7 +127,7 @@ const UNDECIDED: u8 = 0;
 const BOUND: u8 = 1;
 const ABORTED: u8 = 2;
 
-/// A question that is answered once, by whoever comes first.
+/// A decision that is made once, by the first thread.
 #[doc(hidden)]
 #[derive(Debug)]
 pub struct Decision(AtomicU8);
@@ -143,8 +143,8 @@ impl Decision {
     pub fn decide(&self, is_current: impl FnOnce() -> bool) -> bool {
         let decided = match self.0.load(Ordering::Acquire) {
             UNDECIDED => {
-                // SeqCst: the attempt was written (or seen) before this fence, and the server is
-                // read after it; against the fence in `server_has_gone`.
+                // SeqCst: orders the write (or read) of the attempt before the read of the server, against the
+                // fence in `server_has_gone`.
                 fence(Ordering::SeqCst);
                 let mine = if is_current() { BOUND } else { ABORTED };
                 self.0
@@ -156,12 +156,12 @@ impl Decision {
         decided == BOUND
     }
 
-    /// For the one who has taken a server out of its map, before anything else is read.
+    /// For the thread that has removed a server from its map, before it reads anything else.
     #[doc(hidden)]
     pub fn server_has_gone() {
-        // SeqCst: without this fence and that in `decide`, one thread could take the server for
-        // current after it was removed while another, which removed it, still sees the old
-        // binding of a transport that the first one has bound to it.
+        // SeqCst, against the fence in `decide`: without both fences, one thread could read the server as current
+        // after it was removed, while another one, which removed it, still reads the old binding of a transport
+        // that the first one has bound to it.
         fence(Ordering::SeqCst);
     }
 }

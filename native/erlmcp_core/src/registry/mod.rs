@@ -2,40 +2,39 @@
 //!
 //! # Structure
 //!
-//! One `papaya` map a namespace, from [`Id`] to an entry: a look-up hashes the id once, keyed at
-//! random, and touches the table and the entry. For each shard and namespace a [`crate::slots::Slots`] holds
-//! the hashes of the entries, so that listing a shard costs in proportion to the shard. Bindings are
-//! described in the module `bindings`.
+//! One `papaya` map per namespace, from [`Id`] to an entry: a look-up hashes the id once, keyed at random, and
+//! touches the table and the entry. For each shard and namespace a [`crate::slots::Slots`] holds the hashes of the
+//! entries, so that listing a shard costs in proportion to the shard. Bindings are described in the module
+//! `bindings`.
 //!
-//! A registration carries a *lease* `L`. Leases that are equal are the same registration, so a
-//! removal can name the one it means ([`Registry::remove_leased`]) and never takes away another
-//! that has the same id.
+//! A registration carries a *lease* `L`. Equal leases are the same registration. So a removal can name the
+//! registration that it means ([`Registry::remove_leased`]) and never removes another one of the same id.
 //!
 //! # Consistency
 //!
-//! Look-ups, registrations, removals and bindings are linearizable. Each takes effect at one
-//! compare-and-swap (or load) in one map:
+//! Look-ups, registrations, removals and bindings are linearizable. Each takes effect at one compare-and-swap (or
+//! load) in one map:
 //!
-//! * registration, re-registration and removal at the compare-and-swap of the id's entry, so that
-//!   two registrations of one id never both succeed;
+//! * registration, re-registration and removal at the compare-and-swap of the id's entry, so that two registrations
+//!   of one id never both succeed;
 //! * a registration with an automatic binding when its attempt is decided;
 //! * removal of a server, with all its bindings, at the compare-and-swap that removes it from the map.
 //!
-//! Listings and [`Registry::for_each_bound`] are weakly consistent: what is there throughout is
-//! seen exactly once, what comes or goes meanwhile may be seen or not: an id that is removed and
-//! registered anew may be seen twice, once for each registration. Counters are exact when
-//! nothing is under way; a registration counts from shortly before it is visible.
+//! Listings and [`Registry::for_each_bound`] are weakly consistent. An entry that is present throughout is seen
+//! exactly once. An entry that is inserted or removed meanwhile may or may not be seen. An id that is removed and
+//! registered anew may be seen twice, once for each registration. Counters are exact when no operation is under
+//! way; a registration counts from shortly before it is visible.
 //!
-//! All of these walk places and not tables: an entry keeps its place, so a walk can go on where it was after it has
-//! let go of everything, and does so again and again (see the module `stored`).
+//! All of these walk places and not tables. An entry keeps its place, so a walk can release its guard and resume
+//! where it was, and does so again and again (see the module `stored`).
 //!
-//! `max_entries` is a bound on registrations including those under way. Close to it one may be
-//! refused although another one that is under way is refused too (because its id is taken).
+//! `max_entries` bounds registrations including those under way. Close to it a registration may be refused although
+//! another one that is under way is refused too (because its id is already registered).
 //!
 //! # Trade-offs
 //!
-//! Removed entries are freed some operations later (`papaya` reclaims in batches), so their leases
-//! are dropped late. Nothing relies on when a lease is dropped.
+//! Removed entries are freed some operations later (`papaya` reclaims in batches), so their leases are dropped
+//! late. No guarantee depends on when a lease is dropped.
 
 mod bindings;
 mod buckets;
@@ -73,7 +72,7 @@ use crate::shard::Shard;
 use crate::slots::Slots;
 use crate::sync::{AtomicU64, Ordering};
 
-/// The three kinds of ids. The same id may stand in each.
+/// The three kinds of ids. The same id may be registered in each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Namespace {
@@ -124,12 +123,12 @@ impl Limits {
         self.shards
     }
 
-    /// Registrations that the registry takes in all.
+    /// The most registrations, in all namespaces together.
     pub fn max_entries(&self) -> u64 {
         self.max_entries
     }
 
-    /// Bytes that an encoded id may have.
+    /// The most bytes of an encoded id.
     pub fn max_id_bytes(&self) -> usize {
         self.max_id_bytes
     }
@@ -147,8 +146,8 @@ impl Default for Limits {
 
 type Map<V> = HashMap<Key, V, IdHashing>;
 
-/// All maps have one collector: a thread that reads one of them inside a guard of another one does
-/// not pin the epoch a second time.
+/// All maps share one collector: a thread that reads one map inside a guard of another one does not pin the epoch a
+/// second time.
 fn map<V: Send + 'static>(collector: &Arc<Collector>, hashing: &IdHashing) -> Map<V> {
     HashMap::builder()
         .shared_collector(Arc::clone(collector))
@@ -158,8 +157,8 @@ fn map<V: Send + 'static>(collector: &Arc<Collector>, hashing: &IdHashing) -> Ma
 
 const DEFAULT_SAMPLE_INTERVAL_MS: u64 = 100;
 
-/// Registrations, those under way included. On a line of its own (a pair of them, as x86 fetches them):
-/// every registration writes it, and what stands beside it in the registry is read by every look-up.
+/// Registrations, those under way included. On its own pair of cache lines (x86 fetches pairs): every registration
+/// writes it, and every look-up reads the fields beside it in the registry.
 #[derive(Debug)]
 #[repr(align(128))]
 struct Reserved(AtomicU64);
@@ -178,7 +177,7 @@ pub struct Registry<L> {
     reserved: Reserved,
     /// See [`Self::dangling_servers`].
     dangling: AtomicU64,
-    /// Closed while the namespaces of servers and transports take no registrations.
+    /// Closed while servers and transports cannot be registered.
     gate: Gate,
     diversion: Diversion,
 }
@@ -187,10 +186,10 @@ impl<L> Registry<L>
 where
     L: Clone + PartialEq + Send + Sync + 'static,
 {
-    /// An empty registry. Its maps allocate when they are first used.
+    /// An empty registry. Its maps allocate at the first use.
     ///
-    /// It has no limits but its own bounds: every message is routed until
-    /// [`Self::set_limits`] or the thresholds of [`Self::admission`] are set.
+    /// It has no limits but its own bounds: every message is routed until [`Self::set_limits`] or the thresholds of
+    /// [`Self::admission`] are set.
     pub fn new(limits: Limits, clock: &impl Clock) -> Self {
         let hashing = IdHashing(RandomState::new());
         let collector = Arc::new(Collector::new());
@@ -211,18 +210,17 @@ where
         }
     }
 
-    /// The diversion of calls that concern servers, transports and bindings. The registry does not
-    /// look at it: its callers do.
+    /// The diversion of calls on servers, transports and bindings. The registry does not check it: its callers do.
     pub fn diversion(&self) -> &Diversion {
         &self.diversion
     }
 
-    /// The bounds that the registry was made with.
+    /// The bounds of the registry.
     pub fn limits(&self) -> &Limits {
         &self.limits
     }
 
-    /// The id of `bytes` of some `kind`, with its hash: what every other operation takes.
+    /// The id of `bytes` of some `kind`, with its hash: the argument of every other operation.
     #[inline(always)]
     pub fn id<'a>(&self, kind: u8, bytes: &'a [u8]) -> Id<'a> {
         Id {
@@ -253,7 +251,8 @@ where
     }
 
     /// Whether [`Self::complete_resizes`] should be called before `id` is registered, or a transport that is bound
-    /// to it: it has come and gone so often that the maps would not get done with their resizes.
+    /// to it. Then `id` has been registered and removed so often that the resizes of the maps would not complete by
+    /// themselves.
     #[inline]
     pub fn is_churned(&self, id: &Id<'_>) -> bool {
         self.churn
@@ -270,8 +269,7 @@ where
 
     // ---- Look-up ----
 
-    /// The address of `id`, and nothing else: the hot path. Wait-free while the table is not
-    /// being resized.
+    /// The address of `id`, and nothing else: the fast path. Wait-free while the table is not being resized.
     #[inline(always)]
     pub fn address(&self, namespace: Namespace, id: &Id<'_>) -> Option<u64> {
         with_map!(self, namespace, |map| {
@@ -288,7 +286,7 @@ where
 
     // ---- Listing and counting ----
 
-    /// Gives `each` every entry of a namespace with its id. Weakly consistent.
+    /// Calls `each` with every entry of a namespace and its id. Weakly consistent.
     pub fn for_each(&self, namespace: Namespace, mut each: impl FnMut(Id<'_>, &Entry<L>)) {
         let _: ControlFlow<()> = self.try_for_each(namespace, |id, entry| {
             each(id, entry);
@@ -307,7 +305,7 @@ where
         })
     }
 
-    /// Gives `each` every binding: the transport with its entry, and the server. Weakly consistent.
+    /// Calls `each` with every binding: the transport with its entry, and the server. Weakly consistent.
     pub fn for_each_binding(&self, mut each: impl FnMut(Id<'_>, &Entry<L>, Id<'_>)) {
         let _: ControlFlow<()> = self.visit(
             &self.transports,
@@ -324,8 +322,8 @@ where
         );
     }
 
-    /// Gives `each` the connections of one shard with their ids. Weakly consistent; costs in
-    /// proportion to the most entries of that shard at one time.
+    /// Calls `each` with the connections of one shard and their ids. Weakly consistent; costs in proportion to the
+    /// most entries of that shard at one time.
     pub fn for_each_connection_of(&self, shard: u16, mut each: impl FnMut(Id<'_>, &Entry<L>)) {
         let _: ControlFlow<()> = self.try_for_each_connection_of(shard, |id, entry| {
             each(id, entry);
@@ -348,9 +346,8 @@ where
         )
     }
 
-    /// Gives `each` the entries of one namespace at `places` of a shard, with their ids. All places of
-    /// a shard are those below [`Self::shard_high_water`]; an entry keeps its place. Weakly
-    /// consistent.
+    /// Calls `each` with the entries of one namespace at `places` of a shard, and their ids. All places of a shard
+    /// are those below [`Self::shard_high_water`]; an entry keeps its place. Weakly consistent.
     pub fn try_for_each_at<B>(
         &self,
         namespace: Namespace,
@@ -365,8 +362,8 @@ where
         })
     }
 
-    /// Gives `each` the address of every entry of one shard, in all namespaces. Weakly consistent;
-    /// costs in proportion to the most entries of that shard at one time.
+    /// Calls `each` with the address of every entry of one shard, in all namespaces. Weakly consistent; costs in
+    /// proportion to the most entries of that shard at one time.
     pub fn for_each_address_of(&self, shard: u16, mut each: impl FnMut(u64)) {
         for namespace in Namespace::ALL {
             with_map!(self, namespace, |map| {
@@ -397,8 +394,7 @@ where
             .set_threshold(threshold, shard.receivers());
     }
 
-    /// Whether a message to some receiver of a shard would be admitted, without a trace of the
-    /// question.
+    /// Whether a message to some receiver of a shard would be admitted. Counts and reports nothing.
     pub fn is_open(&self, shard: u16, clock: &impl Clock) -> bool {
         let shard = &self.shards[usize::from(shard)];
         shard
@@ -406,8 +402,8 @@ where
             .is_open(&self.sampling, || clock.now_ms(), || shard.receivers())
     }
 
-    /// The number of processes behind the entries of a shard, as far as is known without counting. An
-    /// automatic threshold follows it.
+    /// The number of processes behind the entries of a shard, estimated without counting them. An automatic
+    /// threshold follows it.
     pub fn receivers(&self, shard: u16) -> u64 {
         let shard = &self.shards[usize::from(shard)];
         let receivers = shard.receivers();
@@ -415,17 +411,17 @@ where
         receivers
     }
 
-    /// Whether so many entries have come and gone that the receivers of a shard should be counted.
+    /// Whether enough entries have been registered and removed that the receivers of a shard should be counted.
     pub fn is_count_due(&self, shard: u16) -> bool {
         self.shards[usize::from(shard)].is_count_due()
     }
 
-    /// Whether any entry has come or gone since they were.
+    /// Whether any entry of a shard has been registered or removed since its receivers were counted.
     pub fn is_count_old(&self, shard: u16) -> bool {
         self.shards[usize::from(shard)].changes_since_count() > 0
     }
 
-    /// Counts the processes behind the entries of a shard; those that cannot be looked at are none. Costs as
+    /// Counts the processes behind the entries of a shard, except those whose address is [`UNSEEN`]. Costs as
     /// [`Self::for_each_address_of`] does.
     pub fn count_receivers(&self, shard: u16) {
         self.shards[usize::from(shard)].recount(|| {
@@ -441,8 +437,8 @@ where
         });
     }
 
-    /// Messages to a shard that were refused so far. Those to nobody count in any shard: only their
-    /// sum over all shards means something.
+    /// Messages to a shard that were refused so far. A message to an id that is not registered counts in any shard:
+    /// only the sum of these over all shards means something.
     pub fn refused(&self, shard: u16) -> Refused {
         self.shards[usize::from(shard)].refusals.read()
     }
@@ -452,7 +448,7 @@ where
         &self.sampling
     }
 
-    /// Number of entries of one namespace. Costs one load a shard.
+    /// Number of entries of one namespace. One load per shard.
     pub fn count(&self, namespace: Namespace) -> u64 {
         self.shards.iter().map(|shard| shard.count(namespace)).sum()
     }
@@ -464,8 +460,8 @@ where
             .map_or(0, Slots::high_water)
     }
 
-    /// Number of places that [`Self::for_each`] visits: the most entries of the namespace that there have been at
-    /// one time, or a little more. One load a shard.
+    /// Number of places that [`Self::for_each`] visits: the most entries of the namespace at one time, or a little
+    /// more. One load per shard.
     pub fn high_water_of(&self, namespace: Namespace) -> u64 {
         (0..self.limits.shards())
             .map(|shard| u64::from(self.shard_high_water(namespace, shard)))

@@ -18,15 +18,14 @@ impl<L> Registry<L>
 where
     L: Clone + PartialEq + Send + Sync + 'static,
 {
-    /// Registers `id` for `address` in `shard`, and for a transport makes the automatic binding to
-    /// the server named by `bind_to`, whether that is registered or not. `lease` makes what the
-    /// entry carries; it is called at most once, after the first checks have passed.
+    /// Registers `id` for `address` in `shard`, and for a transport makes the automatic binding to the server named
+    /// by `bind_to`, whether that is registered or not. `lease` creates the lease of the entry; it is called at
+    /// most once, after the first checks have passed.
     ///
-    /// With an error the lease, if it was made, belongs to the caller. After `Ok` it belongs to the
-    /// caller that removes the entry, which may have happened by then.
+    /// On an error the lease, if it was created, belongs to the caller. After `Ok` it belongs to the caller that
+    /// removes the entry, which may have happened by then.
     ///
-    /// `bind_to` is ignored for servers and connections. `shard` must be less than the
-    /// number of shards.
+    /// `bind_to` is ignored for servers and connections. `shard` must be less than the number of shards.
     pub fn register(
         &self,
         namespace: Namespace,
@@ -98,18 +97,18 @@ where
         }
     }
 
-    /// Whether the entry that has just been inserted is a registration. If the gate is closed, it is
-    /// not, and `remove` removes it.
+    /// Whether the entry that has just been inserted is a registration. If the gate is closed, it is not, and
+    /// `remove` removes it.
     ///
-    /// If the entry is gone, then it was a registration: another thread has removed it (by `close` or
-    /// by unregistering the id) and has its lease. That thread may use the lease for another
-    /// registration, even of the same id at the same place once the gate is open again. So `remove`
-    /// must compare what this registration alone has, and not the lease.
+    /// If the entry is gone, it was a registration: another thread has removed it (by `close` or by unregistering
+    /// the id) and has its lease. That thread may use the lease for another registration, even of the same id at
+    /// the same place once the gate is open again. So `remove` must compare what is unique to this registration,
+    /// and not the lease.
     fn stands(&self, remove: impl FnOnce() -> Option<Entry<L>>) -> bool {
         !self.gate.is_closed_behind() || remove().is_none()
     }
 
-    /// Returns the group, which no other registration has, or the address of the one that is there.
+    /// Returns the group, which is unique to this registration, or the address of the present one.
     fn insert_server(
         &self,
         id: Id<'_>,
@@ -119,9 +118,8 @@ where
         let guard = self.servers.guard();
         let group = Group::new(Key::without_location(id));
         loop {
-            // Not by `compute`: what that inserts does not help papaya to finish a resize, so that
-            // a map filled by it alone is probed to the limits of two tables ever after (15 times
-            // slower with 15,000 entries).
+            // Not by `compute`: its insertions do not help papaya to complete a resize. A map filled by it alone
+            // probes up to the limits of two tables ever after (15 times slower with 15,000 entries).
             let new = Server::Registered {
                 group: Arc::clone(&group),
                 entry: entry.clone(),
@@ -133,7 +131,7 @@ where
             if let Some(held) = occupied.current.entry() {
                 return Err(held.address);
             }
-            // The transports that are bound to the name are bound to the server from now on.
+            // The transports that are bound to the id are bound to the server from now on.
             let registered = self.servers.compute(
                 Key::new(id, location),
                 |current| match current {
@@ -154,11 +152,11 @@ where
                 self.dangling.fetch_sub(1, Ordering::Relaxed);
                 return Ok(Arc::clone(server.group()));
             }
-            // Lost to another change of this name.
+            // Lost to a concurrent change of this id.
         }
     }
 
-    /// Returns the level, which no other registration has, or the address of the one that is there.
+    /// Returns the level, which is unique to this registration, or the address of the present one.
     fn insert_transport(
         &self,
         id: Id<'_>,
@@ -184,8 +182,8 @@ where
                 if occupied.current.is_registered(self) {
                     return Err(occupied.current.entry.address);
                 }
-                // Its server went before it was registered, so it never was. Help it out of the
-                // way; the one who registers it begins again like us.
+                // Its server was removed before it was registered, so it never was registered. Help to remove it;
+                // the thread that registers it retries as we do.
                 let theirs = &occupied.current.entry.lease;
                 let _ = self.transports.remove_if(
                     &id,
@@ -208,7 +206,7 @@ where
         }
     }
 
-    /// Releases what a registration acquires before it enters its map.
+    /// Releases what a registration acquires before it is inserted in its map.
     pub(super) fn release(&self, location: Location) {
         let shard = &self.shards[usize::from(location.shard)];
         let hash = shard
@@ -221,12 +219,12 @@ where
 
     // ---- Removal ----
 
-    /// Removes whatever is registered under `id`, with its bindings, and returns it.
+    /// Removes the registration of `id`, with its bindings, and returns it.
     pub fn remove(&self, namespace: Namespace, id: &Id<'_>) -> Option<Entry<L>> {
         self.remove_exact(namespace, id, |_| true)
     }
 
-    /// Removes what is registered under `id` if `is_meant` says that its lease is the one meant.
+    /// Removes the registration of `id` if `is_meant` accepts its lease.
     pub fn remove_exact(
         &self,
         namespace: Namespace,
@@ -236,8 +234,8 @@ where
         self.remove_if(namespace, id, |_, lease| is_meant(lease))
     }
 
-    /// Removes the entry at `location` if `is_meant` says that its lease is the one meant. For
-    /// the end of what the lease stands for: never touches another registration of the same id.
+    /// Removes the entry at `location` if `is_meant` accepts its lease. For the end of what the lease stands for:
+    /// never removes another registration of the same id.
     pub fn remove_leased(
         &self,
         location: &Location,
@@ -263,8 +261,8 @@ where
         })
     }
 
-    /// Removes all servers and transports and refuses new ones until [`Self::open`]. `removed` is
-    /// given each entry. Costs in proportion to what there is.
+    /// Removes all servers and transports and refuses new ones until [`Self::open`]. Calls `removed` with each
+    /// entry. Costs in proportion to the entries.
     pub fn close(&self, mut removed: impl FnMut(Entry<L>)) {
         self.gate.close();
         for namespace in [Namespace::Transport, Namespace::Server] {
@@ -274,16 +272,15 @@ where
         }
     }
 
-    /// Takes registrations of servers and transports again.
+    /// Accepts registrations of servers and transports again.
     pub fn open(&self) {
         self.gate.open();
     }
 
     // ---- Change ----
 
-    /// Exchanges `former`, the lease of the server registered under `id`, for `new`, which must
-    /// have the same location. Address and bindings stay. Returns the lease that was there, if it was equal
-    /// to `former`.
+    /// Replaces `former`, the lease of the server registered under `id`, by `new`, which must have the same
+    /// location. Address and bindings stay. Returns the former lease, if it was equal to `former`.
     pub fn exchange_server_lease(&self, id: &Id<'_>, former: &L, new: L) -> Option<L> {
         let guard = self.servers.guard();
         let (key, _) = self.servers.get_key_value(id, &guard)?;
@@ -291,7 +288,7 @@ where
         let exchanged = self.servers.compute(
             Key::new(*id, location),
             |current| match current {
-                // The key is written anew with the entry, so it must be the one we read.
+                // The key is written anew with the entry, so it must be the one that was read.
                 Some((key, Server::Registered { group, entry }))
                     if key.location() == location && entry.lease == *former =>
                 {

@@ -1,8 +1,8 @@
-//! The guarded look-up: where a message goes, if circuit breaker, shard and token bucket admit it.
+//! The guarded look-up: the address for a message, if circuit breaker, shard and token bucket admit it.
 //!
-//! The layers are asked in this order: the circuit breaker (a load), the depth of the shard (two loads),
-//! the token bucket (one compare-and-swap). Then the message is counted in its shard. A layer that is
-//! off costs one load. If a later layer refuses a message, the earlier ones keep no trace of it.
+//! The layers are checked in this order: the circuit breaker (a load), the depth of the shard (two loads), the
+//! token bucket (one compare-and-swap). Then the message is counted in its shard. A layer that is off costs one
+//! load. If a later layer refuses a message, the earlier ones keep no trace of it.
 
 use std::hint::black_box;
 
@@ -14,14 +14,14 @@ use crate::clock::Clock;
 use crate::shard::Shard;
 use crate::token_bucket::Level;
 
-/// Whose bucket pays for a message.
+/// The bucket that a message is charged to.
 #[derive(Debug, Clone, Copy)]
 pub enum Charged<'a> {
-    /// Nobody's.
+    /// None.
     Nobody,
-    /// The target's own.
+    /// The target's bucket.
     Target,
-    /// That of a transport, if it is registered.
+    /// The bucket of a transport, if it is registered.
     Transport(Id<'a>),
 }
 
@@ -32,9 +32,9 @@ pub enum Refusal {
     NotFound = 0,
     /// The circuit is open.
     CircuitOpen = 1,
-    /// The target's shard has as many messages queued as it takes.
+    /// The target's shard has its threshold of messages queued.
     ShardOverloaded = 2,
-    /// The bucket that pays is empty.
+    /// The bucket that is charged is empty.
     RateLimited = 3,
 }
 
@@ -48,7 +48,7 @@ pub struct Forecast {
     pub wait_ms: u64,
 }
 
-/// What the caller reports to other processes. Empty for most messages.
+/// Events that the caller reports to other processes. Empty for most messages.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Events {
     /// This shard should be sampled now.
@@ -72,8 +72,8 @@ impl Events {
     }
 }
 
-/// Messages whose look-ups are under way together. More of them gain nothing: a core has some 16 cache
-/// misses under way.
+/// Messages whose look-ups are under way together. More of them gain nothing: a core has some 16 cache misses in
+/// flight.
 pub const ROUTED_TOGETHER: usize = 16;
 
 struct Target<'a> {
@@ -92,8 +92,8 @@ impl<L> Registry<L>
 where
     L: Clone + PartialEq + Send + Sync + 'static,
 {
-    /// The address of `id` if a message may be sent there. The message is then counted. Takes no lock:
-    /// a compare-and-swap is retried only if another thread changes the same token bucket.
+    /// The address of `id` if a message may be sent there. The message is then counted. Takes no lock: a
+    /// compare-and-swap is retried only if another thread changes the same token bucket.
     #[inline(always)]
     pub fn route(
         &self,
@@ -117,18 +117,17 @@ where
         .unwrap_or_else(|| Err(self.not_found(id)))
     }
 
-    /// Routes a message to each of some connections, in order, [`ROUTED_TOGETHER`] at a time: gives `each` the
+    /// Routes a message to each of some connections, in order, [`ROUTED_TOGETHER`] at a time. Calls `each` with the
     /// entry that it may be sent to, or why not. `None` is an id that cannot be registered.
     ///
-    /// Two passes, so that the cache misses of the messages overlap: the first one finds the entries and
-    /// loads what the layers will ask for; the second one asks them, in order. The locked operations of
-    /// the layers wait for all loads before them, so that in one pass only the misses of one message
-    /// would be under way at a time.
+    /// Two passes, so that the cache misses of the messages overlap. The first one finds the entries and loads what
+    /// the layers will read. The second one checks the layers, in order. The locked instructions of the layers wait
+    /// for all loads before them, so in one pass only the misses of one message would be in flight at a time.
     ///
-    /// Each look-up takes effect in the first pass, and the guard keeps what it has found until the second
-    /// one. A message to an id that is removed or registered between the two is ordered before that: both
-    /// happen within this call, and nothing that the first pass does can be seen by others. The layers'
-    /// state is read in the second pass alone.
+    /// Each look-up takes effect in the first pass, and the guard keeps what it has found until the second one. A
+    /// message to an id that is removed or registered between the two is ordered before that: both happen within
+    /// this call, and nothing that the first pass does is visible to other threads. The layers' state is read in
+    /// the second pass alone.
     pub fn route_connections(
         &self,
         ids: &[Option<Id<'_>>],
@@ -168,7 +167,7 @@ where
         }
     }
 
-    /// Loads what a message to this connection will need, and forgets it.
+    /// Prefetches what a message to this connection will read.
     #[inline]
     fn touch(&self, key: &Key, connection: &Connection<L>) {
         let address = connection.entry.address;
@@ -179,8 +178,8 @@ where
         }
     }
 
-    /// Routes a message to every transport that is bound to `server`: gives `each` the entries that
-    /// it may be sent to, or why not. Costs as [`Self::for_each_bound`] does.
+    /// Routes a message to every transport that is bound to `server`. Calls `each` with the entries that it may be
+    /// sent to, or why not. Costs as [`Self::for_each_bound`] does.
     pub fn route_bound(
         &self,
         server: &Id<'_>,
@@ -212,7 +211,7 @@ where
         let number = target.key.shard();
         let shard = &self.shards[usize::from(number)];
         let admission = shard.admission();
-        // First, since it may have to wait for memory.
+        // First, since it may miss the cache.
         let mut receiver = admission.receiver(target.address, target.key.receiver());
         let permit = circuit
             .check(clock)
@@ -236,7 +235,7 @@ where
             }
             return Err(refused(shard, Refusal::ShardOverloaded));
         }
-        // A bucket that has just been taken from may hold another token by now.
+        // The clock is renewed before a refusal: the bucket may have been refilled since its reading.
         if self.buckets.is_on()
             && !self.pay(target.level, charged, clock)
             && !(clock.renew() && self.pay(target.level, charged, clock))
@@ -305,13 +304,13 @@ where
         }
     }
 
-    /// Refuses a message to an id that cannot be registered, or not where it is looked for, and was
-    /// not looked up.
+    /// Refuses a message to an id that was not looked up: it cannot be registered, or not where it would be looked
+    /// up.
     pub fn refuse_unknown(&self) -> Refusal {
         refused(&self.shards[0], Refusal::NotFound)
     }
 
-    /// Counted in any shard: what is not registered has none, and its hash spreads the writers.
+    /// Counted in any shard: an id that is not registered has none, and its hash spreads the writes.
     #[cold]
     fn not_found(&self, id: &Id<'_>) -> Refusal {
         let shard = id.hash as usize % self.shards.len();

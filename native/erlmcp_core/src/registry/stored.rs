@@ -10,8 +10,8 @@ use super::group::{Binding, Decision, From};
 use super::{Entry, Id, Map, Namespace, Registry};
 use crate::token_bucket::Level;
 
-/// Calls a function that is generic over [`Stored`] with the map of a namespace. Every operation
-/// chooses its map here, except a registration: each namespace has an insertion of its own.
+/// Calls a function that is generic over [`Stored`] with the map of a namespace. Every operation selects its map
+/// here, except registration: each namespace has its own insertion.
 macro_rules! with_map {
     ($registry:expr, $namespace:expr, |$map:ident| $call:expr) => {
         match $namespace {
@@ -33,12 +33,12 @@ macro_rules! with_map {
 
 pub(super) use with_map;
 
-/// Nothing that is removed from the registry can be freed while there is an older guard, and all of it is freed in
-/// one go when that is dropped. So a walk drops its guard after so many places: some 500 microseconds, configs
+/// While a guard exists, nothing that is removed from the registry since can be freed; all of it is freed at once
+/// when the guard is dropped. So a walk drops its guard after this many places: some 500 microseconds, configs
 /// included.
 pub(super) const PLACES_UNDER_ONE_GUARD: usize = 1_024;
 
-/// Entries that are found before the first of them is used: what they wait for from memory overlaps.
+/// Entries that are found before the first of them is used, so that their cache misses overlap.
 const FOUND_TOGETHER: usize = 16;
 
 fn batches(places: Range<u32>) -> impl Iterator<Item = (u32, u32)> {
@@ -176,8 +176,8 @@ where
             .try_for_each(|shard| self.visit_places(map, namespace, shard, 0..u32::MAX, &mut each))
     }
 
-    /// Calls `each` with the registrations at `places` of a shard, until it breaks. A registration keeps its
-    /// place, so what is there throughout is seen exactly once, and this may let go of everything in between.
+    /// Calls `each` with the registrations at `places` of a shard, until it breaks. A registration keeps its place.
+    /// So one that is present throughout is seen exactly once, although the guard is released in between.
     pub(super) fn visit_places<V: Stored<L>, B>(
         &self,
         map: &Map<V>,
@@ -225,7 +225,7 @@ where
     {
         let guard = map.guard();
         let is_removed = |key: &Key, value: &V| {
-            // Last, since it may decide an attempt: only that of the value meant.
+            // Last, since it may decide an attempt: only that of the value that is meant.
             value
                 .entry()
                 .is_some_and(|entry| is_meant(key, value, entry))
