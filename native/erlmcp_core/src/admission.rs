@@ -1,49 +1,52 @@
-//! Admission control: a bound on the messages queued for one shard, without any help of the
-//! receivers.
+//! Admission control: a bound on the messages queued for one shard, without any help of the receivers.
 //!
 //! # Algorithm
 //!
-//! Every admitted message is charged twice: to its shard, by counting `admitted`, and to its
-//! receiver, in a record (`crate::receivers`). A *look* asks for the length of one receiver's mailbox
-//! and corrects both: the record by what was found instead of what it was charged with, and the shard
-//! by as much, in the word `credited`. A message is admitted while the depth `admitted - credited` is
-//! below the threshold.
+//! Every admitted message is charged twice: to its shard, by counting `admitted`, and to its receiver, in a record
+//! (`crate::receivers`). A *look* reads the length of one receiver's mailbox and corrects both charges: the record
+//! by the difference between what was found and what it was charged with, and the shard by as much, in the word
+//! `credited`. A message is admitted while the depth `admitted - credited` is below the threshold.
 //!
-//! Looks are taken in batches by a process of the caller ([`Admission::take`], [`Admission::report`]).
-//! Each one corrects by itself: nothing depends on complete rounds, and looks that are never reported
-//! leave the charges as they are. Only receivers that were sent something since they were last seen
-//! empty have a record, so the cost of looks goes by messages and not by registrations.
+//! A process of the caller, the *sampler*, takes looks in batches ([`Admission::take`], [`Admission::report`]).
+//! Each look corrects by itself: nothing depends on complete rounds, and looks that are never reported leave the
+//! charges as they are. Only receivers that were sent something since they were last seen empty have a record. So
+//! the cost of looks is in proportion to messages and not to registrations.
 //!
 //! # Guarantee
 //!
-//! The depth is never below the sum of all charges: the shard is charged before a record is, and
-//! credited after a record was. A charge that was read before a look covers all that the look can have
-//! found in addition. So at most `threshold` messages wait in the shard, and besides: the messages that
-//! were between admission and sending when their receiver was looked at, until its next look, and one
-//! for each caller between the loads of [`Admission::check`] and the count of [`Admission::admit`]
-//! at the limit. A caller has one message between admission and sending, but many where it sends many
-//! after one call. A record is freed when two looks in a row have found nothing; whoever has been between
-//! admission and sending for so long is not counted.
+//! The depth is never below the sum of all charges: the shard is charged before a record is, and credited after a
+//! record was. A charge that was read before a look covers all that the look can have found in addition. So the
+//! messages that wait in the shard are at most `threshold`, and besides:
+//!
+//! * the messages that were between admission and sending when their receiver was looked at, until its next look;
+//! * at the limit, one for each caller between the loads of [`Admission::check`] and the count of
+//!   [`Admission::admit`].
+//!
+//! A caller has one message between admission and sending, but many where it sends many after one call. A record is
+//! freed when two looks in a row have found nothing; a message that has been between admission and sending for so
+//! long is not counted.
 //!
 //! Under [`Threshold::Auto`] the same holds for each process and [`RECEIVER_LIMIT`].
 //!
-//! A shard is never refused for want of a sampler: if the last look is older than ten intervals,
-//! and so is the message that asked for one, everything is admitted.
+//! A shard is never refused for want of a sampler: if the last look is older than ten intervals, and so is the
+//! message that requested one, everything is admitted.
 //!
 //! # Time
 //!
-//! A stored time that is ahead of the clock is taken as *now*: the clock has gone back. So nothing
-//! waits for longer than its interval.
+//! A stored time that is ahead of the clock counts as *now*: the clock has gone back. So nothing waits for longer
+//! than its interval.
 //!
 //! # Trade-offs
 //!
-//! What receivers have taken off their mailboxes counts until they are looked at. So looks are asked
-//! for (by [`Admitted::wants_sample`]) when the depth has come to three quarters of the threshold, and taken
-//! in turn until it is below five eighths: each receiver is looked at when it is charged with about twice the
-//! mean, which is as much as a look can return. Where all looks leave more than that, they are asked for again when
-//! half of the room has been used up, and not before an eighth as many messages as there were looks.
-//! Also the first message after a pause asks. Exactly one caller is told then. It may exit before it has passed that on, so as long as looks
-//! are due and the sampler gives no sign, one more caller is told an interval.
+//! Messages that receivers have removed from their mailboxes count until they are looked at. So looks are requested
+//! (by [`Admitted::wants_sample`]) when the depth reaches three quarters of the threshold, and taken in turn until
+//! it is below five eighths. Each receiver is looked at when it is charged with about twice the mean, which is as
+//! much as a look can return. Where all looks leave more than that, they are requested again when half of the room
+//! has been used up, and not before an eighth as many messages as there were looks. The first message after a pause
+//! requests looks too.
+//!
+//! Exactly one caller is told to request them. It may exit before it does. So as long as looks are due and no
+//! sampler is active, one more caller is told per interval.
 
 use std::fmt;
 use std::sync::Arc;
@@ -56,12 +59,12 @@ use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Mutex, Ordering};
 /// The address of receivers that cannot be looked at. They are not charged.
 pub const UNSEEN: u64 = 0;
 
-/// Messages that one process gets from one shard under [`Threshold::Auto`] before it is seen to take
-/// some; and the least threshold.
+/// Messages that one process gets from one shard under [`Threshold::Auto`] before it is seen to receive some; also
+/// the lowest threshold.
 pub const RECEIVER_LIMIT: u64 = 10_000;
 
-/// Messages a receiver under [`Threshold::Auto`]: the least threshold over 234 receivers, which is
-/// what 64 shards have of 15,000.
+/// Messages per receiver under [`Threshold::Auto`]: the lowest threshold over 234 receivers, which is what 64
+/// shards have of 15,000.
 const PER_RECEIVER: u64 = 43;
 
 /// `admitted` and `credited` begin here, so that a shard may be credited in advance.
@@ -70,43 +73,43 @@ const ORIGIN: u64 = 1 << 40;
 /// The threshold of a shard that admits everything.
 const OFF: u64 = u64::MAX;
 
-/// In a threshold: that it follows the number of receivers.
+/// Set in a threshold that follows the number of receivers.
 const AUTO: u64 = 1 << 62;
 
-/// Looks that are older than so many intervals are ignored.
+/// A look older than this many intervals is ignored.
 const STALE_INTERVALS: u64 = 10;
 
-/// A shard that keeps entering overload counts as a failure once in this time.
+/// A shard that keeps entering overload counts as a failure once in this interval.
 const FAILURE_INTERVAL_MS: u64 = 1_000;
 
-/// Looks of one batch: 3 microseconds of asking processes that wait, and some 200 where all are in the run
-/// queues and have to be scheduled to answer (measured on OTP 25).
+/// Looks of one batch: 3 microseconds if the processes wait, and some 200 if all are in the run queues and have to
+/// be scheduled to answer (measured on OTP 25).
 ///
-/// None twice, which is compared with all others of the batch.
+/// Adding a record compares it with the whole batch, since none may be in it twice.
 const MAX_BATCH: usize = if cfg!(loom) { 2 } else { 32 };
 
-/// Records that one batch passes by: some 20 microseconds.
+/// Records that one batch scans: some 20 microseconds.
 const MAX_SCANNED: u32 = 32_768;
 
-/// A receiver that is charged with so much is looked at ahead of the others, and again whenever it is
-/// charged with another [`URGENT_STEP`].
+/// A receiver that is charged with this many messages is looked at ahead of the others, and again after every
+/// further [`URGENT_STEP`].
 const URGENT: u64 = RECEIVER_LIMIT / 2;
 const URGENT_STEP: u64 = RECEIVER_LIMIT / 8;
 
-/// An asked pass may look at so many receivers, and at one more for each [`MESSAGES_PER_LOOK`] messages.
+/// Looks of an asked pass, besides one for each [`MESSAGES_PER_LOOK`] messages.
 const MIN_LOOKS: u64 = 16;
 
-/// A look costs some 200 ns, a message some 500 and its receiver's turn.
+/// A look costs some 200 ns; a message costs some 500 ns and its receiver's turn.
 const MESSAGES_PER_LOOK: u64 = 8;
 
-/// An asked pass after so many messages is taken before the load: it takes [`MIN_LOOKS`] and an eighth of
-/// as many looks, which is some percent of what the messages took.
+/// An asked pass after this many messages is taken before the load. It has [`MIN_LOOKS`] and an eighth as many
+/// looks, which cost some percent of what the messages did.
 const EARNED: u64 = 512;
 
 /// Receivers that wait for an urgent look at one time.
 const URGENT_PLACES: usize = if cfg!(loom) { 1 } else { 16 };
 
-/// What all shards of a registry have in common.
+/// The settings that all shards of a registry share.
 #[derive(Debug)]
 pub struct Sampling {
     interval_ms: AtomicU64,
@@ -131,21 +134,21 @@ impl Sampling {
     }
 }
 
-/// How many messages a shard takes.
+/// How many messages a shard accepts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Threshold {
     /// Any number.
     Off,
-    /// As many as its receivers call for: 43 each, and at least 10,000.
+    /// In proportion to its receivers: 43 each, and at least 10,000.
     Auto,
-    /// Exactly so many, up to 2^40.
+    /// Exactly this many, up to 2^40.
     Exactly(u64),
 }
 
 /// An admitted message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Admitted {
-    /// The caller is the one to ask for a sample now.
+    /// The caller must request a sample now.
     pub wants_sample: bool,
 }
 
@@ -156,29 +159,28 @@ pub struct Overloaded {
     pub has_entered: bool,
     /// It counts as a failure of the node.
     pub is_failure: bool,
-    /// The caller is the one to ask for a sample now.
+    /// The caller must request a sample now.
     pub wants_sample: bool,
 }
 
 /// Which receivers a pass looks at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pass {
-    /// As a caller has asked: those with an urgent need, and if looks are due those that were sent
-    /// something since their last look, one for each eight messages that were admitted since the last such
-    /// pass.
+    /// As a caller has asked: receivers that wait for an urgent look, and if looks are due those that were sent
+    /// something since their last look, one for each eight messages that were admitted since the last such pass.
     Asked,
-    /// All that have a record. One that is ended before goes on with the next one.
+    /// All that have a record. If a pass is ended early, the next one resumes where it stopped.
     All,
 }
 
-/// How a pass is to be taken.
+/// When the sampler takes a pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Begun {
-    /// At once, before the load: its looks cost a small part of what the messages before it did.
+    /// At once, before the load: its looks cost a small part of what the messages before them did.
     Urgently,
     /// Beside the load: the shard is so full that looks come fast.
     Normally,
-    /// Not at all: another sampler is there.
+    /// Not at all: another sampler holds the shard.
     Busy,
 }
 
@@ -187,22 +189,22 @@ pub enum Begun {
 pub enum Taken {
     /// Look at the receivers that were given, and report by this number.
     Batch(u64),
-    /// The pass is over. If `is_due`, so much was admitted meanwhile that the next one is due
-    /// at once; nobody else will ask for it.
+    /// The pass is over. If `is_due`, enough was admitted meanwhile that the next one is due at once; no other
+    /// caller will request it.
     Done {
         /// See above.
         is_due: bool,
         /// The shard was overloaded until now.
         has_recovered: bool,
     },
-    /// Another sampler is there.
+    /// Another sampler holds the shard.
     Busy,
 }
 
-/// What a report has led to.
+/// The result of a report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reported {
-    /// Or else it was stale, and ignored.
+    /// Otherwise it was stale, and ignored.
     pub is_current: bool,
     /// The shard was overloaded until now.
     pub has_recovered: bool,
@@ -212,11 +214,11 @@ pub struct Reported {
 #[derive(Debug)]
 pub struct Receiver<'a> {
     threshold: u64,
-    /// `None` for one that is not charged.
+    /// `None` for a receiver that is not charged.
     known: Option<Known<'a>>,
 }
 
-/// A cache line of its own, or a pair of them as x86 fetches them.
+/// Its own cache line, or pair of lines, as x86 fetches them.
 #[derive(Default)]
 #[repr(align(128))]
 struct Line<T>(T);
@@ -226,31 +228,32 @@ struct Bounds {
     /// The threshold in force; [`OFF`], or with [`AUTO`].
     threshold: AtomicU64,
     credited: AtomicU64,
-    /// The count with which looks are asked for.
+    /// The count at which looks are requested.
     look_at: AtomicU64,
 }
 
 struct Times {
-    /// When the sampler was there last: `ms + 1`; 0 is never. So with all times.
+    /// When the sampler was last active: `ms + 1`; 0 is never. The same holds for all times.
     sampled_ms: AtomicU64,
-    /// What `admitted` was then.
+    /// `admitted` at that time.
     seen: AtomicU64,
-    /// When the looks that are due were first asked for.
+    /// When the looks that are due were first requested.
     asked_ms: AtomicU64,
-    /// When a caller was told last to ask for them, or the sampler was there.
+    /// When a caller was last told to request them, or the sampler was active.
     told_ms: AtomicU64,
-    /// When a caller that was refused at [`RECEIVER_LIMIT`] was told last to ask for a look.
+    /// When a caller that was refused at [`RECEIVER_LIMIT`] was last told to request a look.
     urged_ms: AtomicU64,
     failed_ms: AtomicU64,
     is_overloaded: AtomicBool,
     /// Messages that are in no record, until the next batch of looks.
     strays: AtomicU64,
-    /// What was credited on the word of a process that has no record. The next batch takes it back.
+    /// Credited because processes reported to have received more than their records returned. The next batch takes
+    /// it back.
     lent: AtomicU64,
     looks: AtomicU64,
 }
 
-/// Where the sampler is.
+/// The position of the sampler.
 #[derive(Clone, Copy, Default)]
 struct Position {
     /// Where the next batch begins, and how many records the pass still goes through.
@@ -262,29 +265,29 @@ struct Position {
 struct Sampler {
     /// The number of the last batch.
     number: u64,
-    /// Its records. Empty when it was reported.
+    /// Its records. Empty after it was reported.
     batch: Vec<Found>,
     position: Position,
-    /// The position when the batch is reported.
+    /// The position after the batch is reported.
     next: Position,
-    /// The records that there were when the pass began.
+    /// The number of records when the pass began.
     end: u32,
     is_all: bool,
     budget: u32,
     looks: u32,
-    /// What `admitted` was when the last pass that was asked for began.
+    /// `admitted` when the last asked pass began.
     asked_at: u64,
 }
 
-/// One shard's.
+/// The admission control of one shard.
 pub struct Admission {
     bounds: Line<Bounds>,
     admitted: Line<AtomicU64>,
     receivers: Receivers,
     times: Line<Times>,
-    /// Indexes plus 1.
+    /// Indexes plus 1; 0 for none.
     urgent: [AtomicU32; URGENT_PLACES],
-    /// Only ever tried: whoever finds another sampler there leaves the shard to that one.
+    /// Never waited for: a thread that finds it locked leaves the shard to the other sampler.
     sampler: Mutex<Sampler>,
 }
 
@@ -322,8 +325,8 @@ impl Admission {
 
     // ---- For messages ----
 
-    /// The receiver at `address`. `kept` is a word that the caller keeps beside the id, 0 at first.
-    /// One load where everything is admitted.
+    /// The receiver at `address`. `kept` is a word that the caller stores beside the id, 0 at first. One load where
+    /// everything is admitted.
     #[inline]
     pub fn receiver<'a>(&self, address: u64, kept: &'a AtomicU32) -> Receiver<'a> {
         let threshold = self.bounds.0.threshold.load(Ordering::Relaxed);
@@ -334,7 +337,7 @@ impl Admission {
         }
     }
 
-    /// Whether a message would be admitted. `receivers` counts those of the shard.
+    /// Whether a message would be admitted. `receivers` returns the number of receivers of the shard.
     #[inline]
     pub fn check(
         &self,
@@ -387,7 +390,7 @@ impl Admission {
         sampling.interval_ms().saturating_sub(age_ms).max(1)
     }
 
-    /// Whether a message to some receiver would be admitted, without a trace of the question.
+    /// Whether a message to some receiver would be admitted. Counts and reports nothing.
     pub fn is_open(
         &self,
         sampling: &Sampling,
@@ -400,8 +403,8 @@ impl Admission {
             || self.is_stale(sampling, now_ms())
     }
 
-    /// Charges a message that [`Self::check`] has let through. Those to a shard that admits everything
-    /// are not counted.
+    /// Charges a message that [`Self::check`] has admitted. Messages to a shard that admits everything are not
+    /// counted.
     #[inline]
     pub fn admit(
         &self,
@@ -414,7 +417,7 @@ impl Admission {
                 wants_sample: false,
             };
         }
-        // AcqRel: in the order of changes of this word, see `finish`.
+        // AcqRel: this count and `ask_at` synchronize by the modification order of this word.
         let count = self.admitted.0.fetch_add(1, Ordering::AcqRel) + 1;
         let is_urgent = match &receiver.known {
             Some(known) if known.charge < MAX_CHARGE => self.charge(known, receiver.threshold),
@@ -430,10 +433,10 @@ impl Admission {
         }
     }
 
-    /// Whether the caller is to ask for a look at this receiver.
+    /// Charges the receiver. Returns whether the caller must request a look at it.
     #[inline]
     fn charge(&self, known: &Known<'_>, threshold: u64) -> bool {
-        // What was misplaced is paid for already, where it is now.
+        // A misplaced charge stays in the record where it is, so the shard is charged once more.
         match self.receivers.charge(known, || self.debit(1)) {
             Charged::Record { index, charge } => {
                 let above = u64::from(charge).wrapping_sub(URGENT);
@@ -449,7 +452,8 @@ impl Admission {
         }
     }
 
-    /// True, also if others wait already: the sampler comes for all of them.
+    /// Has the sampler look at this receiver. Always `true`, even if other receivers wait already: the sampler
+    /// looks at all of them.
     #[cold]
     fn urge(&self, index: u32) -> bool {
         for place in &self.urgent {
@@ -465,15 +469,14 @@ impl Admission {
         true
     }
 
-    /// Whether this caller is the one to ask for the looks that are due: the one with the count at which
-    /// they became so, or the first one after an interval in which nobody was told and nothing sampled.
-    ///
-    /// `asked_ms` stays what the first one made it: asking again is no sign of a sampler.
+    /// Whether this caller must request the looks that are due: the one with the count at which they became due, or
+    /// the first one after an interval in which no caller was told and no sampler was active.
+    /// `asked_ms` keeps the time of the first request: a repeated one is no evidence of a sampler.
     #[cold]
     fn tell(&self, is_first: bool, sampling: &Sampling, now_ms: u64) -> bool {
         let times = &self.times.0;
         if is_first {
-            // A message that was admitted for want of a sampler is no sign of one.
+            // A message that was admitted for want of a sampler is no evidence of one.
             if self.queued() <= bound(self.bounds.0.threshold.load(Ordering::Relaxed)) {
                 times.asked_ms.store(now_ms + 1, Ordering::Relaxed);
             }
@@ -509,7 +512,7 @@ impl Admission {
         })
     }
 
-    /// The shard has room, but this receiver takes nothing.
+    /// Refuses a message because of its receiver alone, which has reached its limit. The shard has room.
     #[cold]
     fn refuse_one(
         &self,
@@ -532,7 +535,7 @@ impl Admission {
     }
 
     fn is_stale(&self, sampling: &Sampling, now_ms: u64) -> bool {
-        // Nobody has sampled yet: being asked to is no sign of a sampler.
+        // Never sampled: a request is no evidence of a sampler.
         let Some(sampled) = age_ms(&self.times.0.sampled_ms, now_ms) else {
             return true;
         };
@@ -542,7 +545,7 @@ impl Admission {
 
     // ---- For the sampler ----
 
-    /// Begins a pass, instead of one that was not finished.
+    /// Begins a pass, in place of one that was not completed.
     pub fn begin_pass(&self, pass: Pass, now_ms: u64) -> Begun {
         let Ok(mut sampler) = self.sampler.try_lock() else {
             return Begun::Busy;
@@ -578,8 +581,8 @@ impl Admission {
         }
     }
 
-    /// The next receivers of the pass: those that wait for an urgent look, and then as many as come next.
-    /// Each is given to `look_at`, the last one first, since that is how lists are made. Until they are
+    /// The next receivers of the pass: those that wait for an urgent look, and then the next ones in order.
+    /// `look_at` is called with each, the last one first, since that is how lists are built. Until they are
     /// reported the next call gives the same ones once more.
     ///
     /// With `is_last` the pass ends here.
@@ -615,7 +618,7 @@ impl Admission {
         Taken::Batch(sampler.number)
     }
 
-    /// Adds to the batch what comes next in the pass.
+    /// Adds the next records of the pass to the batch.
     fn scan(&self, sampler: &mut Sampler) {
         let Sampler {
             batch,
@@ -641,7 +644,8 @@ impl Admission {
                 at,
                 to,
                 |charge, seen| {
-                    // What is wanted of all: charged with something, or not yet seen empty twice.
+                    // With `is_all` every record: charged, or not yet seen empty twice. Otherwise those charged
+                    // with more than the last look has found, or charged and never looked at.
                     *is_all || charge > 0 && (charge > seen || seen == NOT_SEEN)
                 },
                 |charge| self.credit(u64::from(charge)),
@@ -659,10 +663,9 @@ impl Admission {
         }
     }
 
-    /// What looks at the receivers of a batch have found, in its order: messages in the mailbox, 0 for
-    /// a process that has exited, `None` for one that has not answered, which keeps its charge. Receivers
-    /// that are missing at the end are not counted as looked at either. A report that is not of the
-    /// last batch is ignored.
+    /// The results of the looks at the receivers of a batch, in its order: messages in the mailbox, 0 for a process
+    /// that has exited, `None` for one that has not answered, which keeps its charge. Receivers that are missing at
+    /// the end keep their charge too. A report on any but the last batch is ignored.
     pub fn report(
         &self,
         number: u64,
@@ -710,7 +713,7 @@ impl Admission {
         }
     }
 
-    /// Sets when looks are asked for next. Returns whether they are due already.
+    /// Sets when looks are requested next. Returns whether they are due already.
     fn finish(&self, looks: u32) -> bool {
         let threshold = self.bounds.0.threshold.load(Ordering::Relaxed);
         if threshold == OFF {
@@ -721,7 +724,7 @@ impl Admission {
         let pause = if self.has_reserve() {
             ask_level(bound(threshold)).saturating_sub(self.queued())
         } else {
-            // Rounded up: or else the last place would be used up before anybody took it.
+            // Rounded up: otherwise the last place would be used up before the request.
             room.div_ceil(2).max(u64::from(looks / 8))
         };
         let pause = pause.max(1);
@@ -735,23 +738,23 @@ impl Admission {
         threshold == OFF || self.queued() < bound(threshold) / 8 * 5
     }
 
-    /// Has the message with this count ask for looks. Returns whether it is there already.
+    /// Has the message with this count request looks. Returns whether that count has been reached already.
     fn ask_at(&self, count: u64) -> bool {
         self.bounds.0.look_at.store(count, Ordering::Relaxed);
-        // A change of the word that callers count in: one who counts later sees `look_at`, and one who
-        // counted before is seen here. So somebody knows when it is reached.
+        // A read-modify-write of the word that callers count in: a caller that counts later sees `look_at`, and one
+        // that counted before is seen here. So one of them detects that the count is reached.
         self.admitted.0.fetch_add(0, Ordering::AcqRel) >= count
     }
 
-    /// No more samples until a message is admitted, which asks for one. `false` if there is something to
-    /// look at.
+    /// Pauses sampling until a message is admitted, which requests a sample. `false` if there is something to look
+    /// at.
     pub fn pause(&self) -> bool {
         let admitted = self.admitted.0.load(Ordering::Acquire);
         self.receivers.live() == 0 && self.queued() == 0 && !self.ask_at(admitted + 1)
     }
 
-    /// Instead of a sample: what was admitted since the last one is counted on as it is, and the
-    /// sampler is there.
+    /// In place of a sample: everything admitted since the last one keeps its charge, and the sampler counts as
+    /// active.
     pub fn skip_sample(&self, now_ms: u64) {
         let times = &self.times.0;
         let admitted = self.admitted.0.load(Ordering::Acquire);
@@ -760,7 +763,7 @@ impl Admission {
         times.told_ms.store(now_ms + 1, Ordering::Relaxed);
     }
 
-    /// What was noted beside the records.
+    /// Settles what was counted outside of the records.
     fn settle(&self) {
         let times = &self.times.0;
         if times.lent.load(Ordering::Relaxed) > 0 {
@@ -774,7 +777,7 @@ impl Admission {
     fn recover(&self) -> bool {
         let threshold = self.bounds.0.threshold.load(Ordering::Relaxed);
         let is_overloaded = &self.times.0.is_overloaded;
-        // Half the threshold: or else a shard that is just full would come and go all the time.
+        // Half the threshold: otherwise a shard that is just full would enter and leave overload all the time.
         (threshold == OFF || self.queued() < bound(threshold).div_ceil(2))
             && is_overloaded.load(Ordering::Relaxed)
             && is_overloaded.swap(false, Ordering::Relaxed)
@@ -782,12 +785,12 @@ impl Admission {
 
     // ---- For everybody ----
 
-    /// The shard gets room for so many more.
+    /// Adds room for this many messages to the shard.
     fn credit(&self, messages: u64) {
         self.bounds.0.credited.fetch_add(messages, Ordering::AcqRel);
     }
 
-    /// The shard is charged with so many, besides what is admitted.
+    /// Charges the shard with this many messages, besides those admitted.
     fn debit(&self, messages: u64) {
         self.bounds.0.credited.fetch_sub(messages, Ordering::AcqRel);
     }
@@ -803,7 +806,7 @@ impl Admission {
             .unwrap_or(0)
     }
 
-    /// Messages that wait in the shard at most; 0 while everything is admitted.
+    /// The most messages that wait in the shard; 0 while everything is admitted.
     pub fn depth(&self) -> u64 {
         match self.threshold() {
             Some(_) => self.queued(),
@@ -811,12 +814,12 @@ impl Admission {
         }
     }
 
-    /// The process at `address` says that so many messages were queued there, or with a negative `delta`
-    /// that it has taken them.
+    /// The process at `address` reports that `delta` messages were queued there, or with a negative `delta` that it
+    /// has received as many.
     ///
-    /// What it takes is returned from its own charge, exactly. What is beyond that is lent to the shard until
-    /// the next batch of looks, since the same messages may be found gone elsewhere. The depth never
-    /// goes below zero, and what was not there is not owed.
+    /// What it has received is returned from its own charge, exactly. The rest is lent to the shard until the next
+    /// batch of looks, since the same messages may be found gone elsewhere. No more than the depth is lent, so that
+    /// it never goes below zero.
     pub fn adjust(&self, address: u64, delta: i64) {
         let messages = u32::try_from(delta.unsigned_abs()).unwrap_or(u32::MAX);
         if self.threshold().is_none() || address == UNSEEN {
@@ -838,8 +841,8 @@ impl Admission {
         }
     }
 
-    /// What was read as the charge of a record under way is less from then on: what the receiver says here
-    /// is not found missing a second time.
+    /// Returns part of the charge of a process. If its record is in the batch, the charge that was read there is
+    /// reduced as well, so that the look does not find the same messages missing a second time.
     fn take_back(&self, address: u64, messages: u32) -> u32 {
         let Ok(mut sampler) = self.sampler.try_lock() else {
             return 0;
@@ -847,7 +850,7 @@ impl Admission {
         let Some((index, returned)) = self.receivers.take_back(address, messages) else {
             return 0;
         };
-        // What was lent is paid back first: it may be for the same messages.
+        // Lent messages are paid back first: they may be the same ones.
         let lent = &self.times.0.lent;
         let paid = lent.load(Ordering::Acquire).min(u64::from(returned));
         lent.fetch_sub(paid, Ordering::AcqRel);
@@ -860,7 +863,7 @@ impl Admission {
         returned
     }
 
-    /// The messages that the shard takes; `None` for any number.
+    /// The most messages that the shard accepts; `None` for any number.
     pub fn threshold(&self) -> Option<u64> {
         let threshold = self.bounds.0.threshold.load(Ordering::Relaxed);
         (threshold != OFF).then_some(bound(threshold))
@@ -871,31 +874,32 @@ impl Admission {
         is_auto(self.bounds.0.threshold.load(Ordering::Relaxed))
     }
 
-    /// Changes the threshold: one store. The next message asks for a sample. `receivers` are those of the
-    /// shard.
+    /// Changes the threshold: one swap. The next message requests a sample. `receivers` is the number of receivers
+    /// of the shard.
     pub fn set_threshold(&self, threshold: Threshold, receivers: u64) {
         let word = match threshold {
             Threshold::Off => OFF,
             Threshold::Auto => automatic(receivers),
             Threshold::Exactly(threshold) => threshold,
         };
-        // A swap and no store: `follow` never comes between what it has read and this.
+        // A swap and no store: no compare-and-swap of `follow` comes between what it reads and what it writes.
         self.bounds.0.threshold.swap(word, Ordering::AcqRel);
         self.recover();
         let admitted = self.admitted.0.load(Ordering::Acquire);
         self.ask_at(admitted + 1);
-        // One that is admitted at this moment may have looked before. The next one asks in any case.
+        // A message that is admitted at this moment may have loaded `look_at` before. The next one requests in any
+        // case.
         self.times.0.told_ms.store(0, Ordering::Relaxed);
     }
 
-    /// Has an automatic threshold follow the number of receivers. Returns the word in force.
+    /// Has an automatic threshold follow the number of receivers. Returns the threshold in force.
     pub(crate) fn follow(&self, receivers: u64) -> u64 {
         let word = self.bounds.0.threshold.load(Ordering::Relaxed);
         let followed = automatic(receivers);
         if !is_auto(word) || word == followed {
             return word;
         }
-        // Lost to another change, which counts.
+        // Lost to a concurrent change, which prevails.
         match self.bounds.0.threshold.compare_exchange(
             word,
             followed,
@@ -912,7 +916,7 @@ impl Admission {
         self.admitted.0.load(Ordering::Relaxed) - ORIGIN
     }
 
-    /// Number of processes that were sent something and not seen empty since.
+    /// Number of processes that were sent something and have not been seen empty since.
     pub fn active_receivers(&self) -> u32 {
         self.receivers.live()
     }
@@ -927,27 +931,27 @@ impl Admission {
         self.times.0.is_overloaded.load(Ordering::Relaxed)
     }
 
-    /// Whether messages have been admitted since the last sample and that is too old to count:
-    /// nobody samples, and everything is admitted. Not so where nothing has come since.
+    /// Whether messages have been admitted since the last sample and that is too old to count: no process samples,
+    /// and everything is admitted. `false` if no message has been admitted since.
     pub fn is_unwatched(&self, sampling: &Sampling, now_ms: u64) -> bool {
         self.threshold().is_some()
             && self.admitted.0.load(Ordering::Relaxed) > self.times.0.seen.load(Ordering::Relaxed)
             && self.is_stale(sampling, now_ms)
     }
 
-    /// Milliseconds since the sampler was there last; `None` if it never was.
+    /// Milliseconds since the sampler was last active; `None` if it never was.
     pub fn sample_age_ms(&self, now_ms: u64) -> Option<u64> {
         age_ms(&self.times.0.sampled_ms, now_ms)
     }
 }
 
-/// A record twice in one batch would be credited twice for what one look has found.
+/// Whether a batch has a record. A record twice in one batch would be credited twice for what one look has found.
 fn holds(batch: &[Found], index: u32) -> bool {
     batch.iter().any(|record| record.index == index)
 }
 
-/// The depth at which looks are asked for. The later, the more messages each look is for; what is left
-/// must last until the sampler comes.
+/// The depth at which looks are requested. The higher it is, the more messages each look covers; the room left must
+/// last until the sampler looks.
 fn ask_level(bound: u64) -> u64 {
     bound - bound / 4
 }
@@ -969,13 +973,13 @@ fn automatic(receivers: u64) -> u64 {
         .clamp(RECEIVER_LIMIT, 1 << 40)
 }
 
-/// Milliseconds since a stored time; `None` for never. One that is ahead of the clock is now.
+/// Milliseconds since a stored time; `None` for never. A time ahead of the clock counts as now.
 fn age_ms(at: &AtomicU64, now_ms: u64) -> Option<u64> {
     let now = now_ms + 1;
     match at.load(Ordering::Relaxed) {
         0 => None,
         ahead if ahead > now => {
-            // Lost to another store, which is no older.
+            // Lost to a concurrent store, which is no older.
             let _ = at.compare_exchange(ahead, now, Ordering::Relaxed, Ordering::Relaxed);
             Some(0)
         }
@@ -983,7 +987,7 @@ fn age_ms(at: &AtomicU64, now_ms: u64) -> Option<u64> {
     }
 }
 
-/// Stores the time, for exactly one caller of those for whom the stored one `is_due` by its age.
+/// Stores the time, for exactly one of the callers for which the stored time `is_due` by its age.
 fn claim(at: &AtomicU64, now_ms: u64, is_due: impl FnOnce(u64) -> bool) -> bool {
     let age = age_ms(at, now_ms);
     let stored = match age {

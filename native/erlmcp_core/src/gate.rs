@@ -1,11 +1,10 @@
-//! A gate that is closed before a walk removes everything, so that nothing slips in behind it.
+//! A gate that is closed before a walk removes all entries, so that no entry is inserted behind it.
 //!
 //! # Guarantee
 //!
-//! One thread enters something and then asks [`Gate::is_closed_behind`]; another one calls
-//! [`Gate::close`] and then walks over what has been entered. At least one of them sees the other:
-//! either the first learns that the gate is closed (and takes its thing out again), or the walk
-//! finds it. That is Dekker's store-and-load pattern.
+//! One thread inserts an entry and then calls [`Gate::is_closed_behind`]; another one calls [`Gate::close`] and
+//! then walks over the entries. At least one of them sees the other: either the first learns that the gate is
+//! closed (and removes its entry again), or the walk finds the entry. That is Dekker's store-and-load pattern.
 
 use crate::sync::{AtomicBool, Ordering, fence};
 
@@ -36,14 +35,14 @@ impl Gate {
         self.closed.store(false, Ordering::Release);
     }
 
-    /// Whether the gate is closed, for those who have not entered anything yet.
+    /// Whether the gate is closed, for threads that have not inserted anything yet.
     pub fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Relaxed)
     }
 
-    /// Whether the gate was closed before what this thread entered could be seen by the walk.
+    /// Whether the gate was closed before the walk could see what this thread has inserted.
     pub fn is_closed_behind(&self) -> bool {
-        // SeqCst: orders the entry before the load, against the fence above.
+        // SeqCst: orders the insertion before the load, against the fence above.
         fence(Ordering::SeqCst);
         self.closed.load(Ordering::Relaxed)
     }

@@ -1,36 +1,35 @@
-//! What the receivers of one shard are charged with: the records of the processes that were sent
-//! something and have not been seen empty since.
+//! What the receivers of one shard are charged with: the records of the processes that were sent something and have
+//! not been seen empty since.
 //!
 //! # Structure
 //!
-//! A record is one word, `tag << 32 | charge`. The charge is the number of messages that its process
-//! has been sent and was not yet seen to have taken. The tag is a keyed hash of the process's
-//! address, never 0; the tag of a free record is 0. Records have stable indexes in segments that
-//! never move, as in [`crate::slots`], and a map leads from an address to an index, so that all ids
-//! of one process share one record. A sender keeps the index beside the id that it has looked up; the
-//! tag tells it when that index is stale.
+//! A record is one word, `tag << 32 | charge`. The charge is the number of messages that its process has been sent
+//! and has not yet been seen to receive. The tag is a keyed hash of the process's address, never 0; the tag of a
+//! free record is 0. Records have stable indexes in segments that never move, as in [`crate::slots`]. A map leads
+//! from an address to an index, so that all ids of one process share one record. A sender keeps the index beside
+//! the id that it has looked up; the tag tells it when that index is stale.
 //!
-//! The words are dense, since senders touch nothing else. What samplers alone read (the address, and
-//! what the last look has found) lies in arrays of their own.
+//! The words are dense, since senders touch nothing else. What samplers alone read (the address, and what the last
+//! look has found) is in arrays of its own.
 //!
 //! # Invariants
 //!
-//! * A charge is only ever added (by anybody) or subtracted by whoever holds the shard's sampler, who
-//!   subtracts no more than it has read before. So no word underflows.
-//! * A charge that lands in a record that has been freed, or given to another process, between a
-//!   sender's load and its addition stays there: it is part of what the shard is charged with, and a
-//!   look returns it ([`Receivers::scan`]). The sender pays once more for the right record.
-//! * A record is made by *adding* its tag to the word, and freed by a compare-and-swap from a charge of
-//!   0. So no charge is lost by either.
-//! * The address is stored before the tag is added, and tells the tag.
-//! * The map's value is the index of a record whose tag has been added. If the tag is not there any more
-//!   the record was freed, and whoever sees that removes the value. At worst a process has a second
-//!   record for a while, which its samplers look at and free like any other.
+//! * Any thread may add to a charge. Only the thread that holds the shard's sampler subtracts from it, and no more
+//!   than it has read before. So no word underflows.
+//! * A charge may land in a record that has been freed, or given to another process, between a sender's load and
+//!   its addition. It stays there: it is part of what the shard is charged with, and a look returns it
+//!   ([`Receivers::scan`]). The sender charges the shard once more for the right record.
+//! * A record is created by *adding* its tag to the word, and freed by a compare-and-swap from a charge of 0. So no
+//!   charge is lost by either.
+//! * The address is stored before the tag is added, and determines the tag.
+//! * The map's value is the index of a record whose tag has been added. If the tag is gone, the record was freed,
+//!   and a thread that sees that removes the value. At worst a process has a second record for a while, which its
+//!   samplers look at and free like any other.
 //!
 //! # Trade-offs
 //!
-//! A scan costs a word for each record that there has been at one time: what was active once, and not
-//! what is registered.
+//! A scan costs a word for each record that has existed at one time: in proportion to the processes that were
+//! active, and not to those that are registered.
 
 use std::fmt;
 use std::sync::Arc;
@@ -44,14 +43,13 @@ use crate::sync::{AtomicU32, AtomicU64, Ordering, zeroed_u32s, zeroed_u64s};
 /// No index: what a sender keeps before it has one. Indexes are kept plus 1.
 const NO_INDEX: u32 = 0;
 
-/// The most that a record is charged with. What is beyond that is not counted: a process never has
-/// so many messages.
+/// The most that a record is charged with. Further messages are not counted: a process never has so many.
 pub(crate) const MAX_CHARGE: u32 = 1 << 30;
 
-/// A record that no look has found anything of yet.
+/// What the last look has found, before the first look.
 pub(crate) const NOT_SEEN: u32 = u32::MAX;
 
-/// Attempts to charge a record that others free meanwhile.
+/// Attempts to charge a record that is concurrently freed.
 const ATTEMPTS: usize = 4;
 
 #[cfg(not(loom))]
@@ -77,16 +75,16 @@ pub(crate) struct Known<'a> {
     tag: u32,
     /// The index in `kept`, if the record had the tag.
     pub(crate) index: Option<u32>,
-    /// What it was charged with.
+    /// The charge of the record.
     pub(crate) charge: u32,
 }
 
 /// Where a message was counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Charged {
-    /// In a record, which is charged with so much now.
+    /// In a record, whose charge is now `charge`.
     Record { index: u32, charge: u32 },
-    /// In none: it was freed by others again and again.
+    /// In none: it was freed again and again.
     Stray,
 }
 
@@ -134,7 +132,7 @@ impl Receivers {
         }
     }
 
-    /// Keyed, so that nobody makes two processes share a tag on purpose.
+    /// Keyed, so that no client can make two processes share a tag on purpose.
     #[inline]
     fn tag(&self, address: u64) -> u32 {
         let product = u128::from(address ^ self.keys.0) * u128::from(self.keys.1);
@@ -142,8 +140,8 @@ impl Receivers {
         tag.max(1)
     }
 
-    /// What is known of the record of `address`. Loads its word, so that a miss is under way while
-    /// other layers are asked.
+    /// What is known of the record of `address`. Loads its word, so that a cache miss is in flight while other
+    /// layers are checked.
     #[inline]
     pub(crate) fn know<'a>(&self, address: u64, kept: &'a AtomicU32) -> Known<'a> {
         let tag = self.tag(address);
@@ -158,7 +156,7 @@ impl Receivers {
         if index != NO_INDEX
             && let Some(word) = self.word(index - 1)
         {
-            // Acquire: whoever reads the record's tag knows of what made it.
+            // Acquire: a thread that reads the record's tag sees what was stored before it was added.
             let word = word.load(Ordering::Acquire);
             if tag_of(word) == tag {
                 known.index = Some(index - 1);
@@ -183,8 +181,8 @@ impl Receivers {
         }
     }
 
-    /// Charges the process with a message, which the shard has been charged with already. `misplaced`
-    /// charges the shard once more. Lock-free but for the map, and repeated a few times at most.
+    /// Charges the process with a message, which the shard has been charged with already. `misplaced` charges the
+    /// shard once more. Lock-free except for the map, and retried a few times at most.
     #[inline]
     pub(crate) fn charge(&self, known: &Known<'_>, mut misplaced: impl FnMut()) -> Charged {
         if let Some(index) = known.index
@@ -220,14 +218,14 @@ impl Receivers {
                 }
                 misplaced();
             }
-            // It was freed; its sampler may not have got so far as to remove it.
+            // It was freed; its sampler may not have removed it from the map yet.
             self.index.remove(known.address, index);
         }
         Charged::Stray
     }
 
-    /// Charges the process at `address` with so much more, as far as a record takes it. The shard has
-    /// been charged with `charge`. Returns what was charged.
+    /// Charges the process at `address` with `charge` more messages, up to the maximum of its record. The shard has
+    /// been charged with `charge`. Returns what was added to the record.
     pub(crate) fn charge_many(&self, address: u64, charge: u32) -> u32 {
         let tag = self.tag(address);
         for _ in 0..ATTEMPTS * 4 {
@@ -266,8 +264,8 @@ impl Receivers {
         match self.index.insert(address, index) {
             Ok(()) => index,
             Err(other) => {
-                // Lost to a concurrent insert. If somebody charges ours already (by an index from an
-                // earlier life of it), then its sampler frees it.
+                // Lost to a concurrent insert. If another thread charges our record already (by an index from an
+                // earlier life of it), its sampler frees it.
                 self.free_if_empty(index, tag);
                 other
             }
@@ -276,8 +274,8 @@ impl Receivers {
 
     // ---- For the one who holds the sampler ----
 
-    /// The next record from `index` on up to `end` that has a tag, and is `wanted`. Charges in free
-    /// records are given to `returned`.
+    /// The next record from `index` up to `end` that has a tag and is `wanted`. Charges in free records are passed
+    /// to `returned`.
     pub(crate) fn scan(
         &self,
         index: u32,
@@ -307,7 +305,7 @@ impl Receivers {
         })
     }
 
-    /// The record at `index`, if it is one.
+    /// The record at `index`, unless it is free.
     pub(crate) fn get(&self, index: u32) -> Option<Found> {
         let value = self.word(index)?.load(Ordering::Acquire);
         let seen = get(&self.seen, index)?.load(Ordering::Relaxed);
@@ -316,7 +314,7 @@ impl Receivers {
 
     fn found(&self, index: u32, tag: u32, charge: u32, seen: u32) -> Option<Found> {
         let address = get(&self.addresses, index)?.load(Ordering::Relaxed);
-        // Or else it was freed and made anew between the two loads.
+        // Otherwise it was freed and created anew between the two loads.
         (tag != 0 && self.tag(address) == tag).then_some(Found {
             index,
             charge,
@@ -325,12 +323,12 @@ impl Receivers {
         })
     }
 
-    /// A look at the record's process has found `queued` messages, after its charge was read as
-    /// `charge`. What is returned to the shard is given to `returned`, after the record has given
-    /// it; what the shard is charged with in addition to `charged`, before the record is.
+    /// A look at the record's process has found `queued` messages, after its charge was read as `charge`.
+    /// `returned` gets what the record gives back to the shard, after the record has given it. `charged` gets what
+    /// the shard is charged with in addition, before the record is.
     ///
-    /// A record that was found empty, and then without a charge and empty again, is freed: between
-    /// two looks whoever had charged it has sent its message.
+    /// A record that was found empty, and then without a charge and empty again, is freed: every thread that had
+    /// charged it has sent its message between the two looks.
     pub(crate) fn look(
         &self,
         record: &Found,
@@ -419,7 +417,8 @@ impl Receivers {
         let mut head = self.free.load(Ordering::Acquire);
         loop {
             let index = (head as u32).checked_sub(1)?;
-            // Worthless if others have popped it meanwhile; then the generation has moved on.
+            // Meaningless if another thread has popped it meanwhile. Then the generation has changed and the
+            // compare-and-swap fails.
             let next = get(&self.links, index)?.load(Ordering::Acquire);
             match self.free.compare_exchange_weak(
                 head,
@@ -520,7 +519,7 @@ impl Index {
 }
 
 /// In loom's models alone, in place of papaya, whose atomics loom does not see. A lock is as linearizable.
-/// `loom::sync` exists under `cfg(loom)` only, so no library that is shipped can have it.
+/// `loom::sync` exists under `cfg(loom)` only, so no released library can contain it.
 #[cfg(loom)]
 struct Index(loom::sync::Mutex<std::collections::HashMap<u64, u32>>);
 

@@ -1,29 +1,27 @@
-//! A small value beside its snapshot: read by loads alone, where an
-//! epoch guard would cost more than all the rest.
+//! A small value beside its snapshot, read by loads alone. An epoch guard would cost more than all the rest.
 //!
 //! # Algorithm
 //!
-//! A sequence lock, in the form that H.-J. Boehm gives it for language memory models (*Can seqlocks get
-//! along with programming language memory models?*, 2012): the words are atomics, and a reader
-//! takes them only if the sequence number was the same before and after. Unlike the usual one it
-//! never makes a reader wait: while the words are being written the number says so, and the reader
-//! goes to where the value comes from instead.
+//! A sequence lock, in the form that H.-J. Boehm gives it for language memory models (*Can seqlocks get along with
+//! programming language memory models?*, 2012): the words are atomics, and a reader accepts them only if the
+//! sequence number was the same before and after. Unlike in the usual form, a reader never waits: the sequence
+//! number says while the words are being written, and the reader then reads the source of the value instead.
 //!
 //! # Protocol
 //!
-//! `sequence` is twice the number of changes, with the last bit (`VALID`) set while the words are valid.
-//! Whoever changes the source
+//! `sequence` is twice the number of changes, with the last bit (`VALID`) set while the words are valid. A thread
+//! that changes the source
 //!
 //! 1. changes it, then counts the change in `sequence`, which makes the words invalid;
-//! 2. takes `is_copying`. If somebody has it, that one will see the count, and the change is done;
-//! 3. reads `sequence` and then the source, writes the words, and makes them valid if `sequence` is
-//!    the same still; if not, again from here;
-//! 4. gives `is_copying` back; if the words are not valid by then, again from 2.
+//! 2. acquires `is_copying`. If another thread has it, that one will see the count, and the change is done;
+//! 3. reads `sequence` and then the source, writes the words, and makes them valid if `sequence` is still the same;
+//!    if not, repeats this step;
+//! 4. releases `is_copying`; if the words are not valid by then, continues at 2.
 //!
-//! *The words are never older than the last change that has returned*: it has counted, so they are
-//! invalid until somebody has read the source after the count. *Two never write at the same time*:
-//! step 2. *Somebody always makes them valid*: one who does not get `is_copying` in step 2 comes
-//! before its return in step 4 in the order of changes of that word, so its count is seen there.
+//! *The words are never older than the last change that has returned*: it has been counted, so they are invalid
+//! until a thread has read the source after the count. *Two threads never write at the same time*: step 2. *A
+//! thread always makes them valid*: a thread that does not acquire `is_copying` in step 2 precedes the release in
+//! step 4 in the modification order of that word, so its count is seen there.
 
 use crate::sync::{AtomicBool, AtomicU64, Ordering, fence};
 
@@ -38,7 +36,7 @@ pub struct SeqLock<const N: usize> {
 }
 
 impl<const N: usize> SeqLock<N> {
-    /// With these words, valid.
+    /// A lock with these words, valid.
     pub fn new(words: [u64; N]) -> Self {
         Self {
             sequence: AtomicU64::new(VALID),
@@ -55,14 +53,13 @@ impl<const N: usize> SeqLock<N> {
             return None;
         }
         let words = std::array::from_fn(|n| self.words[n].load(Ordering::Relaxed));
-        // With the fence in `refresh`: whoever has read one of the words of a later change sees
-        // its count below.
+        // With the fence in `copy`: a thread that has read one of the words of a later change sees its count below.
         fence(Ordering::Acquire);
         (self.sequence.load(Ordering::Relaxed) == before).then_some(words)
     }
 
-    /// The source has changed: makes the words what `source` gives, or leaves that to another thread
-    /// that is about it. Readers get none until then.
+    /// The source has changed: makes the words what `source` returns, or leaves that to a thread that is copying
+    /// already. Readers get `None` until then.
     pub fn refresh(&self, source: impl Fn() -> [u64; N]) {
         let mut sequence = self.sequence.load(Ordering::Relaxed);
         while let Err(changed) = self.sequence.compare_exchange_weak(
@@ -77,12 +74,12 @@ impl<const N: usize> SeqLock<N> {
             && !self.is_copying.swap(true, Ordering::AcqRel)
         {
             self.copy(&source);
-            // AcqRel: see "somebody always makes them valid".
+            // AcqRel: see "a thread always makes them valid".
             self.is_copying.swap(false, Ordering::AcqRel);
         }
     }
 
-    /// For the one who has `is_copying`.
+    /// For the thread that has acquired `is_copying`.
     fn copy(&self, source: &impl Fn() -> [u64; N]) {
         loop {
             let sequence = self.sequence.load(Ordering::Acquire);

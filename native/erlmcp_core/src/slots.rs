@@ -1,11 +1,8 @@
 //! A growable array of words with stable indexes: the index behind "all entries of one shard" and
 //! "all transports of one server".
 //!
-//! A hash map finds one entry quickly but lists a part of them only by walking all. A [`Slots`]
-//! holds one word for each member of such a part, so that a walk costs in proportion to the
-//! largest number of members there has been at one time.
-//!
-//! # Algorithm
+//! A hash map finds one entry quickly, but lists a part of its entries only by walking all. A [`Slots`] holds one
+//! word for each member of such a part, so that a walk costs in proportion to the most members at one time.
 //!
 //! Segments of doubling size that never move, as in Dechev, Pirkelbauer and Stroustrup,
 //! *Lock-free dynamically resizable arrays* (2006). Free indexes are kept in a Treiber stack
@@ -20,8 +17,8 @@
 //!
 //! # Trade-offs
 //!
-//! 8 bytes a member and no allocation of its own for each, against a walk over the holes that
-//! removed members left. Memory is kept until the structure is dropped.
+//! A member costs 8 bytes and no allocation of its own. In return a walk passes over the holes that removed members
+//! left. Memory is kept until the structure is dropped.
 
 use std::fmt;
 use std::ops::Range;
@@ -30,9 +27,9 @@ use once_cell::race::OnceBox;
 
 use crate::sync::{AtomicU32, AtomicU64, Ordering, zeroed_u64s};
 
-/// The bit that tells an occupied word from a free one. It lies between the bits that `papaya`
-/// takes for the position (low) and for its metadata (the top seven), so that a hash may have it
-/// set for good without losing what a table of fewer than 2^48 places needs.
+/// The bit that distinguishes an occupied word from a free one. It lies between the bits that `papaya` uses for the
+/// position (low) and for its metadata (the top seven). So a hash may always have it set without losing what a
+/// table of fewer than 2^48 places needs.
 pub const OCCUPIED: u64 = 1 << 48;
 
 #[cfg(not(loom))]
@@ -78,14 +75,14 @@ impl Slots {
         index
     }
 
-    /// Frees `index`, and returns its word. Only the one that holds the index may call this, once. Lock-free.
+    /// Frees `index`, and returns its word. Only the owner of the index may call this, once. Lock-free.
     pub fn remove(&self, index: u32) -> u64 {
         let word = self.word_or_init(index);
         let held = word.load(Ordering::Relaxed);
         let mut head = self.free.load(Ordering::Acquire);
         loop {
-            // The word is ours until the exchange below succeeds. Without OCCUPIED it is
-            // invisible to walks from here on.
+            // The word is ours until the compare-and-swap below succeeds. Without OCCUPIED it is invisible to walks
+            // from here on.
             word.store(head & 0xffff_ffff, Ordering::Release);
             let new = next_generation(head) | (u64::from(index) + 1);
             match self
@@ -104,7 +101,7 @@ impl Slots {
         (word & OCCUPIED != 0).then_some(word)
     }
 
-    /// Number of indexes that a walk visits: the most words there have been at one time.
+    /// Number of indexes that a walk visits: the most words at one time.
     pub fn high_water(&self) -> u32 {
         self.len.load(Ordering::Acquire)
     }
@@ -114,7 +111,7 @@ impl Slots {
         self.within(0..self.high_water())
     }
 
-    /// The occupied words at some indexes.
+    /// The occupied words at `indexes`, with their indexes.
     pub fn within(&self, indexes: Range<u32>) -> impl Iterator<Item = (u32, u64)> + '_ {
         indexes.filter_map(|index| Some((index, self.get(index)?)))
     }
@@ -123,9 +120,9 @@ impl Slots {
         let mut head = self.free.load(Ordering::Acquire);
         loop {
             let index = (head as u32).checked_sub(1)?;
-            // Another thread may have popped this index and stored a word in it, or may be about
-            // to push it again. What we read is then worthless, but the generation has moved on
-            // and the exchange fails.
+            // Another thread may have popped this index and stored a word in it, or may be about to push it again.
+            // Then the value read here is meaningless, but the generation has changed and the compare-and-swap
+            // fails.
             let next = self.word_or_init(index).load(Ordering::Acquire) & 0xffff_ffff;
             match self.free.compare_exchange_weak(
                 head,

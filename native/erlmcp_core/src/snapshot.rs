@@ -1,10 +1,10 @@
-//! A value that is exchanged as a whole while readers hold earlier ones.
+//! A value that is replaced as a whole while readers hold earlier ones.
 //!
-//! Epoch-based reclamation (Fraser, *Practical lock-freedom*, 2004) as `crossbeam-epoch` has it: a
-//! reader announces itself and then follows the pointer; what a writer took away is freed when all
-//! readers of that time have gone. Reading is wait-free and writes to no shared memory.
+//! Epoch-based reclamation (Fraser, *Practical lock-freedom*, 2004) as implemented by `crossbeam-epoch`: a reader
+//! pins the epoch and then follows the pointer. A value that a writer has replaced is freed when all readers of
+//! that time have unpinned. Reading is wait-free and writes nothing but the thread's own epoch.
 //!
-//! This is the one module of the crate with `unsafe` code.
+//! This is the only module of the crate with `unsafe` code.
 
 #![allow(unsafe_code)]
 
@@ -26,17 +26,17 @@ impl<T: Send + Sync + 'static> Snapshot<T> {
         }
     }
 
-    /// Gives the present value to `read`.
+    /// Calls `read` with the present value.
     #[inline]
     pub(crate) fn read<R>(&self, read: impl FnOnce(&T) -> R) -> R {
         let guard = pin();
-        // SAFETY: the pointer is from `Owned` and not null; what it points to is destroyed by
-        // `update` alone, deferred until no guard of this time is left.
+        // SAFETY: the pointer is from `Owned` and not null. Only `update` destroys what it points to, deferred
+        // until no guard of this time is left.
         read(unsafe { self.value.load(Ordering::Acquire, &guard).deref() })
     }
 
-    /// Exchanges the value for what `next` makes of it, unless that is an error. `next` is called
-    /// again if another thread has exchanged it meanwhile.
+    /// Replaces the value by what `next` makes of it, unless that is an error. `next` is called again if another
+    /// thread has replaced the value meanwhile.
     pub(crate) fn update<E>(&self, mut next: impl FnMut(&T) -> Result<T, E>) -> Result<(), E> {
         let guard = pin();
         let mut held = self.value.load(Ordering::Acquire, &guard);
@@ -51,8 +51,7 @@ impl<T: Send + Sync + 'static> Snapshot<T> {
                 &guard,
             ) {
                 Ok(_) => {
-                    // SAFETY: it has just been taken out of the only place where readers find it,
-                    // by us alone.
+                    // SAFETY: we alone have just removed it from the only place where readers find it.
                     unsafe { guard.defer_destroy(held) };
                     return Ok(());
                 }
@@ -65,7 +64,7 @@ impl<T: Send + Sync + 'static> Snapshot<T> {
 impl<T: Send + Sync + 'static> Drop for Snapshot<T> {
     fn drop(&mut self) {
         let value = std::mem::replace(&mut self.value, Atomic::null());
-        // SAFETY: `&mut self`: no reader and no writer is left.
+        // SAFETY: `&mut self`, so no reader and no writer is left.
         drop(unsafe { value.into_owned() });
     }
 }
@@ -109,8 +108,7 @@ mod tests {
         });
         snapshot.read(|value| assert_eq!(value.0, 2 * rounds));
         drop(snapshot);
-        // Threads hand over what they have not freed when they are gone, which a join does not wait
-        // for.
+        // Threads hand over what they have not freed when they exit, which a join does not wait for.
         for _ in 0..10_000 {
             pin().flush();
             if Arc::strong_count(&alive) == 1 {
