@@ -28,8 +28,8 @@
 //!
 //! Under [`Threshold::Auto`] the same holds for each process and [`RECEIVER_LIMIT`].
 //!
-//! A shard is never refused for want of a sampler: if the last look is older than ten intervals, and so is the
-//! message that requested one, everything is admitted.
+//! A shard never refuses for want of a sampler: if the last look is older than ten intervals, and so is the message
+//! that requested one, everything is admitted.
 //!
 //! # Time
 //!
@@ -783,7 +783,7 @@ impl Admission {
             && is_overloaded.swap(false, Ordering::Relaxed)
     }
 
-    // ---- For everybody ----
+    // ---- For all callers ----
 
     /// Adds room for this many messages to the shard.
     fn credit(&self, messages: u64) {

@@ -13,11 +13,11 @@
 //!     └──────────────────────────────────────────────── half open ────┘
 //! ```
 //!
-//! A *period* is the time from one transition (or reset) to the next. A call gets a [`Permit`] of the
-//! period that lets it through. Its outcome takes part in decisions of that period alone; a later one is
-//! counted in the totals.
+//! A *period* is the time from one transition (or reset) to the next. A call gets a [`Permit`] of the period that
+//! lets it through. Its outcome takes part in the decisions of that period alone. A later outcome counts in the
+//! totals only.
 //!
-//! State and counters that decide are one word:
+//! The state and the deciding counters are one word:
 //!
 //! ```text
 //! bits 63..62  state    0 closed, 1 open, 2 half open
@@ -27,29 +27,29 @@
 //!
 //! # Invariants
 //!
-//! * Every transition is one compare-and-swap of the word, and adds one to the period. So one caller
-//!   makes it, and learns that it did.
+//! * Every transition is one compare-and-swap of the word, and increments the period. So exactly one caller makes
+//!   it, and knows that it did.
 //! * An outcome counts by a compare-and-swap of a word of its own period, or (a success that changes
 //!   nothing) by a load of one. No outcome decides anything in a later period.
-//! * The window is a ring of bits beside the word. Each of its words carries the period in which the window
-//!   began, its *era*; the window of an earlier era is empty, and an outcome of an earlier era writes
-//!   nothing. So no transition has to clear it. Closing begins an era.
-//! * The time of a transition follows the word, tagged with its period. Whoever needs it first writes it.
+//! * The window is a ring of bits beside the word. Each of its words carries the period in which the window began,
+//!   its *era*. The window of an earlier era counts as empty, and an outcome of an earlier era writes nothing. So
+//!   no transition has to clear it. Closing begins an era.
+//! * The time of a transition is stored after the word, tagged with its period. The first thread that needs it
+//!   writes it.
 //! * A slot of the half-open state is one word: free, or a claim. At most `probe_limit` claims exist,
 //!   those of earlier half-open periods included.
 //!
 //! # Guarantees
 //!
-//! [`CallBreaker::enter`] is one load while closed. A success while closed is one increment and some loads,
-//! unless there are failures to forget. Every operation is lock-free. When an outcome was recorded,
-//! everybody sees the state that it brought about.
+//! [`CallBreaker::enter`] is one load while closed. A success while closed is one increment and some loads, unless
+//! there are failures to forget. Every operation is lock-free. Once an outcome was recorded, every thread sees the
+//! state that it caused.
 //!
 //! # Trade-offs
 //!
-//! Under concurrency the window has the outcomes in an order in which they may have happened, which need not
-//! be that of the word. A caller may be refused while a slot is being passed from one probe to another. The
-//! statistics are no snapshot. A call that lasts for exactly 2^30 transitions counts in a period that is
-//! not its own.
+//! Under concurrency the window has the outcomes in an order in which they may have happened, which need not be
+//! that of the word. A caller may be refused while a slot passes from one probe to another. The statistics are no
+//! snapshot. A call that lasts for exactly 2^30 transitions counts in a period that is not its own.
 
 use std::fmt;
 
@@ -66,7 +66,7 @@ pub struct Config {
     pub success_threshold: u32,
     /// How long it stays open, 1 to 2^32 - 1.
     pub timeout_ms: u64,
-    /// The last calls that the failure rate is about, 1 to [`MAX_WINDOW`].
+    /// The number of last calls in the failure rate, 1 to [`MAX_WINDOW`].
     pub window_size: u32,
     /// The failure rate over a full window that opens it at a failure, 0.0 to 1.0.
     pub failure_rate_threshold: f64,
@@ -100,12 +100,12 @@ impl Config {
     }
 }
 
-/// What became of a call.
+/// The outcome of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// It counts for the breaker.
+    /// The call succeeded.
     Success,
-    /// It counts against it.
+    /// The call failed.
     Failure,
 }
 
@@ -185,8 +185,8 @@ impl Began {
         u64::from(period) << MS_BITS | ms
     }
 
-    /// When `period` began. The first one who asks says: now. A time that is still to come is not when
-    /// it began: the clock has gone back, and it begins now.
+    /// When `period` began: at `now_ms` for the first caller that asks. If the stored time is in the future, the
+    /// clock has gone back, and the period begins now.
     fn of(&self, period: u32, now_ms: u64) -> u64 {
         const MASK: u64 = (1 << (64 - MS_BITS)) - 1;
         let mut held = self.0.load(Ordering::Acquire);
@@ -198,7 +198,7 @@ impl Began {
                 return ms;
             }
             if distance > MASK / 2 {
-                // A later period has begun: what the caller is about to do in this one will fail.
+                // A later period has begun, so the caller's compare-and-swap in this one will fail.
                 return now_ms;
             }
             match self.0.compare_exchange(
@@ -216,7 +216,7 @@ impl Began {
 
 // ---- The window ----
 
-/// A word of the window: the era above 32 bits of content, which is zero in any later era.
+/// A word of the window: the era above 32 bits of content. The content is zero in any later era.
 #[derive(Clone, Copy)]
 struct Tagged(u64);
 
@@ -234,8 +234,8 @@ impl Tagged {
     }
 }
 
-/// Replaces the content of `word` in `era` by what `next` makes of it; the content before. `None` if a
-/// later era has begun.
+/// Replaces the content of `word` in `era` by the result of `next`. Returns the content before; `None` if a later
+/// era has begun.
 fn change(word: &AtomicU64, era: u32, next: impl Fn(u32) -> u32) -> Option<u32> {
     let mut held = Tagged(word.load(Ordering::Acquire));
     loop {
@@ -259,16 +259,16 @@ const CELL_BITS: u32 = 32;
 /// The last outcomes: a ring of bits.
 struct Window {
     size: u32,
-    /// Outcomes so far; from `2 * size` back to `size`, so that it also says whether the window is full.
+    /// Outcomes so far. Wraps from `2 * size` to `size`, so that it also says whether the window is full.
     passed: AtomicU64,
-    /// Bits that are set. Signed: the one who overwrites a failure may count that before the one who
-    /// wrote it.
+    /// Bits that are set. Signed: the thread that overwrites a failure may subtract it before the thread that wrote
+    /// it has added it.
     failures: AtomicU64,
     /// A set bit is a failure.
     cells: Box<[AtomicU64]>,
 }
 
-/// How many outcomes the window has, and how many of them are failures.
+/// The outcomes in the window, and the failures among them.
 #[derive(Clone, Copy)]
 struct Rate {
     outcomes: u32,
@@ -314,13 +314,13 @@ impl Window {
             State::Closed => period,
             _ => {
                 let era = Tagged(self.passed.load(Ordering::Acquire)).era();
-                // A later one is not this outcome's, which then writes nothing.
+                // A later era is not that of this outcome, which then writes nothing.
                 if is_later(era, period) { period } else { era }
             }
         }
     }
 
-    /// Adds an outcome; the rate then. `None` if a later era has begun.
+    /// Adds an outcome. Returns the rate then; `None` if a later era has begun.
     fn slide(&self, era: u32, outcome: Outcome) -> Option<Rate> {
         let passed = Tagged(self.passed.load(Ordering::Acquire));
         let failures = Tagged(self.failures.load(Ordering::Acquire));
@@ -348,7 +348,7 @@ impl Window {
         let was_failure = former & bit != 0;
         let by = i32::from(is_failure) - i32::from(was_failure);
         let failures = change(&self.failures, era, |n| n.wrapping_add_signed(by))?;
-        // Read again: of several outcomes that fill the window the one whose failures are counted last
+        // Read again, so that of several outcomes that fill the window the one whose failures are counted last
         // finds it full.
         let passed = Tagged(self.passed.load(Ordering::Acquire)).content_in(era);
         Some(self.rate(passed, failures.wrapping_add_signed(by)))
@@ -379,7 +379,7 @@ const NEVER: u64 = MAX_MS;
 struct Slots {
     slots: Box<[AtomicU64]>,
     next_number: AtomicU64,
-    /// The longest time that a claim has been for.
+    /// The longest time of any claim.
     longest_ms: AtomicU64,
 }
 
@@ -417,8 +417,8 @@ impl Slots {
         None
     }
 
-    /// Whether the time of a claim is up. One that is further away than any claim could be made for is
-    /// of a clock that has gone back: it begins anew.
+    /// Whether the deadline of a claim has passed. A deadline further away than any claim's was written before the
+    /// clock went back: the claim begins anew.
     fn is_overdue(&self, slot: &AtomicU64, held: u64, now_ms: u64) -> bool {
         let deadline = held & MAX_MS;
         let latest = now_ms.saturating_add(self.longest_ms.load(Ordering::Relaxed));
@@ -427,7 +427,7 @@ impl Slots {
         }
         if deadline > latest {
             let renewed = held & !MAX_MS | latest.min(NEVER - 1);
-            // Lost to a release or to another renewal, which are as good.
+            // Lost to a release or to a concurrent renewal, which are as good.
             let _ = slot.compare_exchange(held, renewed, Ordering::AcqRel, Ordering::Relaxed);
             return false;
         }
@@ -460,10 +460,10 @@ impl Slots {
 
 // ---- The breaker ----
 
-/// What a breaker looks like.
+/// The state and the counters of a breaker.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Stats {
-    /// What it does.
+    /// The state.
     pub state: State,
     /// Failures in a row.
     pub consecutive_failures: u64,
@@ -475,9 +475,9 @@ pub struct Stats {
     pub total_failures: u64,
     /// All calls that were refused.
     pub total_rejected: u64,
-    /// Of the window, full or not.
+    /// The failure rate of the window, full or not.
     pub failure_rate: f64,
-    /// When the last failure was that counted in its period, since the last reset.
+    /// When the last failure was counted in its period, since the last reset.
     pub last_failure_ms: Option<u64>,
     /// When the present period began.
     pub last_change_ms: u64,
@@ -485,7 +485,7 @@ pub struct Stats {
     pub probes: usize,
 }
 
-/// What is counted and decides nothing, apart from what callers read before each call.
+/// Counts that decide nothing, apart from what callers read before each call.
 #[derive(Default)]
 #[repr(align(64))]
 struct Counts {
@@ -507,7 +507,7 @@ pub struct CallBreaker {
     word: AtomicU64,
     config: Config,
     began: Began,
-    /// A transition that nobody was told of.
+    /// Whether a transition has been reported to no caller.
     is_untold: AtomicBool,
     slots: Slots,
     window: Window,
@@ -551,8 +551,8 @@ impl CallBreaker {
         })
     }
 
-    /// Whether a call may be made. `limit_ms` is how long a slot of the half-open state is held for it at
-    /// most. Transitions that the caller is the one to tell of are added to `changes`.
+    /// Whether a call may be made. `limit_ms` is how long at most a slot of the half-open state is held for it.
+    /// Transitions that this caller must report are added to `changes`.
     pub fn enter(
         &self,
         clock: &impl Clock,
@@ -575,8 +575,8 @@ impl CallBreaker {
         })
     }
 
-    /// Records what became of a call, and frees its slot. A call whose slot was reclaimed counts as one of a
-    /// former period.
+    /// Records the outcome of a call, and frees its slot. A call whose slot was reclaimed counts as one of a former
+    /// period.
     pub fn leave(
         &self,
         permit: Permit,
@@ -593,18 +593,19 @@ impl CallBreaker {
             };
             late.fetch_add(1, Ordering::Relaxed);
         }
-        // After the decision, so that never more than the limit run before it.
+        // After the decision, so that no more calls than the limit run before it.
         if let Some(slot) = permit.slot {
             self.slots.release(slot);
         }
     }
 
-    /// Whether a call still holds the slot that it was let through with, if it was.
+    /// Whether a call still holds its slot, if it was let through with one.
     pub fn holds_its_slot(&self, permit: Permit) -> bool {
         permit.slot.is_none_or(|slot| self.slots.is_claimed(slot))
     }
 
-    /// As [`Self::leave`], a failure, for one who can tell nobody: the next one who asks is told.
+    /// As [`Self::leave`] with a failure, for a caller that cannot report transitions: the next caller reports
+    /// them.
     pub fn abandon(&self, permit: Permit, clock: &impl Clock) {
         let mut changes = Vec::new();
         self.leave(permit, Outcome::Failure, clock, &mut changes);
@@ -681,7 +682,7 @@ impl CallBreaker {
             && rate.value() >= self.config.failure_rate_threshold
     }
 
-    /// Opens the breaker in the closed period of `held`, unless another transition ends that.
+    /// Opens the breaker in the closed period of `held`, unless another transition ends that period.
     fn trip(&self, mut held: Word, clock: &impl Clock, changes: &mut Vec<State>) {
         let period = held.period();
         while held.period() == period {
@@ -709,10 +710,10 @@ impl CallBreaker {
         self.counts.row_began_at.store(successes, Ordering::Relaxed);
     }
 
-    /// The word, half open if the time of the open state is up.
+    /// The word, made half open if the open state has timed out.
     fn settle(&self, clock: &impl Clock, changes: &mut Vec<State>) -> Word {
         let mut held = self.word();
-        // The load keeps the callers of an open breaker from writing to one line.
+        // The load keeps callers of an open breaker from contending for one cache line.
         if self.is_untold.load(Ordering::Acquire) && self.is_untold.swap(false, Ordering::AcqRel) {
             changes.push(State::Open);
         }
@@ -734,13 +735,13 @@ impl CallBreaker {
         held
     }
 
-    /// What the breaker does.
+    /// The present state.
     pub fn state(&self, clock: &impl Clock, changes: &mut Vec<State>) -> State {
         self.settle(clock, changes).state()
     }
 
-    /// Brings the breaker into a state: open for its `timeout_ms`; closed; half open, if it is open. One
-    /// that is in that state stays as it is.
+    /// Forces the breaker into a state: open for its `timeout_ms`; closed; half open, if it is open. A breaker that
+    /// is in that state already stays as it is.
     pub fn force(&self, state: State, clock: &impl Clock, changes: &mut Vec<State>) {
         let mut held = self.settle(clock, changes);
         loop {
@@ -758,7 +759,7 @@ impl CallBreaker {
         }
     }
 
-    /// Closes the breaker and forgets all but the totals, also if it is closed: the outcomes of calls under
+    /// Closes the breaker and forgets all but the totals, even if it is closed already. The outcomes of calls under
     /// way are late then.
     pub fn reset(&self, clock: &impl Clock, changes: &mut Vec<State>) {
         let mut held = self.settle(clock, changes);

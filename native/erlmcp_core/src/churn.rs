@@ -1,21 +1,23 @@
-//! Keys of a `papaya` map that come and go again and again.
+//! Keys of a `papaya` map that are inserted and removed again and again.
 //!
-//! A removed key leaves a tombstone, which nothing reuses, so a key that is inserted and removed by turns fills its
-//! probe sequence: after some fifty times in a half full table. The next insertion of it begins an incremental
+//! A removed key leaves a tombstone, which is never reused. So a key that is inserted and removed in turn fills its
+//! probe sequence: after some fifty times in a half full table. The next insertion of the key begins an incremental
 //! resize, and each later one copies 64 places. In a table of two million places that takes 32,000 insertions.
-//! Meanwhile the key fills its sequence in the next table as well, which makes another one, and so on: a chain of
-//! tables that grows faster than it is worked off. (With papaya 0.2.5, 50,000 removals and insertions of one key
-//! among a million took 1 GB.) Many keys that come and go by turns do no harm, since each overflow helps to copy.
+//! Meanwhile the key fills its sequence in the next table as well, which allocates another one, and so on: a chain
+//! of tables that grows faster than it is copied. (With papaya 0.2.5, 50,000 removals and insertions of one key
+//! among a million took 1 GB.) Many keys that are inserted and removed in turn do no harm, since each overflow
+//! helps to copy.
 //!
-//! So removals are counted by hash. The insertion of a key whose count is due first completes the resize that is
-//! under way, if there is one, and all counts begin anew. No key is removed more than [`LIMIT`] times
-//! between two completions, which seldom fills a sequence twice.
+//! So removals are counted by hash. The insertion of a key whose count is due first completes the resize under way,
+//! if there is one, and resets all counts. No key is removed more than [`LIMIT`] times between two completions,
+//! which seldom fills a sequence twice.
 //!
 //! # Trade-offs
 //!
-//! The counts are approximate: removals at the same moment may be counted once. Keys that share a count make it
-//! due early, where there is mostly nothing to complete. Completing a resize takes 200 to 450 ns a key (0.4 s for a
-//! million), so it is for dirty schedulers. One removal and insertion of the same key in 60 to 70 makes one complete.
+//! The counts are approximate: concurrent removals may be counted once. Keys that share a count make it due early,
+//! where there is mostly nothing to complete. Completing a resize takes 200 to 450 ns per key (0.4 s for a
+//! million), so it is for dirty schedulers. One removal and insertion of the same key in 60 to 70 makes one
+//! complete.
 
 use std::hash::{BuildHasher, Hash};
 
@@ -26,7 +28,7 @@ use crate::sync::{AtomicU16, Ordering};
 /// Removals of keys with one count before it is due.
 pub const LIMIT: u16 = 32;
 
-/// A table of fewer keys is copied before any sequence is filled: among 900 keys neither memory nor time grows, and
+/// A table of fewer keys is copied before any sequence is filled. With 900 keys neither memory nor time grows, and
 /// completing would cost twice as much as it saves.
 const MIN_KEYS: u64 = 1_000;
 
@@ -38,13 +40,13 @@ const COUNTS: usize = 1024;
 pub struct Churn(Box<[AtomicU16]>);
 
 impl Churn {
-    /// Nothing was removed. 2 KB.
+    /// Counts of zero. 2 KB.
     #[allow(clippy::new_without_default)]
     pub fn new() -> Self {
         Self((0..COUNTS).map(|_| AtomicU16::new(0)).collect())
     }
 
-    /// A key with this hash was removed. A load and a store, which lose counts of the same moment.
+    /// Counts the removal of a key with this hash. A load and a store, so concurrent counts may be lost.
     #[inline]
     pub fn removed(&self, hash: u64) {
         let count = self.count(hash);
@@ -52,13 +54,13 @@ impl Churn {
         count.store(removed, Ordering::Relaxed);
     }
 
-    /// Whether resizes have to be completed before a key with this hash is inserted into a map that has so many.
+    /// Whether resizes must be completed before a key with this hash is inserted into maps of `keys` keys.
     #[inline]
     pub fn is_due(&self, hash: u64, keys: impl FnOnce() -> u64) -> bool {
         self.count(hash).load(Ordering::Relaxed) >= LIMIT && keys() >= MIN_KEYS
     }
 
-    /// Completes the resize of a map that is under way, and begins to count anew. Costs in proportion to its places,
+    /// Completes the resize of a map that is under way, and resets the counts. Costs in proportion to its places,
     /// inside one guard.
     pub fn complete_resize<K, V, S>(&self, map: &HashMap<K, V, S>)
     where
@@ -69,13 +71,13 @@ impl Churn {
             count.store(0, Ordering::Relaxed);
         }
         let guard = map.guard();
-        // An iterator goes through one table, which has to be complete.
+        // An iterator walks one table, so it completes the resize first.
         let _ = map.iter(&guard);
-        // This thread may remove nothing else for long, and what it has replaced is large.
+        // This thread may not remove anything else for long, and the replaced tables are large.
         guard.flush();
     }
 
-    /// By other bits than those that choose the place in the table.
+    /// Uses other bits than those that choose the place in the table.
     fn count(&self, hash: u64) -> &AtomicU16 {
         &self.0[(hash >> 32) as usize % COUNTS]
     }

@@ -21,12 +21,11 @@
 //! bits 41..0   since_ms     when this state began: enough for 139 years
 //! ```
 //!
-//! so that every change is one exchange. No timer makes a circuit half open: one whose word says open is
-//! half open from `timeout_ms` after `since_ms` on, and whoever changes the word then writes that down.
+//! so that every change is one compare-and-swap. No timer makes a circuit half open. A circuit whose word says open
+//! is half open from `timeout_ms` after `since_ms` on, and the next change of the word starts from that state.
 //!
-//! Failures while closed stand beside it, in a ring of
-//! `failure_threshold - 1` times: a failure that puts its time where another one within the window
-//! was is the last one of `failure_threshold`. That is the exact sliding window.
+//! Failures while closed are counted beside the word, in a ring of `failure_threshold - 1` times. A failure that
+//! replaces a time within the window is the last one of `failure_threshold`. That is the exact sliding window.
 //!
 //! # Guarantee
 //!
@@ -36,15 +35,15 @@
 //!
 //! # Trade-offs
 //!
-//! A probe that is never answered holds its place until `timeout_ms` after the circuit became half
-//! open; then all places are free again. Failures at the same moment may take their places in the
-//! ring in another order than they read the clock.
+//! A probe whose outcome is never reported holds its place until `timeout_ms` after the circuit became half open;
+//! then all places are free again. Concurrent failures may take their places in the ring in another order than they
+//! read the clock.
 //!
 //! # A clock that goes back
 //!
-//! A time that is still to come was written before the clock went back. Whoever finds one replaces it by
-//! now. So an open circuit waits `timeout_ms` from then on at most, and a failure is as old as the window
-//! after that time at the latest.
+//! A time in the future was written before the clock went back. A thread that finds one replaces it by now. So an
+//! open circuit waits at most `timeout_ms` from then on, and a failure leaves the window at the latest when the
+//! window has passed since then.
 
 use std::fmt;
 
@@ -102,7 +101,7 @@ impl Config {
     }
 }
 
-/// What a circuit does.
+/// The state of a circuit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
     /// Lets everything through and counts failures.
@@ -185,7 +184,7 @@ impl Settings {
         }
     }
 
-    /// Whether this failure is the last one of too many.
+    /// Records a failure. Returns whether it is the last one of `failure_threshold` within the window.
     fn failed(&self, now_ms: u64) -> bool {
         let length = self.failures.len() as u64;
         if length == 0 {
@@ -199,12 +198,12 @@ impl Settings {
         former != 0 && (now_ms + 1).saturating_sub(former) < self.config.window_ms
     }
 
-    /// The clock has gone back: failures that are still to come happen now.
+    /// The clock has gone back: moves failures in the future to now.
     fn move_to(&self, now_ms: u64) {
         for failure in &self.failures {
             let failed = failure.load(Ordering::Relaxed);
             if failed > now_ms + 1 {
-                // Lost to a failure just now, which is as good.
+                // Lost to a concurrent failure, which has as good a time.
                 let _ = failure.compare_exchange(
                     failed,
                     now_ms + 1,
@@ -231,12 +230,12 @@ impl Settings {
     }
 }
 
-/// What a circuit looks like.
+/// The state and the counters of a circuit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stats {
-    /// What it does.
+    /// The state.
     pub state: State,
-    /// Failures within the window, one less than the threshold at most.
+    /// Failures within the window, at most one less than the threshold.
     pub failures: usize,
     /// Successes of probes.
     pub successes: u64,
@@ -250,7 +249,7 @@ pub struct Stats {
 #[derive(Debug)]
 pub struct CircuitBreaker {
     word: AtomicU64,
-    /// That of the config, apart: all that a refusal needs.
+    /// A copy of the config's, apart: a refusal needs nothing else.
     timeout_ms: AtomicU64,
     settings: Snapshot<Settings>,
 }
@@ -272,7 +271,7 @@ impl CircuitBreaker {
         Word(self.word.load(Ordering::Acquire))
     }
 
-    /// The word, whose time is not later than now: see the module's documentation.
+    /// The word, with its time moved to `now_ms` if it is later: see the module's documentation.
     fn word_until(&self, now_ms: u64) -> Word {
         let mut held = self.word();
         while held.since_ms() > now_ms {
@@ -285,7 +284,7 @@ impl CircuitBreaker {
         held
     }
 
-    /// What a word means at a moment.
+    /// The word with its state at `now_ms`.
     fn at(&self, held: Word, now_ms: u64) -> Word {
         let is_over =
             now_ms.saturating_sub(held.since_ms()) >= self.timeout_ms.load(Ordering::Relaxed);
@@ -296,7 +295,7 @@ impl CircuitBreaker {
         }
     }
 
-    /// What the circuit does.
+    /// The present state.
     pub fn state(&self, clock: &impl Clock) -> State {
         let now_ms = clock.now_ms();
         self.at(self.word_until(now_ms), now_ms).state()
@@ -359,8 +358,8 @@ impl CircuitBreaker {
 
     /// Whether another probe may go through, while half open for `age_ms`.
     ///
-    /// Probes that have not been answered in `timeout_ms` are lost. What was half open at this moment already
-    /// cannot have lost any.
+    /// Probes whose outcomes have not been reported in `timeout_ms` are lost. A circuit that became half open at this
+    /// moment cannot have lost any.
     fn has_free_probe(&self, half_open: Word, age_ms: u64) -> bool {
         half_open.probes() < self.probe_limit() || self.has_lost_probes(age_ms)
     }
@@ -381,8 +380,8 @@ impl CircuitBreaker {
             .map_err(Word)
     }
 
-    /// A probe has succeeded. Returns whether that has closed the circuit. Does not count where nobody
-    /// has been let through since the circuit opened.
+    /// Records the success of a probe. Returns whether that has closed the circuit. Does not count if no call has
+    /// been let through since the circuit opened.
     pub fn record_success(&self, clock: &impl Clock) -> bool {
         let mut held = self.word();
         while held.state() == State::HalfOpen {
@@ -391,7 +390,7 @@ impl CircuitBreaker {
                 .read(|settings| u64::from(settings.config.success_threshold));
             let successes = held.successes() + 1;
             let next = if successes >= threshold {
-                // Before the circuit is closed, since failures are counted from then on.
+                // Before the circuit is closed, since failures count from then on.
                 self.settings.read(Settings::forget);
                 Word::new(State::Closed, 0, 0, clock.now_ms())
             } else {
@@ -406,8 +405,8 @@ impl CircuitBreaker {
         false
     }
 
-    /// Something has failed. Returns whether that has opened the circuit; not so where nobody has been let
-    /// through since it opened before, although its time begins anew.
+    /// Records a failure. Returns whether that has opened the circuit. If no call has been let through since the
+    /// circuit opened before, returns `false`, although the circuit's time begins anew.
     pub fn record_failure(&self, clock: &impl Clock) -> bool {
         let now_ms = clock.now_ms();
         let mut held = self.word_until(now_ms);
@@ -417,12 +416,12 @@ impl CircuitBreaker {
                 State::Open | State::Off => return false,
                 State::HalfOpen => match self.exchange(held, open) {
                     Ok(()) => return held.state() != State::Open,
-                    // Closed meanwhile, perhaps: then it is one failure of many.
+                    // The circuit may have been closed meanwhile. Then this counts as a failure while closed.
                     Err(changed) => held = changed,
                 },
-                // The last one of too many. If the word has changed since it was counted, another one
-                // has opened the circuit, or somebody has closed it, which comes after all failures
-                // that were counted before.
+                // The last one of `failure_threshold`. If the word has changed since it was loaded, another failure
+                // has opened the circuit, or a call has closed it, which is ordered after all failures that were
+                // counted before.
                 State::Closed => {
                     return self.settings.read(|settings| settings.failed(now_ms))
                         && self.exchange(held, open).is_ok();
@@ -431,7 +430,7 @@ impl CircuitBreaker {
         }
     }
 
-    /// A probe came to nothing, neither a success nor a failure: its place is free again.
+    /// Ends a probe that has neither succeeded nor failed: its place is free again.
     pub fn release_probe(&self) {
         let mut held = self.word();
         while held.state() == State::HalfOpen && held.probes() > 0 {
@@ -448,8 +447,8 @@ impl CircuitBreaker {
         }
     }
 
-    /// Opens or closes the circuit, unless it is off. Former failures are forgotten. Returns
-    /// whether that was a change.
+    /// Opens or closes the circuit, unless it is off. Former failures are forgotten. Returns whether the state
+    /// changed.
     pub fn force(&self, is_open: bool, clock: &impl Clock) -> bool {
         let state = if is_open { State::Open } else { State::Closed };
         let mut held = self.word();
@@ -463,8 +462,8 @@ impl CircuitBreaker {
         false
     }
 
-    /// Changes the config; `None` switches the circuit off. The state stays where the circuit was
-    /// on before, and failures are counted anew.
+    /// Changes the config; `None` switches the circuit off. The state stays if the circuit was on before. Failures
+    /// are counted anew.
     pub fn configure(&self, config: Option<Config>, clock: &impl Clock) -> Result<(), ConfigError> {
         if let Some(config) = config {
             config.check()?;

@@ -1,13 +1,13 @@
 //! Monotonic time, as a parameter of every algorithm that needs it.
 //!
-//! Times are nanoseconds since an origin of the clock's own, in 64 bits. The structures of this crate are
-//! defined for 100 years of them, and for readings that go backwards.
+//! Times are 64-bit nanoseconds since an origin of the clock's own. The structures of this crate are defined for
+//! 100 years of them, and for readings that go backwards.
 
 use std::cell::Cell;
 
 use crate::sync::{AtomicU64, Ordering};
 
-/// Where the time comes from.
+/// A source of time.
 pub trait Clock {
     /// Nanoseconds since the clock's origin.
     fn now_ns(&self) -> u64;
@@ -17,18 +17,18 @@ pub trait Clock {
         self.now_ns() / 1_000_000
     }
 
-    /// For whoever is refused for the time: whether it may be later now than [`Self::now_ns`] has
-    /// said, which from here on says what is true now.
+    /// For a caller that would be refused at the time of [`Self::now_ns`]. Brings [`Self::now_ns`] up to date, and
+    /// returns whether it may be later than before.
     fn renew(&self) -> bool {
         false
     }
 }
 
-/// One reading of a clock, for work on many things at about the same moment.
+/// One reading of a clock, for operations on many ids at about the same moment.
 ///
-/// Reading the processor's counter may make it finish what it has begun before (measured on a virtual
-/// Xeon), so that the misses of many look-ups are waited for one after the other. One reading for all
-/// of them lets them overlap.
+/// Reading the processor's counter may make it complete earlier instructions first (measured on a virtual Xeon), so
+/// that the cache misses of many look-ups would be waited for one after the other. One reading for all of them lets
+/// the misses overlap.
 #[derive(Debug)]
 pub struct Reading<'a, C> {
     clock: &'a C,
@@ -36,7 +36,7 @@ pub struct Reading<'a, C> {
 }
 
 impl<'a, C: Clock> Reading<'a, C> {
-    /// What the clock shows now.
+    /// A reading of the present time.
     pub fn of(clock: &'a C) -> Self {
         Self {
             clock,
@@ -57,25 +57,25 @@ impl<C: Clock> Clock for Reading<'_, C> {
     }
 }
 
-/// The processor's time stamp counter, by way of `quanta`, which calibrates it against the system's
-/// monotonic clock and falls back to that where the counter is not invariant.
+/// The processor's time stamp counter, by way of `quanta`, which calibrates it against the system's monotonic clock
+/// and falls back to that where the counter is not invariant.
 ///
 /// A reading costs about a tenth of one of the system's clock where that is virtual.
 ///
-/// Where the counter begins anew under a running process (a virtual machine that is restored from a
-/// snapshot, or some hardware after it slept) the clock goes back, and goes on from there. So that it does not
-/// stand still at its origin meanwhile, the origin is the counter's own, or twelve years ago at 3 GHz if that
+/// Where the counter restarts under a running process (a virtual machine that is restored from a snapshot, or some
+/// hardware after it slept) the clock goes back, and continues from there. A clock that is behind its origin stands
+/// still. So the origin is the counter's own, or twelve years ago at 3 GHz if that is later.
 /// is later.
 pub struct TscClock {
     clock: quanta::Clock,
     origin: u64,
-    /// Nanoseconds a tick, times 2^48: a multiplication and a shift by a constant, where `quanta` itself
-    /// shifts by a variable. Of 0.1 to 65,536 ns it keeps 13 digits and more.
+    /// Nanoseconds per tick, times 2^48: a multiplication and a shift by a constant, where `quanta` itself shifts
+    /// by a variable. For ticks of 0.1 to 65,536 ns it keeps 13 digits and more.
     ns_per_tick: u64,
 }
 
 impl TscClock {
-    /// Calibrates, once in a process; that may take some milliseconds and up to 200.
+    /// A calibrated clock. The first calibration in a process may take some milliseconds and up to 200.
     pub fn new() -> Self {
         let clock = quanta::Clock::new();
         Self {
@@ -111,17 +111,17 @@ impl std::fmt::Debug for TscClock {
 pub struct FakeClock(AtomicU64);
 
 impl FakeClock {
-    /// A clock that shows this time.
+    /// A clock that stands at this time.
     pub fn at_ns(now_ns: u64) -> Self {
         Self(AtomicU64::new(now_ns))
     }
 
-    /// Shows this time from now on, which may be earlier.
+    /// Sets the time, which may be earlier.
     pub fn set_ns(&self, now_ns: u64) {
         self.0.store(now_ns, Ordering::Relaxed);
     }
 
-    /// Shows a time so much later.
+    /// Advances the time.
     pub fn advance_ns(&self, by_ns: u64) {
         self.0.fetch_add(by_ns, Ordering::Relaxed);
     }
@@ -143,7 +143,7 @@ mod tests {
         let clock = TscClock::new();
         let (began, began_ns) = (std::time::Instant::now(), clock.now_ns());
         std::thread::sleep(std::time::Duration::from_millis(200));
-        // Two more readings around: whatever comes between makes `most` longer and `least` shorter.
+        // Two more readings around: any time that passes between them makes `most` longer and `least` shorter.
         let least = began.elapsed().as_nanos() as f64;
         let passed = (clock.now_ns() - began_ns) as f64;
         let most = began.elapsed().as_nanos() as f64;

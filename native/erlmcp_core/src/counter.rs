@@ -1,27 +1,27 @@
-//! Counts of what was refused, by reason.
+//! Counts of refused messages, by reason.
 //!
-//! Refusals alone write here, each one word of the shard that refused, so that an admitted message
-//! pays nothing. Counts only grow; whoever wants rates takes differences. They are relaxed: a sum
-//! over several words is no snapshot.
+//! Only refusals write here, each to one word of the shard that refused, so that an admitted message costs nothing.
+//! Counts only grow; rates are differences of two readings. Loads are relaxed: several words are not read as one
+//! snapshot.
 
 use crate::registry::Refusal;
 use crate::sync::{AtomicU64, Ordering};
 
-/// So many messages were refused.
+/// The number of messages that were refused.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Refused {
-    /// Whose target was not registered.
+    /// Because the target was not registered.
     pub not_found: u64,
-    /// By the circuit.
+    /// By the circuit breaker.
     pub circuit_open: u64,
     /// By the admission control of the shard.
     pub shard_overloaded: u64,
-    /// By the bucket that pays.
+    /// By the bucket that was charged.
     pub rate_limited: u64,
 }
 
-/// One shard's. Apart from what admitted messages write: aligned so that it shares no cache line (or
-/// pair of lines, as x86 fetches them) with that.
+/// The counts of one shard. Aligned so that they share no cache line (or pair of lines, as x86 fetches them) with
+/// words that admitted messages write.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub(crate) struct Refusals([AtomicU64; 4]);

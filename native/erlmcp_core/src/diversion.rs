@@ -1,24 +1,24 @@
-//! A diversion: turns away those who change, look up or route by a structure, and knows when the last
-//! change that began before has been made.
+//! A diversion: turns away changes, look-ups and routes of a structure, and detects when the last change that began
+//! before has completed.
 //!
-//! Callers use a structure directly until one owner needs it alone, to copy it or because another
-//! structure holds the entries. The owner diverts *changes*, and waits until none is under way; and
-//! it diverts *look-ups* and *routes* while the structure does not hold what they ask for.
+//! Callers use a structure directly until one owner needs it alone, to copy it or because another structure holds
+//! the entries. The owner diverts *changes*, and waits until none is under way. It diverts *look-ups* and *routes*
+//! while the structure does not hold what they read.
 //!
 //! # Guarantee
 //!
-//! * Changes are counted. A change enters (counts itself) and then loads the sign; the owner stores
-//!   the sign and then loads the counts. At least one of them sees the other: Dekker's
-//!   store-and-load pattern, as in the module `gate`. So with changes diverted and all counts at
-//!   zero, every change that entered has left, and its writes are visible to the owner.
+//! * Changes are counted. A change enters (increments a count) and then loads the sign; the owner stores the sign
+//!   and then loads the counts. At least one of them sees the other: Dekker's store-and-load pattern, as in the
+//!   module `gate`. So with changes diverted and all counts at zero, every change that entered has left, and its
+//!   writes are visible to the owner.
 //! * Look-ups are not counted. They load the word before and after ([`Diversion::sign`] and
-//!   [`Diversion::is_still`]). Each store of the owner makes another word, so two equal words mean that
-//!   the owner did not divert look-ups in between, and what was read was the truth at that time.
+//!   [`Diversion::is_still`]). Each store of the owner makes another word. So two equal words mean that the owner
+//!   did not divert look-ups in between, and that the result was current at that time.
 //!
 //! # Trade-offs
 //!
-//! A change costs two atomic additions, in one of many counters so that changes of different ids
-//! seldom meet. A look-up costs two loads. A sequence number of 61 bits does not wrap around.
+//! A change costs two atomic additions, in one of many counters so that changes of different ids seldom contend. A
+//! look-up costs two loads. A sequence number of 61 bits does not wrap around.
 
 use crate::sync::{AtomicU64, Ordering, fence};
 
@@ -32,14 +32,14 @@ const STRIPES: usize = 2;
 #[repr(align(128))]
 struct Stripe(AtomicU64);
 
-/// Who is turned away.
+/// The kinds of operations that are turned away.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Diverted {
-    /// Those who change something.
+    /// Changes.
     pub changes: bool,
-    /// Those who look something up.
+    /// Look-ups.
     pub lookups: bool,
-    /// Those who route a message.
+    /// Routes of messages.
     pub routes: bool,
 }
 
@@ -48,7 +48,7 @@ const LOOKUPS: u64 = 2;
 const ROUTES: u64 = 4;
 const SEQUENCE: u64 = 8;
 
-/// The word of a diversion at one moment: a sequence number (61 bits), and who is diverted (3 bits).
+/// The word of a diversion at one moment: a sequence number (61 bits), and what is diverted (3 bits).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sign(u64);
 
@@ -85,7 +85,7 @@ pub struct Diversion {
 pub struct Passage<'a>(&'a Stripe);
 
 impl Diversion {
-    /// Nobody is diverted.
+    /// A diversion that diverts nothing.
     #[allow(clippy::new_without_default)]
     pub fn new() -> Self {
         Self {
@@ -94,7 +94,7 @@ impl Diversion {
         }
     }
 
-    /// Begins a change, unless changes are diverted. `hash` is that of what is changed.
+    /// Begins a change, unless changes are diverted. `hash` is that of the id that is changed.
     pub fn enter(&self, hash: u64) -> Option<Passage<'_>> {
         let stripe = &self.inside[hash as usize % STRIPES];
         stripe.0.fetch_add(1, Ordering::Relaxed);
@@ -108,8 +108,8 @@ impl Diversion {
         }
     }
 
-    /// Turns away these and no others from now on. By one owner at a time. Returns whether no change
-    /// is under way; if changes are diverted and one is, call it again a little later.
+    /// Diverts these operations and no others from now on. Only one owner may call it at a time. Returns whether no
+    /// change is under way. If changes are diverted and one is under way, call it again a little later.
     pub fn divert(&self, whom: Diverted) -> bool {
         let sequence = (self.word.load(Ordering::Relaxed) & !(SEQUENCE - 1)).wrapping_add(SEQUENCE);
         let bit = |is_set: bool, bit: u64| if is_set { bit } else { 0 };
@@ -123,7 +123,7 @@ impl Diversion {
             .all(|stripe| stripe.0.load(Ordering::Acquire) == 0)
     }
 
-    /// What is in force now. One load.
+    /// The sign in force now. One load.
     #[inline]
     pub fn sign(&self) -> Sign {
         Sign(self.word.load(Ordering::Acquire))
@@ -132,8 +132,8 @@ impl Diversion {
     /// Whether `sign` has been in force since it was loaded.
     #[inline]
     pub fn is_still(&self, sign: Sign) -> bool {
-        // Acquire: orders what was looked up before this load. Whoever removes an entry has stored
-        // another word before, so a look-up that misses it finds that word here.
+        // Acquire: orders the look-up before this load. A thread that removes an entry has stored another word
+        // before, so a look-up that misses the entry finds that word here.
         fence(Ordering::Acquire);
         self.word.load(Ordering::Relaxed) == sign.0
     }

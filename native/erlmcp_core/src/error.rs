@@ -5,14 +5,14 @@ use std::fmt;
 /// Why a registration was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RegisterError {
-    /// The id is taken. `address` is where the present holder's messages go.
+    /// The id is registered already. `address` is that of the present registration.
     AlreadyRegistered {
-        /// The present holder's address.
+        /// The address of the present registration.
         address: u64,
     },
     /// The registry holds `max_entries` registrations, those under way included.
     RegistryFull,
-    /// The registry is closed for this namespace: its owner is ending.
+    /// The registry is closed for this namespace: its owner is exiting.
     Closed,
 }
 
@@ -25,7 +25,7 @@ pub enum BindError {
     TransportNotFound,
 }
 
-/// Limits that no registry can have.
+/// Limits that are out of bounds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LimitsError {
     /// `shards` is not a power of two from 1 to 1024.

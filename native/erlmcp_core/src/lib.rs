@@ -1,18 +1,17 @@
 //! The data structures under `erlmcp_native`, without any notion of the BEAM.
 //!
-//! The crate is generic over what a registration carries (a *lease*, see [`registry`]) and sees
-//! identifiers as bytes and message targets as 64-bit addresses. The NIF crate gives these a
-//! meaning.
+//! The crate is generic over what a registration carries (a *lease*, see [`registry`]) and treats identifiers as
+//! bytes and message targets as 64-bit addresses. The NIF crate gives these a meaning.
 //!
 //! # Guarantees
 //!
 //! * Every operation of [`registry::Registry`] is linearizable, except for the iterations, which
 //!   are weakly consistent: an element that is present throughout is seen exactly once.
-//! * Look-ups and routes take no lock and make progress whatever other threads do. An update is
-//!   repeated when another thread's update of the same id came between. While a map grows, `papaya` has
-//!   one thread allocate the next table, under a lock, and an update waits while another thread copies
-//!   the entry that it is about.
-//! * `unsafe` code in one small module alone.
+//! * Look-ups and routes take no lock and make progress whatever other threads do, except that a route to a process
+//!   without a record in admission control inserts one. An update is retried when another thread's update of the
+//!   same id came between. While a map grows, `papaya` has one thread allocate the next table, under a lock, and an
+//!   update waits while another thread copies its entry.
+//! * Only one small module has `unsafe` code.
 
 #![deny(unsafe_code)]
 

@@ -272,7 +272,7 @@ impl Receivers {
         }
     }
 
-    // ---- For the one who holds the sampler ----
+    // ---- For the thread that holds the sampler ----
 
     /// The next record from `index` up to `end` that has a tag and is `wanted`. Charges in free records are passed
     /// to `returned`.

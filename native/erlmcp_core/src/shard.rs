@@ -1,4 +1,4 @@
-//! What is kept for each shard beside the maps: which entries it has, and how many.
+//! What each shard stores beside the maps: which entries it has, and how many.
 
 use std::sync::Arc;
 
@@ -11,7 +11,8 @@ use crate::registry::Namespace;
 use crate::slots::Slots;
 use crate::sync::{AtomicU64, Ordering};
 
-/// Receivers are counted anew when so many entries came and went, or this part of the last count.
+/// Receivers are counted anew after this many registrations and removals, or this part of the last count if that is
+/// more.
 const RECOUNT_AFTER: u64 = 64;
 const RECOUNT_PART: u64 = 8;
 
@@ -19,24 +20,24 @@ const RECOUNT_PART: u64 = 8;
 #[derive(Debug)]
 #[repr(align(128))]
 pub(crate) struct Shard {
-    /// The hashes of the entries of this shard, by namespace. Made at the first entry: most registries
-    /// use one namespace alone, and all slots would be a third of an empty one.
+    /// The hashes of the entries of this shard, by namespace. Allocated at the first entry: most registries use
+    /// only one namespace, and all slots would be a third of an empty registry.
     slots: [OnceBox<Slots>; Namespace::COUNT],
     population: Population,
     collector: Arc<Collector>,
-    /// Made when it is first asked for: most registries never route.
+    /// Allocated at the first use: most registries never route.
     admission: OnceBox<Admission>,
     pub(crate) refusals: Refusals,
 }
 
-/// Written by those who register. Apart from what messages read.
+/// Written by registrations and removals. Apart from what messages read.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 struct Population {
     counts: [AtomicU64; Namespace::COUNT],
     /// Registrations so far.
     registered: AtomicU64,
-    /// At the last count of receivers: how many there were, and registrations and removals before it.
+    /// At the last count of receivers: their number, and the registrations and removals before it.
     receivers: AtomicU64,
     counted_registered: AtomicU64,
     counted_removed: AtomicU64,
@@ -53,14 +54,14 @@ impl Shard {
         }
     }
 
-    /// The admission control, made by the first call.
+    /// The admission control, allocated by the first call.
     #[inline]
     pub(crate) fn admission(&self) -> &Admission {
         self.admission
             .get_or_init(|| Box::new(Admission::with_collector(&self.collector)))
     }
 
-    /// The hash of every entry of one namespace, if there ever was one.
+    /// The hashes of the entries of one namespace; `None` if there never was one.
     pub(crate) fn slots(&self, namespace: Namespace) -> Option<&Slots> {
         self.slots[namespace as usize].get()
     }
@@ -92,7 +93,7 @@ impl Shard {
         (registered, registered.saturating_sub(entries))
     }
 
-    /// No fewer than there are, but for one that was registered and has not been counted.
+    /// An upper bound of the receivers, except for a registration that has not been counted yet.
     pub(crate) fn receivers(&self) -> u64 {
         let population = &self.population;
         let (registered, removed) = self.changes();
@@ -102,7 +103,7 @@ impl Shard {
         (receivers + since).min(registered - removed)
     }
 
-    /// Entries that came and went since receivers were counted.
+    /// Registrations and removals since receivers were counted.
     pub(crate) fn changes_since_count(&self) -> u64 {
         let population = &self.population;
         let (registered, removed) = self.changes();
@@ -111,14 +112,14 @@ impl Shard {
             + since(removed, &population.counted_removed)
     }
 
-    /// Whether so many that a count, which costs in proportion to the entries, costs no more than a few
-    /// steps for each of them.
+    /// Whether there were enough of them that a count, which costs in proportion to the entries, costs no more than
+    /// a few steps for each of them.
     pub(crate) fn is_count_due(&self) -> bool {
         let receivers = self.population.receivers.load(Ordering::Relaxed);
         self.changes_since_count() > RECOUNT_AFTER.max(receivers / RECOUNT_PART)
     }
 
-    /// `count` counts the receivers. Those that come meanwhile count in addition.
+    /// Stores the result of `count`. Receivers that are registered meanwhile count in addition.
     pub(crate) fn recount(&self, count: impl FnOnce() -> u64) {
         let (registered, removed) = self.changes();
         let receivers = count();

@@ -1,6 +1,6 @@
 //! The atomics of this crate: those of `std`, or loom's under `cfg(loom)`.
 //!
-//! Outside of loom's models a [`Mutex`] is only ever tried ([`Mutex::try_lock`]): nothing waits for one.
+//! Outside of loom's models a [`Mutex`] is only tried ([`Mutex::try_lock`]): no thread waits for one.
 
 #[cfg(loom)]
 pub(crate) use loom::sync::Mutex;
@@ -15,8 +15,8 @@ pub(crate) use std::sync::atomic::{
     AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fence,
 };
 
-/// `len` zeros, from the allocator's zeroed pages where it has them, so that a large array costs
-/// nothing until it is used.
+/// `len` zeros, from the allocator's zeroed pages where it has them, so that a large array costs nothing until it
+/// is used.
 #[cfg(not(loom))]
 pub(crate) fn zeroed_u64s(len: usize) -> Box<[AtomicU64]> {
     bytemuck::zeroed_slice_box(len)

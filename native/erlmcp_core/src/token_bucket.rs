@@ -55,9 +55,9 @@
 //!
 //! # Trade-offs
 //!
-//! Threads that acquire from one bucket at the same moment retry each other's compare-and-swap (lock-free, not
-//! wait-free). Thousands of buckets can share their limits at eight bytes each. The part of the limits that an
-//! acquisition needs stands beside the snapshot in a [`crate::seqlock`], since an epoch guard would double its
+//! Threads that acquire from one bucket at the same moment make each other retry the compare-and-swap (lock-free,
+//! not wait-free). Thousands of buckets can share their limits at eight bytes each. The part of the limits that an
+//! acquisition needs is stored beside the snapshot in a [`crate::seqlock`], since an epoch guard would double its
 //! cost. A bucket that is not used for 25 years counts as empty then. One that is not used between a jump of the
 //! clock back and a raise of its capacity may count as full.
 
@@ -390,7 +390,7 @@ impl Scale {
         }
     }
 
-    /// The refusal for a caller who wanted `tokens`.
+    /// The refusal for a caller that wanted `tokens`.
     fn told(&self, shortage: Shortage, now_ns: u64, tokens: u64) -> Refused {
         let missing = match shortage {
             Shortage::Forever => return Refused::ExceedsCapacity,
