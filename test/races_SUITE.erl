@@ -429,12 +429,11 @@ broadcast_during_binding_changes(_Config) ->
     _ = [ ok = erlmcp_registry:register_transport(P, P, #{server_id => s}) || P <- Permanent ],
     Sink = spawn_link(fun() -> sink() end),
     _ = [ ok = erlmcp_registry:register_transport({passing, I}, Sink, #{}) || I <- lists:seq(1, 20) ],
-    Changer = spawn_link(fun() -> change_bindings(Self, 0) end),
-    _ = [ ok = erlmcp_registry:route_to_transport(broadcast, s, N) || N <- lists:seq(1, 3000) ],
-    Changer ! {stop, Self},
-    Changes = receive {changed, Count} -> Count end,
-    ?assert(Changes > 20),
-    Expected = [ {mcp_response, s, N} || N <- lists:seq(1, 3000) ],
+    Changes = counters:new(1, []),
+    Changer = spawn_link(fun() -> change_bindings(Changes) end),
+    Last = broadcast_until_changed(1, Changes),
+    test_support:stop(Changer),
+    Expected = [ {mcp_response, s, N} || N <- lists:seq(1, Last) ],
     _ = [ begin
               P ! {report, Self},
               receive {gathered, P, Got} -> ?assertEqual(Expected, Got) end,
@@ -445,17 +444,30 @@ broadcast_during_binding_changes(_Config) ->
     exit(Sink, kill).
 
 
-change_bindings(From, Count) ->
+%% At least 3,000 broadcasts, and as many more as it takes until more than twenty changes have been made.
+broadcast_until_changed(N, Changes) ->
+    ok = erlmcp_registry:route_to_transport(broadcast, s, N),
+    case N >= 3_000 andalso (N >= 1_000_000 orelse counters:get(Changes, 1) > 20) of
+        true ->
+            ?assert(counters:get(Changes, 1) > 20),
+            N;
+        false ->
+            broadcast_until_changed(N + 1, Changes)
+    end.
+
+
+change_bindings(Changes) ->
     _ = [ begin
               ok = erlmcp_registry:bind_transport_to_server({passing, I}, s),
               ok = erlmcp_registry:bind_transport_to_server({passing, I}, other),
               ok = erlmcp_registry:unbind_transport({passing, I})
           end || I <- lists:seq(1, 20) ],
+    ok = counters:add(Changes, 1, 1),
     receive
-        {stop, From} -> From ! {changed, Count}
+        stop -> ok
     after
         0 ->
-            change_bindings(From, Count + 1)
+            change_bindings(Changes)
     end.
 
 

@@ -42,12 +42,13 @@
 %% Called in peer nodes
 -export([in_without_application/0, in_after_application/0]).
 
--define(M,     erlmcp_shard_manager).
--define(A,     erlmcp_admission_control).
--define(B,     erlmcp_token_bucket).
--define(R,     erlmcp_registry).
--define(SLOW,  1 / 3600).
--define(SHARD, 5).
+-define(M,           erlmcp_shard_manager).
+-define(A,           erlmcp_admission_control).
+-define(B,           erlmcp_token_bucket).
+-define(R,           erlmcp_registry).
+-define(SLOW,        1 / 3600).
+-define(SHARD,       5).
+-define(DEADLINE_MS, 60_000).
 
 
 suite() ->
@@ -404,13 +405,21 @@ overload_of_one_shard_does_not_open_it(_Config) ->
     ok = erlmcp_native:set(admission, #{threshold => 20, sample_interval_ms => 10}),
     Receivers = [{Id, _} | _] = receivers(?SHARD, 1),
     ok = ?B:set_limits(Id, infinity),
+    %% On a busy machine it may take several attempts until there were so many within a second.
+    ok = test_support:await(fun() -> overloads_within_a_second(Id, Receivers) > 5 end, ?DEADLINE_MS),
+    end_all(Receivers).
+
+
+overloads_within_a_second(Id, Receivers) ->
+    ok = erlmcp_circuit_breaker:force_close(),
     Began = now_ms(),
     Overloads = overload_again(Id, Receivers, Began + 900, 0),
-    ct:log("~b overloads", [Overloads]),
-    ?assert(Overloads > 5, Overloads),
-    #{state := closed, failures := Failures} = erlmcp_nif:breaker_stats(),
-    ?assert(Failures =< 1 + (now_ms() - Began) div 1000, Failures),
-    end_all(Receivers).
+    #{state := State, failures := Failures} = erlmcp_nif:breaker_stats(),
+    Seconds = (now_ms() - Began) div 1000,
+    ct:log("~b overloads, ~b failures, ~b s", [Overloads, Failures, Seconds]),
+    ?assert(Failures =< 1 + Seconds, Failures),
+    ?assert(State =:= closed orelse 1 + Seconds >= maps:get(failure_threshold, circuit())),
+    Overloads.
 
 
 overload_again(Id, Receivers, Until, Overloads) ->
