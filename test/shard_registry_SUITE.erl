@@ -22,6 +22,8 @@
          shards_are_listed_and_counted/1,
          no_such_shard/1,
          list_of_thousands/1,
+         fold_visits_everything_once/1,
+         fold_while_connections_come_and_go/1,
          process_of_a_former_node/1,
          exports_are_known/1]).
 
@@ -52,6 +54,8 @@ groups() ->
                               shards_are_listed_and_counted,
                               no_such_shard,
                               list_of_thousands,
+                              fold_visits_everything_once,
+                              fold_while_connections_come_and_go,
                               process_of_a_former_node]).
 
 
@@ -155,6 +159,7 @@ late_release_against_the_next_registration(Config) ->
     Race = fun() ->
                    ok = api(R, register_connection, [Id, Former, former]),
                    {Cleaner, Monitor} = spawn_monitor(fun() -> exit({released, api(R, release_connection, [Id, Former])}) end),
+                   _ = [ erlang:yield() || _ <- lists:seq(1, rand:uniform(4)) ],
                    ok = api(R, unregister_connection, [Id]),
                    ok = api(R, register_connection, [Id, Next, next]),
                    Released = receive {'DOWN', Monitor, process, Cleaner, {released, Result}} -> Result end,
@@ -349,6 +354,52 @@ same_shard(Shards, N) ->
                   N).
 
 
+fold_visits_everything_once(Config) ->
+    R = registry(Config),
+    Visit = fun(Id, Entry, Visited) -> [{Id, Entry} | Visited] end,
+    Before = api(R, fold_connections, [Visit, []]),
+    ?assertEqual(api(R, count, []), length(Before)),
+    %% Several pages of a shard.
+    New = [ {{folded, N}, {self(), #{n => N}}} || N <- lists:seq(1, 40_000) ],
+    [ ok = api(R, register_connection, [Id, Pid, Caps]) || {Id, {Pid, Caps}} <- New ],
+    ?assertEqual(lists:sort(Before ++ New), lists:sort(api(R, fold_connections, [Visit, []]))),
+    ?assertError(badarg, api(R, fold_connections, [not_a_fun, []])),
+    ?assertError(badarg, api(R, fold_connections, [fun(X) -> X end, []])),
+    ?assertThrow(found, api(R, fold_connections, [fun(_, _, _) -> throw(found) end, []])),
+    %% The function may change the registry.
+    Remove = fun({folded, _} = Id, _, N) -> ok = api(R, unregister_connection, [Id]), N + 1;
+                (_, _, N) -> N
+             end,
+    ?assertEqual(40_000, api(R, fold_connections, [Remove, 0])),
+    ?assertEqual(lists:sort(Before), lists:sort(api(R, fold_connections, [Visit, []]))).
+
+
+%% Whatever other processes change meanwhile, connections that stay are visited exactly once.
+fold_while_connections_come_and_go(Config) ->
+    R = registry(Config),
+    Staying = [ {staying, N} || N <- lists:seq(1, 2_000) ],
+    [ ok = api(R, register_connection, [Id, self(), none]) || Id <- Staying ],
+    Changes = spawn_link(fun() -> come_and_go(R, 1) end),
+    Visit = fun({staying, _} = Id, _, Visited) -> [Id | Visited];
+               (_, _, Visited) -> Visited
+            end,
+    [ ?assertEqual(lists:sort(Staying), lists:sort(api(R, fold_connections, [Visit, []]))) || _ <- lists:seq(1, 20) ],
+    stop(Changes),
+    [ ok = api(R, unregister_connection, [Id]) || Id <- Staying ].
+
+
+come_and_go(R, N) ->
+    ok = api(R, register_connection, [{coming, N rem 3_000}, self(), none]),
+    ok = api(R, unregister_connection, [{coming, (N * 7 + 1) rem 3_000}]),
+    _ = api(R, unregister_connection, [{coming, (N + 1) rem 3_000}]),
+    receive
+        stop -> ok
+    after
+        0 ->
+            come_and_go(R, N + 1)
+    end.
+
+
 %%% Processes
 
 
@@ -387,6 +438,8 @@ exports_are_known(_Config) ->
                 {get_shard_id, 2},
                 {list_connections, 1},
                 {list_connections, 2},
+                {fold_connections, 2},
+                {fold_connections, 3},
                 {count, 0},
                 {count, 1},
                 {count, 2},

@@ -42,6 +42,7 @@
 %% Shards
 -export([get_shard_id/1, get_shard_id/2]).
 -export([list_connections/1, list_connections/2]).
+-export([fold_connections/2, fold_connections/3]).
 %% Counting
 -export([count/0, count/1, count/2, stats/0, stats/1, stats/2]).
 %% OTP `via' names
@@ -79,6 +80,9 @@
                          transports := non_neg_integer(),
                          connections := non_neg_integer()
                         }.
+
+%% Places of a shard that a fold reads at a time, in some 100 microseconds with small capabilities.
+-define(PAGE, 256).
 
 -define(IS_REGISTRY(R), (R =:= default orelse is_reference(R))).
 
@@ -163,6 +167,8 @@ format_error(_Reason, [{?MODULE, register_connection, [_Registry, _Id, _NoPid, _
     #{3 => "not a pid"};
 format_error(_Reason, [{?MODULE, release_connection, [_Registry, _Id, _NoPid], _Info} | _]) ->
     #{3 => "not a pid"};
+format_error(_Reason, [{?MODULE, fold_connections, [_Registry, _NoFun, _Acc], _Info} | _]) ->
+    #{2 => "not a function of three arguments"};
 format_error(_Reason, _Stacktrace) ->
     #{}.
 
@@ -248,6 +254,36 @@ list_connections(ShardId) ->
 -spec list_connections(registry(), shard_id()) -> [{term(), {pid(), term()}}].
 list_connections(Registry, ShardId) ->
     erlmcp_registry_native:list_shard(Registry, ShardId).
+
+
+%% @equiv fold_connections(default, Fun, Acc)
+-spec fold_connections(fun((Id :: term(), {pid(), Capabilities :: term()}, Acc) -> Acc), Acc) -> Acc.
+fold_connections(Fun, Acc) ->
+    fold_connections(default, Fun, Acc).
+
+
+%% @doc Folds over all connections, shard by shard, in no particular order.
+%%
+%% A few hundred connections are read at a time, on a dirty scheduler, so the memory in use does not depend on their
+%% number. `Fun' runs in the calling process and may change the registry. A connection that is registered throughout is
+%% visited exactly once, one that is registered or removed meanwhile at most once for each registration. Costs in
+%% proportion to the largest number of connections that there were at one time.
+-spec fold_connections(registry(), fun((Id :: term(), {pid(), Capabilities :: term()}, Acc) -> Acc), Acc) -> Acc.
+fold_connections(Registry, Fun, Acc) when is_function(Fun, 3) ->
+    {Shards, _MaxEntries, _MaxIdBytes} = erlmcp_nif:limits(Registry),
+    lists:foldl(fun(ShardId, ShardAcc) -> fold_shard(Registry, ShardId, 0, Fun, ShardAcc) end, Acc, lists:seq(0, Shards - 1));
+fold_connections(Registry, NoFun, Acc) ->
+    error(badarg, [Registry, NoFun, Acc], [{error_info, #{module => ?MODULE}}]).
+
+
+-spec fold_shard(registry(), shard_id(), Place, fun((term(), {pid(), term()}, Acc) -> Acc), Acc) -> Acc
+              when Place :: non_neg_integer() | none.
+fold_shard(_Registry, _ShardId, none, _Fun, Acc) ->
+    Acc;
+fold_shard(Registry, ShardId, Place, Fun, Acc) ->
+    {Page, Next} = erlmcp_nif:page(Registry, connection, ShardId, Place, ?PAGE),
+    PageAcc = lists:foldl(fun({Id, Pid, Capabilities, unbound}, RowAcc) -> Fun(Id, {Pid, Capabilities}, RowAcc) end, Acc, Page),
+    fold_shard(Registry, ShardId, Next, Fun, PageAcc).
 
 
 %%% Counting
