@@ -674,6 +674,23 @@ fn max_entries_is_never_passed() {
     .into_iter()
     .sum();
     assert!(full > 0);
+    // A thread that has removed its last entry may have left room.
+    let mut register_another = {
+        let mut n = u64::MAX;
+        move |registry: &Registry<u64>| {
+            n -= 1;
+            let bytes = n.to_le_bytes();
+            registry.register(
+                Namespace::Connection,
+                registry.id(0, &bytes),
+                0,
+                n,
+                None,
+                |_| n,
+            )
+        }
+    };
+    while register_another(&registry).is_ok() {}
     assert_eq!(registry.count(Namespace::Connection), 10);
 }
 

@@ -738,13 +738,16 @@ impl Limiter {
             clock,
             BucketState::UNLIMITED,
             |terms, word, now_ns| {
+                let tokens = terms.decide(word, now_ns, 0).1.unwrap_or(0);
+                let wait_ns = match terms.decide(word, now_ns, 1).1 {
+                    // The tokens are those of a nanosecond later.
+                    Err(Refused::RateLimited { wait_ns }) if tokens == 0 => wait_ns,
+                    _ => 0,
+                };
                 let state = BucketState {
-                    tokens: Some(terms.decide(word, now_ns, 0).1.unwrap_or(0)),
+                    tokens: Some(tokens),
                     limits: Some(terms.limits),
-                    wait_ns: match terms.decide(word, now_ns, 1).1 {
-                        Err(Refused::RateLimited { wait_ns }) => wait_ns,
-                        Ok(_) | Err(Refused::ExceedsCapacity) => 0,
-                    },
+                    wait_ns,
                 };
                 (word, state)
             },
