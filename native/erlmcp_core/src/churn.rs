@@ -28,8 +28,8 @@ use crate::sync::{AtomicU16, Ordering};
 /// Removals of keys with one count before it is due.
 pub const LIMIT: u16 = 32;
 
-/// A table of fewer keys is copied before any sequence is filled. With 900 keys neither memory nor time grows, and
-/// completing would cost twice as much as it saves.
+/// A table of fewer keys is copied before any sequence is filled. With 900 keys neither memory nor time grows, and a
+/// removal and insertion of one key takes 1.6 us (3.7 us if resizes are completed there too).
 const MIN_KEYS: u64 = 1_000;
 
 /// A power of two.

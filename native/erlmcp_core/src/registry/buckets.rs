@@ -205,7 +205,7 @@ impl Buckets {
     }
 
     /// `None` if the entry was removed.
-    fn state(&self, level: &Level, clock: &impl Clock) -> Option<BucketState> {
+    pub(super) fn state(&self, level: &Level, clock: &impl Clock) -> Option<BucketState> {
         let guard = self.own.guard();
         loop {
             let word = level.word().load(Ordering::Acquire);

@@ -268,26 +268,30 @@ where
         clock: &impl Clock,
     ) -> Forecast {
         let target = with_map!(self, namespace, |map| {
-            self.lookup(map, id, |key, _, entry| {
+            self.lookup(map, id, |key, value, entry| {
                 let shard = &self.shards[usize::from(key.shard())];
                 let admission = shard.admission();
                 let mut receiver = admission.receiver(entry.address, key.receiver());
-                admission.wait_ms(&mut receiver, &self.sampling, clock.now_ms(), || {
-                    shard.receivers()
-                })
+                let admission_ms =
+                    admission.wait_ms(&mut receiver, &self.sampling, clock.now_ms(), || {
+                        shard.receivers()
+                    });
+                let bucket = match (charged, value.level()) {
+                    _ if !self.buckets.is_on() => None,
+                    (Charged::Target, Some(level)) => self.buckets.state(level, clock),
+                    (Charged::Transport(id), _) => {
+                        self.bucket_state(Namespace::Transport, &id, clock)
+                    }
+                    (Charged::Target, None) | (Charged::Nobody, _) => None,
+                };
+                (admission_ms, bucket)
             })
         });
-        let Some(admission_ms) = target else {
+        let Some((admission_ms, bucket)) = target else {
             return Forecast {
                 refusal: Some(Refusal::NotFound),
                 wait_ms: 0,
             };
-        };
-        let bucket = match charged {
-            _ if !self.buckets.is_on() => None,
-            Charged::Nobody => None,
-            Charged::Target => self.bucket_state(namespace, id, clock),
-            Charged::Transport(id) => self.bucket_state(Namespace::Transport, &id, clock),
         };
         let layers = [
             (Refusal::CircuitOpen, circuit.wait_ms(clock)),
