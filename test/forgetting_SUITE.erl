@@ -48,24 +48,18 @@ forgetting_takes_no_memory(_Config) ->
 in_forgetting(Processes) ->
     Parent = self(),
     Pids = [ {N, spawn_link(fun() -> receive Parent -> ok end end)} || N <- lists:seq(1, Processes) ],
-    Started = resident(),
+    Started = test_support:resident_bytes(),
     [ ok = ?M:register_connection(N, Pid, none) || {N, Pid} <- Pids ],
-    Registered = resident(),
+    Registered = test_support:resident_bytes(),
     [ ok = ?M:unregister_connection(N) || {N, _} <- Pids ],
-    Unregistered = resident(),
+    Unregistered = test_support:resident_bytes(),
     [ ok = ?M:register_connection({again, N}, Pid, none) || {N, Pid} <- Pids ],
     #{
       started => Started,
       registered => Registered,
       unregistered => Unregistered,
-      registered_again => resident()
+      registered_again => test_support:resident_bytes()
      }.
-
-
-resident() ->
-    {ok, Statm} = file:read_file("/proc/self/statm"),
-    [_, Pages | _] = binary:split(Statm, <<" ">>, [global]),
-    binary_to_integer(Pages) * 4096.
 
 
 %% A process has as many monitors as it had registrations at one time, in whatever order they come and go.

@@ -162,9 +162,7 @@ comes_and_goes(server, Registry, Pid, N) ->
 
 
 rss_mb() ->
-    {ok, Status} = file:read_file("/proc/self/status"),
-    {match, [KB]} = re:run(Status, "VmRSS:\\s+([0-9]+) kB", [{capture, [1], list}]),
-    list_to_integer(KB) div 1024.
+    test_support:resident_bytes() div (1024 * 1024).
 
 
 %% A garbage collection drops the last reference, on the scheduler of the process that held it.

@@ -9,7 +9,7 @@
 -export([await_samplers/0]).
 -export([process/0, stop/1, in_process/1, on_every_scheduler/1]).
 -export([kill/1, await_end/1, await_received/3, flush/0, sleep_until/1, result/1]).
--export([shown_error/1]).
+-export([shown_error/1, resident_bytes/0]).
 -export([positive_integer/2, seed/1]).
 
 %% `flags' are arguments of the emulator. `timeout_ms' applies to the function and not to the start of its node.
@@ -190,6 +190,14 @@ in_process(Fun) ->
         {'DOWN', Monitor, process, Pid, Reason} ->
             error(Reason)
     end.
+
+
+%% The memory of this node, as the operating system counts it.
+-spec resident_bytes() -> non_neg_integer().
+resident_bytes() ->
+    {ok, Statm} = file:read_file("/proc/self/statm"),
+    [_, Pages | _] = binary:split(Statm, <<" ">>, [global]),
+    binary_to_integer(Pages) * 4096.
 
 
 %% Runs the fun once on each scheduler, with the scheduler's number.
