@@ -32,10 +32,13 @@
 -export([route_bound/1, route_bound_exclusive/1]).
 -export([forecast/3]).
 %% Token buckets
--export([bucket_new/1, is_bucket/1, bucket_take/2, bucket_state/1, bucket_set_limits/2]).
--export([entry_take/3, entry_bucket_state/2, entry_set_limits/3]).
+-export([bucket_new/1, is_bucket/1, bucket_take/2, bucket_refund/2, bucket_state/1, bucket_set_limits/2]).
+-export([entry_take/3, entry_refund/3, entry_bucket_state/2, entry_set_limits/3]).
 -export([set_shared_limits/1, shared_limits/0, are_limits/1]).
 -export([enforce_limits/1, enforces_limits/0, has_token_buckets/0]).
+%% Keyed limiters
+-export([limiter_new/2, limiter_take/3, limiter_refund/3, limiter_state/2, limiter_set_limits/2, limiter_info/1]).
+-export([take_together/1]).
 %% Admission control
 -export([admission_check/1, admission_adjust/2, admission_stats/1]).
 -export([admission_set_threshold/2, admission_threshold/1]).
@@ -55,7 +58,7 @@
 
 -export_type([registry/0, namespace/0, load_error/0]).
 -export_type([routed/0, route/0, refusal/0, event/0]).
--export_type([bucket/0, limits/0, change/0, taken/0, circuit_state/0]).
+-export_type([bucket/0, limits/0, change/0, taken/0, limiter/0, share/0, circuit_state/0]).
 -export_type([named_breaker_config/0, transition/0, entered/0]).
 
 -on_load(load/0).
@@ -98,9 +101,11 @@
        bucket_new/1,
        is_bucket/1,
        bucket_take/2,
+       bucket_refund/2,
        bucket_state/1,
        bucket_set_limits/2,
        entry_take/3,
+       entry_refund/3,
        entry_bucket_state/2,
        entry_set_limits/3,
        set_shared_limits/1,
@@ -109,6 +114,13 @@
        enforce_limits/1,
        enforces_limits/0,
        has_token_buckets/0,
+       limiter_new/2,
+       limiter_take/3,
+       limiter_refund/3,
+       limiter_state/2,
+       limiter_set_limits/2,
+       limiter_info/1,
+       take_together/1,
        admission_check/1,
        admission_adjust/2,
        admission_stats/1,
@@ -165,6 +177,8 @@
 -type taken() :: {ok, Left :: non_neg_integer() | infinity} |
                  {rate_limited, WaitNs :: non_neg_integer()} |
                  exceeds_capacity.
+-type limiter() :: reference().
+-type share() :: {limiter(), Key :: term(), Tokens :: non_neg_integer()} | {bucket(), Tokens :: non_neg_integer()}.
 -type circuit_state() :: closed | open | half_open | off.
 %% failure_threshold, success_threshold, timeout, window_size, failure_rate_threshold, probe_limit.
 -type named_breaker_config() :: {1..16#ffffffff, 1..16#ffffffff, 1..16#ffffffff, pos_integer(), float(), pos_integer()}.
@@ -449,6 +463,11 @@ is_bucket(_Term) -> ?NOT_LOADED.
 bucket_take(_Bucket, _Tokens) -> ?NOT_LOADED.
 
 
+%% Gives back tokens that were taken.
+-spec bucket_refund(bucket(), non_neg_integer()) -> ok.
+bucket_refund(_Bucket, _Tokens) -> ?NOT_LOADED.
+
+
 -spec bucket_state(bucket()) -> {Tokens :: non_neg_integer() | infinity, limits()}.
 bucket_state(_Bucket) -> ?NOT_LOADED.
 
@@ -460,6 +479,11 @@ bucket_set_limits(_Bucket, _Limits) -> ?NOT_LOADED.
 %% From the bucket of a connection or transport.
 -spec entry_take(namespace(), term(), non_neg_integer()) -> taken() | not_found.
 entry_take(_Namespace, _Id, _Tokens) -> ?NOT_LOADED.
+
+
+%% Gives back tokens that were taken.
+-spec entry_refund(namespace(), term(), non_neg_integer()) -> ok | not_found.
+entry_refund(_Namespace, _Id, _Tokens) -> ?NOT_LOADED.
 
 
 -spec entry_bucket_state(namespace(), term()) ->
@@ -500,6 +524,45 @@ enforces_limits() -> ?NOT_LOADED.
 %% Whether routes take from any bucket: limits are enforced, and some limits are set.
 -spec has_token_buckets() -> boolean().
 has_token_buckets() -> ?NOT_LOADED.
+
+
+%%% Keyed limiters
+
+
+%% Buckets by key, all with these limits, at most so many at one time.
+-spec limiter_new(limits(), MaxKeys :: pos_integer()) -> limiter().
+limiter_new(_Limits, _MaxKeys) -> ?NOT_LOADED.
+
+
+%% `limiter_full' if the key has no bucket and there is no room for one.
+-spec limiter_take(limiter(), Key :: term(), non_neg_integer()) -> taken() | limiter_full.
+limiter_take(_Limiter, _Key, _Tokens) -> ?NOT_LOADED.
+
+
+%% Gives back tokens that were taken.
+-spec limiter_refund(limiter(), Key :: term(), non_neg_integer()) -> ok.
+limiter_refund(_Limiter, _Key, _Tokens) -> ?NOT_LOADED.
+
+
+%% The bucket of a key; makes none.
+-spec limiter_state(limiter(), Key :: term()) -> {Tokens :: non_neg_integer() | infinity, limits()}.
+limiter_state(_Limiter, _Key) -> ?NOT_LOADED.
+
+
+-spec limiter_set_limits(limiter(), change()) -> ok | too_slow_to_fill.
+limiter_set_limits(_Limiter, _Limits) -> ?NOT_LOADED.
+
+
+%% The number of keys with a bucket, the most of them, and the limits.
+-spec limiter_info(limiter()) -> {Keys :: non_neg_integer(), MaxKeys :: pos_integer(), limits()}.
+limiter_info(_Limiter) -> ?NOT_LOADED.
+
+
+%% Takes from all of at most 16 buckets or from none. Otherwise the position of the first that refuses, and why.
+-spec take_together([share()]) ->
+          ok |
+          {Position :: pos_integer(), {rate_limited, WaitNs :: non_neg_integer()} | exceeds_capacity | limiter_full}.
+take_together(_Shares) -> ?NOT_LOADED.
 
 
 %%% Admission control

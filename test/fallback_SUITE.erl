@@ -210,6 +210,7 @@ native() ->
                   fun() -> erlmcp_shard_registry:new(#{}) end,
                   fun() -> erlmcp_shard_manager:route_message(c, hello) end,
                   fun() -> erlmcp_token_bucket:new(#{}) end,
+                  fun() -> erlmcp_keyed_limiter:new(#{}) end,
                   fun() -> erlmcp_admission_control:check_admission(0) end] ],
     ok.
 

@@ -40,9 +40,9 @@ calls() ->
     test_support:positive_integer("FUZZ_CALLS", 100_000).
 
 
-%% A hundred thousand calls of each function take a minute or two.
+%% A hundred thousand calls of each function take five minutes, on a busy machine four times as long.
 most_minutes(Calls) ->
-    10 + Calls div 10_000.
+    10 + Calls div 4_000.
 
 
 init_per_suite(Config) ->
@@ -362,6 +362,11 @@ right({admission_set_threshold, _}, term, _Pools, _Pids) ->
     pick({auto, infinity, 1, 10_000, 1 bsl 40});
 right({breaker_configure, _}, term, _Pools, _Pids) ->
     pick({off, {50, 10_000, 10, 30_000, 10}, {1, 1, 1, 0, 1}, {65_536, 1 bsl 40, 1023, 0, 1023}});
+right({take_together, _}, term, #{id := Ids, limiter := Limiters, bucket := Buckets}, _Pids) ->
+    [ case rand:uniform(2) of
+          1 -> {pick(Limiters), pick(Ids), rand:uniform(5) - 1};
+          2 -> {pick(Buckets), rand:uniform(5) - 1}
+      end || _ <- lists:seq(1, rand:uniform(17) - 1) ];
 right({route_batch, _}, term, #{id := Ids}, _Pids) ->
     [ {pick(Ids), N} || N <- lists:seq(1, rand:uniform(5) * rand:uniform(5) * rand:uniform(30)) ];
 right(_, Kind, Pools, _Pids) ->
@@ -454,6 +459,7 @@ pools(#{own := Own, closing := Closing, heavy := Heavy}) ->
                          1 bsl 28,
                          1 bsl 31},
               boolean => {true, false},
+              limiter => {?NIF:limiter_new({1000, 1.0e4}, 100), ?NIF:limiter_new({1, 1.0e9}, 3), ?NIF:limiter_new(infinity, 1)},
               bucket => {?NIF:bucket_new({1000, 1.0e4}), ?NIF:bucket_new({1, 1.0e9}), ?NIF:bucket_new(infinity)},
               limits => {infinity, shared, {1, 1.0e9}, {1000, 1.0e4}, {100, 1.0}},
               other => list_to_tuple(References)
@@ -555,12 +561,4 @@ small_term(Depth) ->
 
 memory() ->
     [ garbage_collect(Pid) || Pid <- processes() ],
-    Resident =
-        case file:read_file("/proc/self/statm") of
-            {ok, Statm} ->
-                [_, Pages | _] = binary:split(Statm, <<" ">>, [global]),
-                binary_to_integer(Pages) * 4096;
-            {error, _} ->
-                0
-        end,
-    #{resident => Resident, total => erlang:memory(total)}.
+    #{resident => test_support:resident_bytes(), total => erlang:memory(total)}.

@@ -35,6 +35,7 @@ kind({ann_type, _, [_, Type]}) -> kind(Type);
 kind({user_type, _, registry, []}) -> registry;
 kind({user_type, _, namespace, []}) -> namespace;
 kind({user_type, _, bucket, []}) -> bucket;
+kind({user_type, _, limiter, []}) -> limiter;
 kind({user_type, _, named_breaker_config, []}) -> named_breaker_config;
 kind({user_type, _, limits, []}) -> limits;
 kind({type, _, union, [{user_type, _, limits, []} | _]}) -> limits;

@@ -23,9 +23,11 @@
 
 -export([new/1]).
 -export([consume/2, consume/3, consume_or_wait_time/2, consume_or_wait_time/3]).
+-export([refund/2, refund/3]).
 -export([get_state/1, get_state/2, set_limits/2, set_limits/3]).
 %% For other modules of this application
 -export([are_asked/0]).
+-export([native_limits/1, native_change/1, bounded/1, wait_ms/1, state/1]).
 
 -export_type([bucket/0, limits/0, state/0, namespace/0]).
 
@@ -46,7 +48,7 @@
 %% the last reference to it.
 -spec new(limits()) -> bucket().
 new(Limits) ->
-    erlmcp_nif:bucket_new(native(Limits)).
+    erlmcp_nif:bucket_new(native_limits(Limits)).
 
 
 %% @doc Takes `N' tokens, or none. `Remaining' is the number of tokens left, `infinity' without limits.
@@ -82,6 +84,25 @@ consume_or_wait_time(Namespace, Id, N) ->
     with_wait(entry_take(Namespace, Id, N)).
 
 
+%% @doc Gives back `N' tokens that were taken and not used. The bucket holds no more than its capacity afterwards; it is
+%% the caller's duty to give back no more than was taken.
+-spec refund(bucket() | Id :: term(), N :: non_neg_integer()) -> ok | {error, not_found}.
+refund(Of, N) ->
+    case is_bucket(Of) of
+        true -> erlmcp_nif:bucket_refund(Of, bounded(N));
+        false -> refund(connection, Of, N)
+    end.
+
+
+%% @doc Gives back tokens to the bucket of a connection or a transport; see {@link refund/2}.
+-spec refund(namespace(), Id :: term(), N :: non_neg_integer()) -> ok | {error, not_found}.
+refund(Namespace, Id, N) when Namespace =:= connection; Namespace =:= transport ->
+    case erlmcp_nif:entry_refund(Namespace, Id, bounded(N)) of
+        ok -> ok;
+        not_found -> {error, not_found}
+    end.
+
+
 %% @doc The tokens and the limits of a bucket. For a connection that is not registered the result is `{error,
 %% not_found}'.
 -spec get_state(bucket() | Id :: term()) -> state() | {error, not_found}.
@@ -110,7 +131,7 @@ get_state(Namespace, Id) when Namespace =:= connection; Namespace =:= transport 
 -spec set_limits(bucket() | Id :: term(), limits() | default) -> ok | {error, not_found}.
 set_limits(Of, Limits) ->
     case is_bucket(Of) of
-        true -> changed(erlmcp_nif:bucket_set_limits(Of, change(Limits)), Limits);
+        true -> changed(erlmcp_nif:bucket_set_limits(Of, native_change(Limits)), Limits);
         false -> set_limits(connection, Of, Limits)
     end.
 
@@ -120,7 +141,7 @@ set_limits(Of, Limits) ->
 set_limits(Namespace, Id, default) when Namespace =:= connection; Namespace =:= transport ->
     changed(erlmcp_nif:entry_set_limits(Namespace, Id, shared), default);
 set_limits(Namespace, Id, Limits) when Namespace =:= connection; Namespace =:= transport ->
-    changed(erlmcp_nif:entry_set_limits(Namespace, Id, change(Limits)), Limits).
+    changed(erlmcp_nif:entry_set_limits(Namespace, Id, native_change(Limits)), Limits).
 
 
 %% @private
@@ -149,6 +170,7 @@ entry_take(Namespace, Id, N) when Namespace =:= connection; Namespace =:= transp
     erlmcp_nif:entry_take(Namespace, Id, bounded(N)).
 
 
+%% @private
 %% No bucket has so many tokens, and the native function takes no larger number.
 -spec bounded(non_neg_integer() | term()) -> non_neg_integer() | term().
 bounded(N) when is_integer(N), N > ?MORE_THAN_ANY -> ?MORE_THAN_ANY;
@@ -166,8 +188,14 @@ without_wait(Reason) -> {error, Reason}.
           {ok, non_neg_integer() | infinity} |
           {error, {rate_limited, pos_integer()} | exceeds_capacity | not_found}.
 with_wait({ok, _Remaining} = Taken) -> Taken;
-with_wait({rate_limited, WaitNs}) -> {error, {rate_limited, max(1, (WaitNs + 999_999) div 1_000_000)}};
+with_wait({rate_limited, WaitNs}) -> {error, {rate_limited, wait_ms(WaitNs)}};
 with_wait(Reason) -> {error, Reason}.
+
+
+%% @private
+-spec wait_ms(non_neg_integer()) -> pos_integer().
+wait_ms(WaitNs) ->
+    max(1, (WaitNs + 999_999) div 1_000_000).
 
 
 -spec changed(ok | not_found | too_slow_to_fill, limits() | default) -> ok | {error, not_found}.
@@ -176,6 +204,7 @@ changed(not_found, _Limits) -> {error, not_found};
 changed(too_slow_to_fill, Limits) -> error({bad_option, token_bucket, Limits, erlmcp_native_config:too_slow_to_fill()}).
 
 
+%% @private
 -spec state({non_neg_integer() | infinity, erlmcp_nif:limits()}) -> state().
 state({Tokens, infinity}) ->
     #{tokens => Tokens, capacity => infinity, rate_per_second => infinity};
@@ -183,8 +212,9 @@ state({Tokens, {Capacity, Rate}}) ->
     #{tokens => Tokens, capacity => Capacity, rate_per_second => Rate}.
 
 
--spec native(limits() | term()) -> erlmcp_nif:limits().
-native(Limits) ->
+%% @private
+-spec native_limits(limits() | term()) -> erlmcp_nif:limits().
+native_limits(Limits) ->
     case erlmcp_native_config:token_bucket(Limits) of
         {ok, infinity} -> infinity;
         {ok, #{capacity := Capacity, rate_per_second := Rate}} -> {Capacity, float(Rate)};
@@ -192,8 +222,9 @@ native(Limits) ->
     end.
 
 
--spec change(limits() | term()) -> erlmcp_nif:change().
-change(Limits) ->
+%% @private
+-spec native_change(limits() | term()) -> erlmcp_nif:change().
+native_change(Limits) ->
     case erlmcp_native_config:token_bucket_change(Limits) of
         {ok, infinity} -> infinity;
         {ok, Map} -> {maps:get(capacity, Map, undefined), rate(Map)};

@@ -14,10 +14,11 @@ use erlmcp_core::circuit_breaker::{CircuitBreaker, Config, Permit, State};
 use erlmcp_core::clock::Clock;
 use erlmcp_core::diversion::{Diversion, Diverted};
 use erlmcp_core::gate::Gate;
+use erlmcp_core::keyed_limiter::{KeyedLimiter, KeyedRefusal};
 use erlmcp_core::registry::{self, Decision, EntryLimits, Namespace, Registry};
 use erlmcp_core::seqlock::SeqLock;
 use erlmcp_core::slots::{OCCUPIED, Slots};
-use erlmcp_core::token_bucket::{Level, Limits, Terms, TokenBucket};
+use erlmcp_core::token_bucket::{Level, Limits, Refused, Terms, TokenBucket};
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 use loom::thread;
@@ -437,6 +438,55 @@ fn tokens_are_moved_once() {
         assert_eq!(state.limits, Some(limits(9)));
         assert!(matches!(state.tokens, Some(4..=5)), "{state:?}");
     });
+}
+
+/// A clock that stands still at a time of its own.
+struct At(u64);
+
+impl Clock for At {
+    fn now_ns(&self) -> u64 {
+        self.0
+    }
+}
+
+/// A limiter for so many keys, with buckets of one token. Key 1 has a bucket, which is full again at the time that is
+/// returned too.
+fn limiter_with_a_key(max_keys: u64) -> (Arc<KeyedLimiter>, At) {
+    let limiter = KeyedLimiter::new(Some(limits(1)), max_keys, &At(0));
+    assert_eq!(limiter.take(limiter.key(0, &[1]), 1, &At(0)), Ok(Some(0)));
+    (Arc::new(limiter), At(2 * 3600 * 1_000_000_000))
+}
+
+/// Whether one token of a key was acquired.
+fn takes(limiter: &KeyedLimiter, key: u8, clock: &At) -> bool {
+    let taken = limiter.take(limiter.key(0, &[key]), 1, clock);
+    assert_ne!(taken, Err(KeyedRefusal::Refused(Refused::ExceedsCapacity)));
+    taken.is_ok()
+}
+
+/// A bucket is forgotten to make room for another key while a thread acquires from it: its token is acquired once, and
+/// there are no more buckets than keys allowed. loom sees words, places and counts, but not the map.
+#[test]
+fn a_forgotten_bucket_gives_its_token_once() {
+    for max_keys in [1, 2] {
+        loom::model(move || {
+            let (limiter, now) = limiter_with_a_key(max_keys);
+            let taker = {
+                let limiter = Arc::clone(&limiter);
+                let now = At(now.0);
+                thread::spawn(move || usize::from(takes(&limiter, 1, &now)))
+            };
+            let others = usize::from(takes(&limiter, 2, &now));
+            let taken = taker.join().unwrap();
+            let lacking = (taken + others) as u64;
+            assert!(lacking <= max_keys && lacking <= limiter.len());
+            if taken == 1 {
+                assert!(!takes(&limiter, 1, &now), "acquired twice");
+            } else if others == 0 {
+                assert!(takes(&limiter, 1, &now), "lost");
+            }
+        });
+    }
 }
 
 /// One thread sets the shared limits while another one removes them: the limits in force are the ones

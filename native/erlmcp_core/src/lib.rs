@@ -27,6 +27,7 @@ pub mod diversion;
 pub mod error;
 #[doc(hidden)]
 pub mod gate;
+pub mod keyed_limiter;
 mod receivers;
 pub mod registry;
 #[doc(hidden)]

@@ -169,7 +169,7 @@ pub struct BucketState {
 }
 
 impl BucketState {
-    const UNLIMITED: Self = Self {
+    pub(crate) const UNLIMITED: Self = Self {
         tokens: None,
         limits: None,
         wait_ns: 0,
@@ -198,6 +198,9 @@ const MASK: u64 = u64::MAX >> 1;
 /// word. A fetch-or sets the bit, so acquisitions cannot delay it. The level stays readable, so any thread can
 /// finish the move and none waits.
 const FROZEN: u64 = 1 << 63;
+
+/// The word of a bucket that was removed. It never changes again.
+pub(crate) const GONE: u64 = u64::MAX;
 
 /// Differences of positions lie from `-AHEAD` to `MASK - AHEAD`.
 const AHEAD: i64 = 1 << 61;
@@ -558,6 +561,36 @@ impl Terms {
         }
     }
 
+    /// Whether the bucket holds all tokens that it can.
+    fn is_full(&self, word: u64, now_ns: u64) -> bool {
+        self.decide(word, now_ns, self.limits.capacity).1.is_ok()
+    }
+
+    /// The next word of a bucket that gets `tokens` back. A full bucket stays as it is.
+    fn refund(&self, word: u64, now_ns: u64, tokens: u64) -> u64 {
+        if self.is_full(word, now_ns) {
+            return word;
+        }
+        let scale = &self.scale;
+        let capacity = scale.capacity_units();
+        let position = scale.position(scale.advanced(now_ns));
+        let word = self.present(word, now_ns);
+        let held = behind(position, word);
+        // A word that was written before the clock went back: see the module's documentation.
+        let word = if held < -(scale.units_in(TOLERANCE_NS_BITS) as i64) {
+            position.wrapping_add(1) & MASK
+        } else {
+            word
+        };
+        let units = scale.units(tokens.min(self.limits.capacity));
+        let next = word.wrapping_sub(units) & MASK;
+        if behind(position, next) > capacity as i64 {
+            position.wrapping_sub(capacity) & MASK
+        } else {
+            next
+        }
+    }
+
     /// Whether the word was written in a former generation.
     fn is_former(&self, word: u64, now_ns: u64) -> bool {
         let scale = &self.scale;
@@ -829,6 +862,28 @@ impl Limiter {
         }
     }
 
+    /// Gives back tokens that were acquired, up to the capacity; `None` if the word was no level when it was judged.
+    pub(crate) fn refund(&self, level: &Level, clock: &impl Clock, tokens: u64) -> Option<()> {
+        if self.is_off() {
+            return (level.touch() <= MASK).then_some(());
+        }
+        self.judged(level, clock, (), |terms, word, now_ns| {
+            (terms.refund(word, now_ns, tokens), ())
+        })
+    }
+
+    /// Changes the word of a full bucket to [`GONE`]. Returns whether it has.
+    pub(crate) fn forget_if_full(&self, level: &Level, clock: &impl Clock) -> bool {
+        let forgotten = self.judged(level, clock, false, |terms, word, now_ns| {
+            if terms.is_full(word, now_ns) {
+                (GONE, true)
+            } else {
+                (word, false)
+            }
+        });
+        forgotten == Some(true)
+    }
+
     #[cold]
     fn take_slowly(
         &self,
@@ -936,7 +991,7 @@ impl Limiter {
 
     /// Changes the limits that `change` names. The others stay: those in force, or the last ones, or else those of
     /// `otherwise`. Retries for concurrent changes alone, never for acquisitions.
-    fn change_limits(
+    pub(crate) fn change_limits(
         &self,
         change: Change,
         otherwise: Limits,
@@ -1007,15 +1062,9 @@ impl TokenBucket {
         self.level.0.touch() & FROZEN != 0
     }
 
-    /// As [`Self::take`]; `None` if it is frozen.
-    #[inline]
-    pub(crate) fn take_unless_frozen(
-        &self,
-        clock: &impl Clock,
-        tokens: u64,
-    ) -> Option<Result<Option<u64>, Refused>> {
-        self.limiter
-            .take_unless_marked(&self.level.0, clock, tokens)
+    /// Its limits and its level, whose word is none while the bucket is frozen.
+    pub(crate) fn parts(&self) -> (&Limiter, &Level) {
+        (&self.limiter, &self.level.0)
     }
 
     /// Its tokens and its limits.
@@ -1034,6 +1083,12 @@ impl TokenBucket {
     #[inline]
     pub fn take(&self, clock: &impl Clock, tokens: u64) -> Result<Option<u64>, Refused> {
         self.limiter.take(&self.level.0, clock, tokens)
+    }
+
+    /// Gives back tokens that were acquired, up to the capacity.
+    pub fn refund(&self, clock: &impl Clock, tokens: u64) {
+        // Only buckets of entries are ever frozen.
+        let _: Option<()> = self.limiter.refund(&self.level.0, clock, tokens);
     }
 
     /// The limits; `None` if there are none.

@@ -38,6 +38,7 @@ rustler::atoms! {
     half_open,
     high,
     infinity,
+    limiter_full,
     lookups,
     last_failure_time,
     last_state_change,

@@ -14,6 +14,7 @@ mod encoding;
 mod id;
 mod immediate;
 mod kept_hash;
+mod keyed_limiter;
 mod named_breaker;
 mod page;
 mod registry;
@@ -32,6 +33,7 @@ fn load(env: Env<'_>, _info: Term<'_>) -> bool {
     let _ = backpressure::circuit();
     env.register::<resource::RegistryResource>().is_ok()
         && env.register::<token_bucket::BucketResource>().is_ok()
+        && env.register::<keyed_limiter::LimiterResource>().is_ok()
         && env.register::<watch::WatchResource>().is_ok()
         && env.register::<caller::CallerResource>().is_ok()
 }

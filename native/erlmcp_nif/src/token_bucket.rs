@@ -17,7 +17,7 @@ pub(crate) struct BucketResource(TokenBucket);
 
 impl Resource for BucketResource {}
 
-fn decode_limits(term: Term<'_>) -> NifResult<Option<Limits>> {
+pub(crate) fn decode_limits(term: Term<'_>) -> NifResult<Option<Limits>> {
     if atoms::infinity() == term {
         return Ok(None);
     }
@@ -57,19 +57,27 @@ fn decode_change(term: Term<'_>) -> NifResult<Option<Change>> {
     }
 }
 
-fn limits_term(env: Env<'_>, limits: Option<Limits>) -> Term<'_> {
+pub(crate) fn limits_term(env: Env<'_>, limits: Option<Limits>) -> Term<'_> {
     limits.map_or(atoms::infinity().encode(env), |limits| {
         (limits.capacity(), limits.rate_per_second()).encode(env)
     })
 }
 
-fn taken_term(env: Env<'_>, taken: Result<Option<u64>, Refused>) -> Term<'_> {
+pub(crate) fn taken_term(env: Env<'_>, taken: Result<Option<u64>, Refused>) -> Term<'_> {
     match taken {
         Ok(Some(left)) => (atoms::ok(), left).encode(env),
         Ok(None) => (atoms::ok(), atoms::infinity()).encode(env),
         Err(Refused::RateLimited { wait_ns }) => (atoms::rate_limited(), wait_ns).encode(env),
         Err(Refused::ExceedsCapacity) => atoms::exceeds_capacity().encode(env),
     }
+}
+
+pub(crate) fn change_limits<'a>(
+    env: Env<'a>,
+    limits: Term<'a>,
+    change: impl FnOnce(Option<Change>) -> Result<(), LimitsError>,
+) -> NifResult<Term<'a>> {
+    changed_term(env, change(decode_change(limits)?))
 }
 
 fn changed_term(env: Env<'_>, changed: Result<(), LimitsError>) -> NifResult<Term<'_>> {
@@ -80,7 +88,7 @@ fn changed_term(env: Env<'_>, changed: Result<(), LimitsError>) -> NifResult<Ter
     }
 }
 
-fn state_term<'a>(env: Env<'a>, state: &BucketState) -> Term<'a> {
+pub(crate) fn state_term<'a>(env: Env<'a>, state: &BucketState) -> Term<'a> {
     let tokens = state
         .tokens
         .map_or(atoms::infinity().encode(env), |n| n.encode(env));
@@ -95,7 +103,7 @@ fn bucket_new(limits: Term<'_>) -> NifResult<ResourceArc<BucketResource>> {
     Ok(ResourceArc::new(BucketResource(bucket)))
 }
 
-fn bucket<'a>(term: Term<'a>) -> NifResult<&'a TokenBucket> {
+pub(crate) fn bucket<'a>(term: Term<'a>) -> NifResult<&'a TokenBucket> {
     term.try_get_resource::<BucketResource>()
         .map(|resource| &resource.0)
         .ok_or(Error::BadArg)
@@ -119,14 +127,19 @@ fn bucket_state<'a>(env: Env<'a>, of: Term<'a>) -> NifResult<Term<'a>> {
 #[rustler::nif]
 fn bucket_set_limits<'a>(env: Env<'a>, of: Term<'a>, limits: Term<'a>) -> NifResult<Term<'a>> {
     let bucket = bucket(of)?;
-    let changed = match decode_change(limits)? {
+    change_limits(env, limits, |change| match change {
         Some(change) => bucket.change_limits(change, Limits::default(), clock()),
         None => {
             bucket.set_limits(None, clock());
             Ok(())
         }
-    };
-    changed_term(env, changed)
+    })
+}
+
+#[rustler::nif]
+fn bucket_refund(of: Term<'_>, tokens: u64) -> NifResult<Atom> {
+    bucket(of)?.refund(clock(), tokens);
+    Ok(atoms::ok())
 }
 
 // ---- Buckets of entries ----
@@ -140,6 +153,19 @@ fn entry_take<'a>(env: Env<'a>, ns: Term<'a>, id: Term<'a>, tokens: u64) -> NifR
             Ok(left) => taken_term(env, Ok(left)),
             Err(BucketError::Refused(refused)) => taken_term(env, Err(refused)),
             Err(_) => atoms::not_found().encode(env),
+        }
+    })
+    .ok_or(Error::BadArg)
+}
+
+#[rustler::nif]
+fn entry_refund(ns: Term<'_>, id: Term<'_>, tokens: u64) -> NifResult<Atom> {
+    let registry = default_registry();
+    let namespace = namespace(ns)?;
+    id::with(registry, id, |id| {
+        match registry.refund_tokens(namespace, id, tokens, clock()) {
+            Ok(()) => atoms::ok(),
+            Err(_) => atoms::not_found(),
         }
     })
     .ok_or(Error::BadArg)

@@ -17,6 +17,7 @@
 //!   thread makes the change lose once more at most. An entry's own bucket is frozen, which cannot fail, and a
 //!   thread that finds it frozen moves its tokens too.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use papaya::{Guard, HashMap};
@@ -26,11 +27,12 @@ use super::{Id, Namespace, Registry};
 use crate::clock::Clock;
 use crate::sync::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 pub use crate::token_bucket::BucketState;
-use crate::token_bucket::{Change, Level, Limiter, Limits, LimitsError, Refused, TokenBucket};
+use crate::token_bucket::{
+    Change, GONE, Level, Limiter, Limits, LimitsError, Refused, TokenBucket,
+};
 
 /// No level: the highest bit of a level is 0.
 const OWN: u64 = u64::MAX << 40;
-const GONE: u64 = u64::MAX;
 
 /// Compare-and-swaps that acquisitions may make fail before the move is announced.
 const ATTEMPTS: usize = if cfg!(loom) { 1 } else { 8 };
@@ -117,14 +119,38 @@ impl Buckets {
         clock: &impl Clock,
         tokens: u64,
     ) -> Result<Option<u64>, Refused> {
+        self.judged(level, clock, Ok(None), |limiter, level| {
+            limiter.take_unless_marked(level, clock, tokens)
+        })
+    }
+
+    /// Gives back tokens that were acquired.
+    fn refund(&self, level: &Level, clock: &impl Clock, tokens: u64) {
+        self.judged(level, clock, (), |limiter, level| {
+            limiter.refund(level, clock, tokens)
+        });
+    }
+
+    /// The verdict of `judge`, by the limits and the level that hold the tokens of an entry; `gone` if the entry was
+    /// removed. `judge` returns `None` where the level is a mark or frozen.
+    #[inline]
+    fn judged<R>(
+        &self,
+        level: &Level,
+        clock: &impl Clock,
+        gone: R,
+        judge: impl Fn(&Limiter, &Level) -> Option<R>,
+    ) -> R {
         loop {
             if !self.is_moving(level)
-                && let Some(taken) = self.shared.take_unless_marked(level, clock, tokens)
+                && let Some(verdict) = judge(&self.shared, level)
             {
-                return taken;
+                return verdict;
             }
-            if let Some(taken) = self.take_own(level, clock, tokens) {
-                return taken;
+            match self.judged_by_own_limits(level, clock, &judge) {
+                ControlFlow::Break(Some(verdict)) => return verdict,
+                ControlFlow::Break(None) => return gone,
+                ControlFlow::Continue(()) => {}
             }
         }
     }
@@ -142,32 +168,37 @@ impl Buckets {
             .contains_key(&address(level), &self.moves.guard())
     }
 
-    /// `None` if the entry had no bucket of its own, or if that was frozen, in which case its tokens have been
-    /// moved.
+    /// Breaks with the verdict by the entry's own bucket, with `None` if the entry was removed. Continues if the entry
+    /// had no bucket of its own, or if that was frozen, in which case its tokens have been moved.
     #[cold]
-    fn take_own(
+    fn judged_by_own_limits<R>(
         &self,
         level: &Level,
         clock: &impl Clock,
-        tokens: u64,
-    ) -> Option<Result<Option<u64>, Refused>> {
+        judge: impl Fn(&Limiter, &Level) -> Option<R>,
+    ) -> ControlFlow<Option<R>> {
         let guard = self.own.guard();
         let word = level.word().load(Ordering::Acquire);
         if word == GONE {
-            return Some(Ok(None));
+            return ControlFlow::Break(None);
         }
         if word < OWN {
             if self.is_moving(level) {
                 self.finish_own(level, word, clock);
             }
-            return None;
+            return ControlFlow::Continue(());
         }
-        let bucket = self.bucket(level, word, &guard)?;
-        let taken = bucket.take_unless_frozen(clock, tokens);
-        if taken.is_none() {
-            self.give_back(level, word, bucket, clock);
+        let Some(bucket) = self.bucket(level, word, &guard) else {
+            return ControlFlow::Continue(());
+        };
+        let (limiter, own_level) = bucket.parts();
+        match judge(limiter, own_level) {
+            Some(verdict) => ControlFlow::Break(Some(verdict)),
+            None => {
+                self.give_back(level, word, bucket, clock);
+                ControlFlow::Continue(())
+            }
         }
-        taken
     }
 
     /// Acquires one token; `false` if there is none.
@@ -520,6 +551,21 @@ where
             Ok(self.buckets.take(level, clock, tokens)?)
         })
         .unwrap_or(Err(BucketError::NotFound))
+    }
+
+    /// Gives back tokens that were acquired from the bucket of a connection or transport and not used. It holds no
+    /// more than its capacity afterwards.
+    pub fn refund_tokens(
+        &self,
+        namespace: Namespace,
+        id: &Id<'_>,
+        tokens: u64,
+        clock: &impl Clock,
+    ) -> Result<(), BucketError> {
+        self.with_level(namespace, id, |level| {
+            self.buckets.refund(level, clock, tokens);
+        })
+        .ok_or(BucketError::NotFound)
     }
 
     /// The state of the bucket of a connection or transport.

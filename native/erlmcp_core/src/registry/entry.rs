@@ -267,17 +267,21 @@ impl Hash for Located<'_> {
 /// The maps' hasher, keyed at random. A query with a known hash (an [`Id`], a [`Located`]) writes it as one `u64`.
 /// A [`Key`], which is hashed when a table grows, writes its bytes and its kind.
 #[derive(Clone)]
-pub(super) struct IdHashing(pub(super) RandomState);
+pub(crate) struct IdHashing(RandomState);
 
-pub(super) enum IdHasher {
+pub(crate) enum IdHasher {
     Computing(AHasher),
     Given(u64),
 }
 
 impl IdHashing {
+    pub(crate) fn new(keys: RandomState) -> Self {
+        Self(keys)
+    }
+
     /// The hash of an id, with [`OCCUPIED`] set, so that [`crate::slots`] can store it.
     #[inline(always)]
-    pub(super) fn hash(&self, kind: u8, bytes: &[u8]) -> u64 {
+    pub(crate) fn hash(&self, kind: u8, bytes: &[u8]) -> u64 {
         let mut hasher = self.0.build_hasher();
         hasher.write(bytes);
         hasher.write_u8(kind);

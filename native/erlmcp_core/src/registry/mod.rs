@@ -54,7 +54,8 @@ use seize::Collector;
 
 use buckets::Buckets;
 pub use buckets::{BucketError, BucketState, EntryLimits};
-use entry::{Connection, IdHashing, Key, Located, Server, Transport};
+pub(crate) use entry::IdHashing;
+use entry::{Connection, Key, Located, Server, Transport};
 pub use entry::{Entry, Id, Location};
 #[doc(hidden)]
 pub use group::Decision;
@@ -191,7 +192,7 @@ where
     /// It has no limits but its own bounds: every message is routed until [`Self::set_limits`] or the thresholds of
     /// [`Self::admission`] are set.
     pub fn new(limits: Limits, clock: &impl Clock) -> Self {
-        let hashing = IdHashing(RandomState::new());
+        let hashing = IdHashing::new(RandomState::new());
         let collector = Arc::new(Collector::new());
         Self {
             limits,
