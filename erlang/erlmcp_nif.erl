@@ -19,7 +19,7 @@
 -export([whereis_connection/1, whereis_name/1, whereis/3]).
 -export([find/3]).
 %% Registration
--export([register/6, unregister/3, release/3, update_server/3]).
+-export([register/6, register_or_find/5, replace/5, unregister/3, release/3, update_server/3]).
 %% Bindings
 -export([bind/4, unbind/2, bound_server/2, bindings/1]).
 -export([bound_transports/2]).
@@ -74,6 +74,8 @@
        whereis/3,
        find/3,
        register/6,
+       register_or_find/5,
+       replace/5,
        unregister/3,
        release/3,
        update_server/3,
@@ -314,6 +316,17 @@ find(Registry, Namespace, _Id) -> ?DIVERTED(Registry, Namespace).
 -spec register(registry(), namespace(), term(), pid(), pid(), term()) ->
           ok | {already_registered, pid()} | registry_full | registry_closed | diverted.
 register(Registry, Namespace, _Id, _Pid, _Monitored, _Config) -> ?DIVERTED(Registry, Namespace).
+
+
+%% As {@link register/6}, of a connection. Returns the present one if the id is registered.
+-spec register_or_find(registry(), term(), pid(), pid(), term()) -> ok | {found, {pid(), term()}} | registry_full.
+register_or_find(_Registry, _Id, _Pid, _Monitored, _Config) -> ?NOT_LOADED.
+
+
+%% As {@link register/6}, of a connection. Takes the place of the present one if the id is registered; returns its
+%% process, and the sentinel to stop if it had one.
+-spec replace(registry(), term(), pid(), pid(), term()) -> ok | {replaced, pid(), pid() | none} | registry_full.
+replace(_Registry, _Id, _Pid, _Monitored, _Config) -> ?NOT_LOADED.
 
 
 %% Returns the sentinel to stop, if the entry had one.

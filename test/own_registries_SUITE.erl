@@ -149,6 +149,13 @@ max_entries(_Config) ->
     ?assertExit(registry_full, ?M:register_name(R, <<"more">>, Pid)),
     ?assertEqual({error, not_found}, ?M:lookup_connection(R, <<"more">>)),
     ?assertEqual(10, ?M:count(R)),
+    ?assertEqual({error, registry_full}, ?M:register_or_find_connection(R, <<"more">>, Pid, none)),
+    ?assertEqual({error, registry_full}, ?M:replace_connection(R, <<"more">>, Pid, none)),
+    %% A replacement needs no room.
+    ?assertEqual({found, {Pid, none}}, ?M:register_or_find_connection(R, hd(Ids), self(), none)),
+    ?assertEqual({ok, Pid}, ?M:replace_connection(R, hd(Ids), self(), none)),
+    ?assertEqual({ok, self()}, ?M:replace_connection(R, hd(Ids), Pid, none)),
+    ?assertEqual(10, ?M:count(R)),
     %% `already_registered' takes precedence over `registry_full'.
     ?assertEqual({error, already_registered}, ?M:register_connection(R, hd(Ids), Pid, none)),
     %% An entry can be removed and inserted again any number of times.

@@ -1,14 +1,14 @@
 %%% Runs the model of `prop_registry' against both registries, and against one that is switched between them all
-%%% the time.
+%%% the time; and the model of `prop_connections' against the registry of connections.
 %%%
 %%% The environment variables PROP_SEQUENTIAL and PROP_PARALLEL are the numbers of histories for each registry.
 %%% A default run takes about 10 s for a sequential and 4 s for a parallel property on two cores.
-%%% cores.
 -module(registry_property_SUITE).
 
 -export([suite/0, all/0, init_per_suite/1, end_per_suite/1]).
 -export([sequential_native/1, sequential_classic/1, parallel_native/1, parallel_classic/1]).
 -export([sequential_switching/1, parallel_switching/1]).
+-export([sequential_connections/1, parallel_connections/1]).
 
 -define(SEQUENTIAL, 1000).
 -define(PARALLEL,   200).
@@ -27,7 +27,9 @@ all() ->
      sequential_switching,
      parallel_native,
      parallel_classic,
-     parallel_switching].
+     parallel_switching,
+     sequential_connections,
+     parallel_connections].
 
 
 %% The histories route to unknown ids all the time, and every registry logs a warning for them.
@@ -69,8 +71,25 @@ parallel_classic(_Config) ->
     check(prop_registry:prop_parallel_classic(), "PROP_PARALLEL", ?PARALLEL).
 
 
+sequential_connections(_Config) ->
+    {comment, _} = quickcheck(prop_connections:prop_sequential(), "PROP_SEQUENTIAL", ?SEQUENTIAL).
+
+
+parallel_connections(_Config) ->
+    {comment, _} = quickcheck(prop_connections:prop_parallel(), "PROP_PARALLEL", ?PARALLEL).
+
+
 %% A run shorter than the default may miss an outcome by chance; a run of the default length or longer may not.
 check(Property, Variable, Default) ->
+    {comment, Summary} = quickcheck(Property, Variable, Default),
+    Unseen = prop_registry:unseen(),
+    case Unseen =:= [] orelse test_support:positive_integer(Variable, Default) < Default of
+        true -> {comment, lists:flatten(io_lib:format("~s, unseen: ~0p", [Summary, Unseen]))};
+        false -> ct:fail({unseen, Unseen})
+    end.
+
+
+quickcheck(Property, Variable, Default) ->
     Histories = test_support:positive_integer(Variable, Default),
     Started = erlang:monotonic_time(millisecond),
     io:format(user, "~n~b histories (~s)~n", [Histories, Variable]),
@@ -79,11 +98,6 @@ check(Property, Variable, Default) ->
         Failure -> ct:fail({Failure, proper:counterexample()})
     end,
     Milliseconds = erlang:monotonic_time(millisecond) - Started,
-    Unseen = prop_registry:unseen(),
-    Summary = io_lib:format("~b histories in ~b ms, unseen: ~0p",
-                            [Histories, Milliseconds, Unseen]),
+    Summary = lists:flatten(io_lib:format("~b histories in ~b ms", [Histories, Milliseconds])),
     io:format(user, "~s~n", [Summary]),
-    case Unseen =:= [] orelse Histories < Default of
-        true -> {comment, lists:flatten(Summary)};
-        false -> ct:fail({unseen, Unseen})
-    end.
+    {comment, Summary}.

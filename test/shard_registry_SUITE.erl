@@ -13,6 +13,10 @@
 -export([register_lookup_unregister/1,
          first_registration_wins/1,
          only_the_holder_is_released/1,
+         the_first_is_found_by_the_others/1,
+         one_of_many_registers/1,
+         a_connection_is_replaced/1,
+         two_replacers/1,
          late_release_against_the_next_registration/1,
          process_under_several_ids/1,
          ended_process_is_accepted_and_not_found/1,
@@ -45,6 +49,10 @@ groups() ->
     registry_variants:groups([register_lookup_unregister,
                               first_registration_wins,
                               only_the_holder_is_released,
+                              the_first_is_found_by_the_others,
+                              one_of_many_registers,
+                              a_connection_is_replaced,
+                              two_replacers,
                               late_release_against_the_next_registration,
                               process_under_several_ids,
                               ended_process_is_accepted_and_not_found,
@@ -148,6 +156,106 @@ only_the_holder_is_released(Config) ->
     stop(Other),
     ?assertError(badarg, api(R, release_connection, [Id, not_a_pid])),
     ?assertError(badarg, api(R, release_connection, [binary:copy(<<"x">>, 70_000), self()])).
+
+
+the_first_is_found_by_the_others(Config) ->
+    R = registry(Config),
+    Id = <<"one of them">>,
+    Count = api(R, count, []),
+    ?assertEqual({registered, {self(), first}}, api(R, register_or_find_connection, [Id, self(), first])),
+    Other = process(),
+    ?assertEqual({found, {self(), first}}, api(R, register_or_find_connection, [Id, Other, second])),
+    ?assertEqual({found, {self(), first}}, api(R, register_or_find_connection, [Id, self(), third])),
+    ?assertEqual(Count + 1, api(R, count, [])),
+    ok = api(R, unregister_connection, [Id]),
+    ?assertEqual({registered, {Other, second}}, api(R, register_or_find_connection, [Id, Other, second])),
+    stop(Other),
+    %% A process that has exited is not found.
+    Large = lists:seq(1, 20_000),
+    ?assertEqual({registered, {self(), Large}}, api(R, register_or_find_connection, [Id, self(), Large])),
+    ?assertEqual({found, {self(), Large}}, api(R, register_or_find_connection, [Id, self(), none])),
+    ok = api(R, unregister_connection, [Id]),
+    ?assertEqual({registered, {Other, none}}, api(R, register_or_find_connection, [Id, Other, none])),
+    ?assertEqual({error, not_found}, api(R, lookup_connection, [Id])),
+    ?assertEqual(Count, api(R, count, [])).
+
+
+%% Concurrent callers agree on one of them.
+one_of_many_registers(Config) ->
+    R = registry(Config),
+    [ begin
+          Id = {<<"agreed">>, Round},
+          Parent = self(),
+          Pids = [ spawn_link(fun() ->
+                                      receive go -> ok end,
+                                      Parent ! {self(), api(R, register_or_find_connection, [Id, self(), self()])},
+                                      receive stop -> ok end
+                              end) || _ <- lists:seq(1, 8) ],
+          [ Pid ! go || Pid <- Pids ],
+          Results = [ {Pid, receive {Pid, Result} -> Result end} || Pid <- Pids ],
+          [{Winner, _}] = [ Result || {_, {registered, _}} = Result <- Results ],
+          ?assertEqual([{Winner, Winner}], lists:usort([ Entry || {_, {_, Entry}} <- Results ])),
+          [ Pid ! stop || Pid <- Pids ],
+          lists:foreach(fun test_support:await_end/1, Pids)
+      end || Round <- lists:seq(1, 100) ],
+    ok.
+
+
+a_connection_is_replaced(Config) ->
+    R = registry(Config),
+    Id = <<"replaced">>,
+    Count = api(R, count, []),
+    [Former, Next] = [process(), process()],
+    ?assertEqual({ok, undefined}, api(R, replace_connection, [Id, Former, first])),
+    ?assertEqual({ok, {Former, first}}, api(R, lookup_connection, [Id])),
+    ?assertEqual({ok, Former}, api(R, replace_connection, [Id, Next, second])),
+    ?assertEqual({ok, {Next, second}}, api(R, lookup_connection, [Id])),
+    ?assertEqual(Next, api(R, whereis_connection, [Id])),
+    ?assertEqual(Count + 1, api(R, count, [])),
+    ?assertEqual([{Id, {Next, second}}],
+                 [ Entry || {I, _} = Entry <- api(R, list_connections, [api(R, get_shard_id, [Id])]), I =:= Id ]),
+    %% Neither the late clean-up nor the exit of the former process touches it.
+    ?assertEqual({error, not_held}, api(R, release_connection, [Id, Former])),
+    stop(Former),
+    ?assertEqual({ok, {Next, second}}, api(R, lookup_connection, [Id])),
+    %% A process changes its own capabilities.
+    ?assertEqual({ok, Next}, api(R, replace_connection, [Id, Next, third])),
+    ?assertEqual({ok, {Next, third}}, api(R, lookup_connection, [Id])),
+    stop(Next),
+    ?assertEqual({error, not_found}, api(R, lookup_connection, [Id])),
+    ?assertEqual({ok, undefined}, api(R, replace_connection, [Id, self(), none])),
+    %% A process that has exited takes the place, and is not found there.
+    ?assertEqual({ok, self()}, api(R, replace_connection, [Id, Next, none])),
+    ?assertEqual({error, not_found}, api(R, lookup_connection, [Id])),
+    test_support:await(fun() -> api(R, count, []) =:= Count end).
+
+
+%% Each process but the last one is replaced exactly once, and the exit of one that was replaced removes nothing.
+two_replacers(Config) ->
+    R = registry(Config),
+    Id = <<"contended">>,
+    Parent = self(),
+    Count = api(R, count, []),
+    Replacers = [ spawn_link(fun() ->
+                                     Parent ! {self(), [ replaced_by_new(R, Id) || _ <- lists:seq(1, 2000) ]},
+                                     %% The processes exit with this one.
+                                     receive stop -> ok end
+                             end) || _ <- [1, 2] ],
+    {Made, Replaced} = lists:unzip(lists:append([ receive {Pid, Pairs} -> Pairs end || Pid <- Replacers ])),
+    {ok, {Last, _}} = api(R, lookup_connection, [Id]),
+    ?assertEqual(lists:sort(Made), lists:sort([Last | lists:delete(undefined, Replaced)])),
+    ?assertEqual(Count + 1, api(R, count, [])),
+    [ stop(Pid) || Pid <- Made, Pid =/= Last ],
+    ?assertEqual(Last, api(R, whereis_connection, [Id])),
+    stop(Last),
+    lists:foreach(fun test_support:stop/1, Replacers),
+    test_support:await(fun() -> api(R, count, []) =:= Count end).
+
+
+replaced_by_new(R, Id) ->
+    Pid = process(),
+    {ok, Former} = api(R, replace_connection, [Id, Pid, none]),
+    {Pid, Former}.
 
 
 %% A late clean-up for the former holder runs beside the registration of the next one, and never removes that. Goes on
@@ -428,6 +536,10 @@ exports_are_known(_Config) ->
                 {register_connection, 4},
                 {unregister_connection, 1},
                 {unregister_connection, 2},
+                {register_or_find_connection, 3},
+                {register_or_find_connection, 4},
+                {replace_connection, 3},
+                {replace_connection, 4},
                 {release_connection, 2},
                 {release_connection, 3},
                 {lookup_connection, 1},

@@ -15,7 +15,7 @@
 -module(erlmcp_registry_native).
 
 %% Registration
--export([register/5, register/6, unregister/3, release/3, update_server/3]).
+-export([register/5, register/6, register_or_find/4, replace/4, unregister/3, release/3, update_server/3]).
 %% Look-up
 -export([find/3, row/3, list/2, list_shard/2, counts/1]).
 %% Bindings
@@ -71,13 +71,55 @@ owner(_Default) -> none.
 %% too, since no process unregisters the entries of a registry that was freed.
 -spec register(erlmcp_nif:registry(), erlmcp_nif:namespace(), term(), pid(), term(), Owner :: pid() | none) ->
           ok | {error, {already_registered, pid()} | registry_full | registry_closed} | diverted.
-register(Registry, Namespace, Id, Pid, Config, _Owner) when node(Pid) =:= node() ->
-    register_monitored(Registry, Namespace, Id, Pid, Pid, Config);
-register(Registry, Namespace, Id, Pid, Config, Owner) when is_pid(Pid) ->
+register(Registry, Namespace, Id, Pid, Config, Owner) ->
+    Register = fun(Monitored) -> erlmcp_nif:register(Registry, Namespace, Id, Pid, Monitored, Config) end,
+    case monitored(Pid, Owner, Register) of
+        ok -> ok;
+        diverted -> diverted;
+        Reason -> {error, Reason}
+    end.
+
+
+%% @doc Registers a connection, or returns the present one.
+-spec register_or_find(erlmcp_nif:registry(), term(), pid(), term()) ->
+          {registered | found, entry()} | {error, registry_full}.
+register_or_find(Registry, Id, Pid, Config) ->
+    case monitored(Pid, none, fun(Monitored) -> erlmcp_nif:register_or_find(Registry, Id, Pid, Monitored, Config) end) of
+        ok -> {registered, {Pid, Config}};
+        {found, Entry} -> {found, Entry};
+        registry_full -> {error, registry_full}
+    end.
+
+
+%% @doc Registers a connection in the place of the present one, if there is one.
+-spec replace(erlmcp_nif:registry(), term(), pid(), term()) ->
+          {ok, Former :: pid() | undefined} | {error, registry_full}.
+replace(Registry, Id, Pid, Config) ->
+    case monitored(Pid, none, fun(Monitored) -> erlmcp_nif:replace(Registry, Id, Pid, Monitored, Config) end) of
+        ok ->
+            {ok, undefined};
+        {replaced, Former, none} ->
+            {ok, Former};
+        {replaced, Former, Sentinel} ->
+            ok = end_sentinel(Sentinel),
+            {ok, Former};
+        registry_full ->
+            {error, registry_full}
+    end.
+
+
+%% Calls the fun with the process that an entry for `Pid' monitors. A sentinel stays if the result says that the entry
+%% was made.
+-spec monitored(pid(), Owner :: pid() | none, fun((pid()) -> Result)) -> Result.
+monitored(Pid, _Owner, Register) when node(Pid) =:= node() ->
+    Register(Pid);
+monitored(Pid, Owner, Register) when is_pid(Pid) ->
     Sentinel = start_sentinel(Pid, Owner),
-    try register_monitored(Registry, Namespace, Id, Pid, Sentinel, Config) of
+    try Register(Sentinel) of
         ok ->
             ok;
+        {replaced, _Former, _Sentinel} = Replaced ->
+            Replaced;
         Refused ->
             end_sentinel(Sentinel),
             Refused
@@ -86,18 +128,8 @@ register(Registry, Namespace, Id, Pid, Config, Owner) when is_pid(Pid) ->
             end_sentinel(Sentinel),
             erlang:raise(Class, Reason, Stacktrace)
     end;
-register(_Registry, _Namespace, _Id, _Pid, _Config, _Owner) ->
+monitored(_NoPid, _Owner, _Register) ->
     error(badarg).
-
-
--spec register_monitored(erlmcp_nif:registry(), erlmcp_nif:namespace(), term(), pid(), pid(), term()) ->
-          ok | {error, {already_registered, pid()} | registry_full | registry_closed} | diverted.
-register_monitored(Registry, Namespace, Id, Pid, Monitored, Config) ->
-    case erlmcp_nif:register(Registry, Namespace, Id, Pid, Monitored, Config) of
-        ok -> ok;
-        diverted -> diverted;
-        Reason -> {error, Reason}
-    end.
 
 
 %% @doc Removes `Id' if it is registered.

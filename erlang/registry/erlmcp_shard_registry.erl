@@ -34,6 +34,8 @@
 -export([new/0, new/1, limits/0, limits/1]).
 %% Registration
 -export([register_connection/3, register_connection/4]).
+-export([register_or_find_connection/3, register_or_find_connection/4]).
+-export([replace_connection/3, replace_connection/4]).
 -export([unregister_connection/1, unregister_connection/2]).
 -export([release_connection/2, release_connection/3]).
 %% Look-up
@@ -158,12 +160,52 @@ register_connection(Registry, Id, NoPid, Capabilities) ->
     error(badarg, [Registry, Id, NoPid, Capabilities], [{error_info, #{module => ?MODULE}}]).
 
 
+%% @equiv register_or_find_connection(default, Id, Pid, Capabilities)
+-spec register_or_find_connection(term(), pid(), term()) ->
+          {registered | found, {pid(), term()}} | {error, registry_full}.
+register_or_find_connection(Id, Pid, Capabilities) ->
+    register_or_find_connection(default, Id, Pid, Capabilities).
+
+
+%% @doc Registers a connection, or finds the one that has the id, in one step. Returns the process and the capabilities
+%% that are registered now. Of several concurrent calls one registers, and the others find what it has registered.
+-spec register_or_find_connection(registry(), term(), pid(), term()) ->
+          {registered | found, {pid(), term()}} | {error, registry_full}.
+register_or_find_connection(Registry, Id, Pid, Capabilities) when is_pid(Pid) ->
+    erlmcp_registry_native:register_or_find(Registry, Id, Pid, Capabilities);
+register_or_find_connection(Registry, Id, NoPid, Capabilities) ->
+    error(badarg, [Registry, Id, NoPid, Capabilities], [{error_info, #{module => ?MODULE}}]).
+
+
+%% @equiv replace_connection(default, Id, Pid, Capabilities)
+-spec replace_connection(term(), pid(), term()) -> {ok, Former :: pid() | undefined} | {error, registry_full}.
+replace_connection(Id, Pid, Capabilities) ->
+    replace_connection(default, Id, Pid, Capabilities).
+
+
+%% @doc Registers a connection whether the id is registered or not. A process that had the id loses it; it is returned,
+%% and it is the caller's choice whether to tell it. `undefined': the id was free.
+%%
+%% One atomic step: a look-up finds the former process or the new one. Also changes the capabilities of a
+%% connection, with its own process as `Pid'. The connection begins anew: its token bucket is full, and has the limits of
+%% the configuration.
+-spec replace_connection(registry(), term(), pid(), term()) ->
+          {ok, Former :: pid() | undefined} | {error, registry_full}.
+replace_connection(Registry, Id, Pid, Capabilities) when is_pid(Pid) ->
+    erlmcp_registry_native:replace(Registry, Id, Pid, Capabilities);
+replace_connection(Registry, Id, NoPid, Capabilities) ->
+    error(badarg, [Registry, Id, NoPid, Capabilities], [{error_info, #{module => ?MODULE}}]).
+
+
 %% @private
 %% For the shell and for crash reports, as in {@link erlang:error/3}.
 -spec format_error(term(), [tuple()]) -> #{pos_integer() => string()}.
 format_error(_Reason, [{?MODULE, new, [_Options], _Info} | _]) ->
     #{1 => "not " ++ erlmcp_native_config:map_expected()};
-format_error(_Reason, [{?MODULE, register_connection, [_Registry, _Id, _NoPid, _Capabilities], _Info} | _]) ->
+format_error(_Reason, [{?MODULE, Function, [_Registry, _Id, _NoPid, _Capabilities], _Info} | _])
+  when Function =:= register_connection;
+       Function =:= register_or_find_connection;
+       Function =:= replace_connection ->
     #{3 => "not a pid"};
 format_error(_Reason, [{?MODULE, release_connection, [_Registry, _Id, _NoPid], _Info} | _]) ->
     #{3 => "not a pid"};

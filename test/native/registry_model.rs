@@ -12,6 +12,7 @@ use proptest::prelude::*;
 #[derive(Debug, Clone)]
 enum Step {
     Register(Namespace, u8, Option<u8>),
+    Replace(u8),
     Remove(Namespace, u8),
     /// Removal by lease: that of the current registration, or another one.
     RemoveLeased(Namespace, u8, bool),
@@ -70,6 +71,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
         6 => (namespaces(), id.clone(), prop::option::of(id.clone()))
             .prop_map(|(n, i, b)| Step::Register(n, i, b)),
+        2 => id.clone().prop_map(Step::Replace),
         3 => (namespaces(), id.clone()).prop_map(|(n, i)| Step::Remove(n, i)),
         2 => (namespaces(), id.clone(), any::<bool>())
             .prop_map(|(n, i, p)| Step::RemoveLeased(n, i, p)),
@@ -174,6 +176,25 @@ fn run(steps: Vec<Step>) {
                     if let (Namespace::Transport, Some(server)) = (namespace, bind_to) {
                         model.bindings.insert(id, server);
                     }
+                }
+            }
+            Step::Replace(id) => {
+                let (kind, bytes) = id_parts(id);
+                let mut location = None;
+                let shard = u16::from(id % 4);
+                let replaced =
+                    registry.replace_connection(registry.id(kind, &bytes), shard, lease, |at| {
+                        location = Some(at);
+                        lease
+                    });
+                let key = (Namespace::Connection as u8, id);
+                let is_full = model.entries.len() as u64 == MAX_ENTRIES;
+                if is_full && !model.entries.contains_key(&key) {
+                    assert_eq!(replaced.map(|_| ()), Err(RegisterError::RegistryFull));
+                } else {
+                    let former = replaced.unwrap().map(|entry| entry.lease);
+                    assert_eq!(former, model.entries.insert(key, lease));
+                    locations.insert(key, (location.expect("a location"), lease));
                 }
             }
             Step::Remove(namespace, id) => {

@@ -79,6 +79,77 @@ fn one_id_is_registered_once() {
     });
 }
 
+/// Threads replace one connection, register and remove it, by id and by lease. Each lease is given back once, and an id
+/// that is only replaced is never absent.
+#[test]
+fn a_replaced_lease_is_given_back_once() {
+    until_contended(|| {
+        let registry = registry();
+        let absent = registry.id(0, b"only replaced");
+        let first = registry.replace_connection(absent, 0, 1, |_| 0).unwrap();
+        assert!(first.is_none());
+        let given_back = on_threads({
+            let registry = Arc::clone(&registry);
+            move |n| {
+                let id = registry.id(0, b"contended");
+                let kept = registry.id(0, b"only replaced");
+                let (mut given_back, mut crossed) = (Vec::new(), 0);
+                for round in 1..=ROUNDS {
+                    let lease = n * ROUNDS + round;
+                    let mut at = None;
+                    let located = |location| {
+                        at = Some(location);
+                        lease
+                    };
+                    let removed = match round % 4 {
+                        0 => registry.remove(Namespace::Connection, &id),
+                        1 => {
+                            let registered = registry.register(
+                                Namespace::Connection,
+                                id,
+                                0,
+                                lease,
+                                None,
+                                located,
+                            );
+                            if registered.is_err() && at.is_some() {
+                                given_back.push(lease);
+                            }
+                            None
+                        }
+                        _ => registry.replace_connection(id, 0, lease, located).unwrap(),
+                    };
+                    given_back.extend(removed.map(|entry| entry.lease));
+                    if let (3, Some(at)) = (round % 4, at) {
+                        // None if another thread has replaced or removed it, whatever has the place by now.
+                        let own = registry.remove_leased(&at, |held| *held == lease);
+                        crossed += u64::from(own.is_none());
+                        given_back.extend(own.map(|entry| entry.lease));
+                    }
+                    registry.replace_connection(kept, 0, lease, |_| 0).unwrap();
+                    assert!(registry.address(Namespace::Connection, &kept).is_some());
+                }
+                (given_back, crossed)
+            }
+        });
+        let contended = registry.id(0, b"contended");
+        let last = registry.remove(Namespace::Connection, &contended);
+        let mut leases: Vec<u64> = given_back
+            .iter()
+            .flat_map(|(leases, _)| leases.iter().copied())
+            .chain(last.map(|entry| entry.lease))
+            .collect();
+        let number = leases.len();
+        leases.sort_unstable();
+        leases.dedup();
+        assert_eq!(leases.len(), number, "given back twice");
+        // Each replacement took one; a registration that was refused early took none.
+        assert!(number as u64 >= THREADS * ROUNDS / 2);
+        assert_eq!(registry.count(Namespace::Connection), 1);
+        given_back.iter().any(|(_, crossed)| *crossed > 0)
+    });
+}
+
 /// Servers are registered and removed, by id and by lease, while transports are registered with automatic
 /// bindings, bound, unbound and removed. Afterwards no binding to a removed server is left, and nothing at
 /// all once the transports are removed.

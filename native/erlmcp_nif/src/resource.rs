@@ -8,6 +8,7 @@ use std::sync::{Arc, Weak};
 
 use erlmcp_core::clock::Clock;
 use erlmcp_core::diversion::Passage;
+use erlmcp_core::error::RegisterError;
 use erlmcp_core::registry::{Entry, Id, Limits, Location, Namespace};
 use erlmcp_core::token_bucket;
 use once_cell::race::OnceBox;
@@ -108,6 +109,18 @@ impl Registry {
         is_meant: impl Fn(&Lease) -> bool,
     ) -> Option<Entry<Lease>> {
         revoked(self.core.remove_leased(location, is_meant))
+    }
+
+    /// See [`erlmcp_core::registry::Registry::replace_connection`].
+    pub(crate) fn replace_connection(
+        &self,
+        id: Id<'_>,
+        shard: u16,
+        address: u64,
+        lease: impl FnOnce(Location) -> Lease,
+    ) -> Result<Option<Entry<Lease>>, RegisterError> {
+        let replaced = self.core.replace_connection(id, shard, address, lease);
+        replaced.map(revoked)
     }
 
     /// See [`erlmcp_core::registry::Registry::close`].

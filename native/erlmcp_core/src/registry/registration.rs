@@ -97,6 +97,75 @@ where
         }
     }
 
+    /// Registers the connection `id` in the place of the one that has the id, if there is one, which is returned; its
+    /// lease belongs to the caller then. The rest is as in [`Self::register`]: the token bucket of the connection is
+    /// full and has the shared limits.
+    ///
+    /// The replacement is one compare-and-swap: a concurrent look-up finds the former connection or the new one.
+    pub fn replace_connection(
+        &self,
+        id: Id<'_>,
+        shard: u16,
+        address: u64,
+        lease: impl FnOnce(Location) -> L,
+    ) -> Result<Option<Entry<L>>, RegisterError> {
+        let namespace = Namespace::Connection;
+        // A replacement takes the room of the connection that it replaces, and counts twice meanwhile.
+        let has_room = self.reserved.0.fetch_add(1, Ordering::Relaxed) < self.limits.max_entries;
+        if !has_room && self.address(namespace, &id).is_none() {
+            self.reserved.0.fetch_sub(1, Ordering::Relaxed);
+            return Err(RegisterError::RegistryFull);
+        }
+        let location = Location {
+            slot: self.shards[usize::from(shard)]
+                .slots_or_init(namespace)
+                .insert(id.hash),
+            shard,
+            namespace,
+        };
+        self.shards[usize::from(shard)].entered(namespace);
+        let entry = Entry {
+            address,
+            lease: lease(location),
+        };
+        let connection = || Connection {
+            entry: entry.clone(),
+            level: self.buckets.full(),
+        };
+        let guard = self.connections.guard();
+        // First by `try_insert`, as in `insert_server`: only that helps a resize.
+        if has_room
+            && self
+                .connections
+                .try_insert(Key::new(id, location), connection(), &guard)
+                .is_ok()
+        {
+            return Ok(None);
+        }
+        let replaced = self.connections.compute(
+            Key::new(id, location),
+            |current| match current {
+                None if !has_room => Operation::Abort(()),
+                _ => Operation::Insert(connection()),
+            },
+            &guard,
+        );
+        match replaced {
+            Compute::Updated {
+                old: (key, former), ..
+            } => {
+                self.buckets.left(&former.level);
+                self.release_place(key.location());
+                Ok(Some(former.entry.clone()))
+            }
+            Compute::Aborted(()) => {
+                self.release_place(location);
+                Err(RegisterError::RegistryFull)
+            }
+            Compute::Inserted(..) | Compute::Removed(..) => Ok(None),
+        }
+    }
+
     /// Whether the entry that has just been inserted is a registration. If the gate is closed, it is not, and
     /// `remove` removes it.
     ///
@@ -208,13 +277,18 @@ where
 
     /// Releases what a registration acquires before it is inserted in its map.
     pub(super) fn release(&self, location: Location) {
+        self.churn.removed(self.release_place(location));
+    }
+
+    /// As [`Self::release`], for an entry that leaves no tombstone. Returns its hash.
+    fn release_place(&self, location: Location) -> u64 {
         let shard = &self.shards[usize::from(location.shard)];
         let hash = shard
             .slots_or_init(location.namespace)
             .remove(location.slot);
-        self.churn.removed(hash);
         shard.left(location.namespace);
         self.reserved.0.fetch_sub(1, Ordering::Relaxed);
+        hash
     }
 
     // ---- Removal ----

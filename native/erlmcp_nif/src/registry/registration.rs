@@ -1,7 +1,7 @@
 //! Registering, removing and changing entries.
 
 use erlmcp_core::error::RegisterError;
-use erlmcp_core::registry::Namespace;
+use erlmcp_core::registry::{Entry, Id, Namespace};
 use rustler::{Encoder, Env, Error, LocalPid, NifResult, Term};
 
 use super::lookup::REMOTE;
@@ -61,9 +61,71 @@ fn remove_exited(
     Ok(alive < registry.limits().max_entries())
 }
 
-fn register<'a>(
+/// What becomes of a registration whose id a process that is alive has.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum IfTaken {
+    /// `{already_registered, Pid}`.
+    Refuse,
+    /// `{found, {Pid, Config}}`.
+    Find,
+    /// Takes the id over: `{replaced, Pid, Sentinel}`, where the sentinel is `none` for a local process. For
+    /// connections alone.
+    Replace,
+}
+
+/// The registration that has the id; `None` if it has none any more.
+fn taken<'a>(
+    env: Env<'a>,
+    registry: &Registry,
+    namespace: Namespace,
+    id: &Id<'_>,
+    if_taken: IfTaken,
+    scheduler: Scheduler,
+) -> Result<Option<Term<'a>>, Stopped> {
+    let Some(entry) = live_entry(env, registry, namespace, id) else {
+        return Ok(None);
+    };
+    let pid = pid_term(env, &entry);
+    Ok(match if_taken {
+        IfTaken::Refuse => Some((atoms::already_registered(), pid).encode(env)),
+        // `None`: the entry was removed since it was found.
+        IfTaken::Find => entry
+            .lease
+            .config
+            .load(env, scheduler)?
+            .map(|config| (atoms::found(), (pid, config)).encode(env)),
+        IfTaken::Replace => None,
+    })
+}
+
+fn register<'a>(env: Env<'a>, arguments: [Term<'a>; 6], scheduler: Scheduler) -> Outcome<'a> {
+    register_or(env, arguments, IfTaken::Refuse, scheduler)
+}
+
+fn register_or_find<'a>(
+    env: Env<'a>,
+    [of, id, pid, monitored, config]: [Term<'a>; 5],
+    scheduler: Scheduler,
+) -> Outcome<'a> {
+    let connection = atoms::connection().encode(env);
+    let arguments = [of, connection, id, pid, monitored, config];
+    register_or(env, arguments, IfTaken::Find, scheduler)
+}
+
+fn replace<'a>(
+    env: Env<'a>,
+    [of, id, pid, monitored, config]: [Term<'a>; 5],
+    scheduler: Scheduler,
+) -> Outcome<'a> {
+    let connection = atoms::connection().encode(env);
+    let arguments = [of, connection, id, pid, monitored, config];
+    register_or(env, arguments, IfTaken::Replace, scheduler)
+}
+
+fn register_or<'a>(
     env: Env<'a>,
     [of, ns, id_term, pid, monitored, config_term]: [Term<'a>; 6],
+    if_taken: IfTaken,
     scheduler: Scheduler,
 ) -> Outcome<'a> {
     let registry = registry(of)?;
@@ -93,17 +155,22 @@ fn register<'a>(
     let Ok(_passage) = passage(of, registry, namespace, &id) else {
         return Ok(atoms::diverted().encode(env));
     };
-    if let Some(taken) = live_entry(env, registry, namespace, &id) {
-        return Ok((atoms::already_registered(), pid_term(env, &taken)).encode(env));
+    if let Some(taken) = taken(env, registry, namespace, &id, if_taken, scheduler)? {
+        return Ok(taken);
     }
     if let Some(server) = &bind_to {
         // A binding made before its server is registered must not be removed with an earlier
         // server of that id that has exited.
         live_entry(env, registry, Namespace::Server, server);
     }
+    let gone = |env| match if_taken {
+        // As if registered and removed at once.
+        IfTaken::Refuse | IfTaken::Find => Ok(atoms::ok().encode(env)),
+        IfTaken::Replace => Ok(replaced(env, registry.remove(namespace, &id))),
+    };
     let Ok(monitored) = monitored.decode::<LocalPid>() else {
-        // A process of an earlier incarnation of this node: as if registered and removed at once.
-        return Ok(atoms::ok().encode(env));
+        // A process of an earlier incarnation of this node.
+        return gone(env);
     };
     let config = Config::keep(config_term, scheduler)?.of_entry();
     let config = if is_local {
@@ -112,36 +179,42 @@ fn register<'a>(
         config.of_remote(pid, monitored)
     };
     let Some(watch) = Watch::of(env, &monitored) else {
-        // The process has exited: as if registered and removed at once.
-        return Ok(atoms::ok().encode(env));
+        // The process has exited.
+        return gone(env);
     };
     let lease = Lease { watch, config };
+    let shard = shard_of(registry, id_term);
     let mut searches = 0;
     loop {
-        let registered = registry.register(
-            namespace,
-            id,
-            shard_of(registry, id_term),
-            address,
-            bind_to,
-            |location| {
-                lease.watch.place(registry, location);
-                lease.clone()
-            },
-        );
+        let placed = |location| {
+            lease.watch.place(registry, location);
+            lease.clone()
+        };
+        let registered = match if_taken {
+            IfTaken::Refuse | IfTaken::Find => registry
+                .register(namespace, id, shard, address, bind_to, placed)
+                .map(|()| None),
+            IfTaken::Replace => registry.replace_connection(id, shard, address, placed),
+        };
         let refused = match registered {
-            Ok(_) => {
+            Ok(former) => {
                 if lease.watch.has_ended() {
                     registry.remove_exact(namespace, &id, |held| *held == lease);
                 }
-                return Ok(atoms::ok().encode(env));
+                return Ok(replaced(env, former));
             }
             Err(RegisterError::AlreadyRegistered { .. }) => {
-                let Some(taken) = live_entry(env, registry, namespace, &id) else {
-                    lease.watch.displace();
-                    continue;
-                };
-                (atoms::already_registered(), pid_term(env, &taken)).encode(env)
+                match taken(env, registry, namespace, &id, if_taken, scheduler) {
+                    Ok(Some(taken)) => taken,
+                    Ok(None) => {
+                        lease.watch.displace();
+                        continue;
+                    }
+                    Err(stopped) => {
+                        lease.recycle(address);
+                        return Err(stopped);
+                    }
+                }
             }
             Err(RegisterError::RegistryFull) if searches == MAX_SEARCHES => {
                 atoms::registry_full().encode(env)
@@ -149,6 +222,7 @@ fn register<'a>(
             Err(RegisterError::RegistryFull) => match remove_exited(env, registry, scheduler) {
                 Ok(true) => {
                     searches += 1;
+                    lease.watch.displace();
                     continue;
                 }
                 Ok(false) => atoms::registry_full().encode(env),
@@ -165,6 +239,18 @@ fn register<'a>(
 }
 
 reschedulable!(c"register", 6, register);
+reschedulable!(c"register_or_find", 5, register_or_find);
+reschedulable!(c"replace", 5, replace);
+
+/// The result of a registration that has taken the place of `former`.
+fn replaced<'a>(env: Env<'a>, former: Option<Entry<Lease>>) -> Term<'a> {
+    let Some(former) = former else {
+        return atoms::ok().encode(env);
+    };
+    let pid = pid_term(env, &former);
+    let sentinel = removed(&former).map_or(atoms::none().encode(env), |pid| pid.encode(env));
+    (atoms::replaced(), pid, sentinel).encode(env)
+}
 
 #[rustler::nif]
 fn unregister<'a>(env: Env<'a>, of: Term<'a>, ns: Term<'a>, id: Term<'a>) -> NifResult<Term<'a>> {
