@@ -74,6 +74,7 @@ million() ->
               number => {0, 1, 17, 63},
               boolean => {true, false},
               bucket => {?NIF:bucket_new({1000, 1.0e4})},
+              limiter => {full_limiter(300_000)},
               limits => {infinity, {1000, 1.0e4}},
               named_breaker_config => {{5, 2, 60_000, 10, 0.5, 2}}
              },
@@ -92,6 +93,14 @@ million() ->
     Calls = lists:foldl(Measure, [], Functions),
     exit(Pid, kill),
     Calls.
+
+
+%% It has no room for another key, and no bucket to forget.
+full_limiter(Keys) ->
+    Limiter = ?NIF:limiter_new({1000, 0.01}, Keys),
+    [ {ok, _} = ?NIF:limiter_take(Limiter, {key, N}, 500) || N <- lists:seq(1, Keys) ],
+    limiter_full = ?NIF:limiter_take(Limiter, another, 1),
+    Limiter.
 
 
 is_dirty(Name) ->
