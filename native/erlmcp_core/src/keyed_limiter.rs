@@ -5,13 +5,13 @@
 //! A key that has no bucket counts as one whose bucket is full. So a bucket can be forgotten exactly when it is full,
 //! and nobody gains a token by that. A hand walks the places of all buckets, as in Corbató's *clock* (*A Paging
 //! Experiment with the Multics System*, 1968), and forgets each full bucket that it meets. The insertion of a bucket
-//! moves the hand by [`SWEPT`] places, or by up to [`SEARCHED`] where the limiter has no room. There is no timer.
+//! moves the hand by `SWEPT` places, or by up to `SEARCHED` where the limiter has no room. There is no timer.
 //!
 //! All buckets share their limits. A bucket is the hash of its key and one word (see [`crate::token_bucket`]).
 //!
 //! # Invariants
 //!
-//! * *A bucket is forgotten by one compare-and-swap of its word*, from a full level to [`GONE`]. An acquisition is a
+//! * *A bucket is forgotten by one compare-and-swap of its word*, from a full level to `GONE`. An acquisition is a
 //!   compare-and-swap of the same word. So no acquisition is lost with a bucket: it came before, and the bucket was
 //!   not full; or it fails, and the caller looks up the key again.
 //! * *A key has one bucket at a time.* A bucket that is gone is removed from the map before the key gets another one.
