@@ -30,10 +30,11 @@
                      strict := boolean(),
                      progress := fun(() -> ok)
                     }.
--type section() :: lookup | guarded | breakers | routing | growth | registration | latency | capacity | deaths | losses | soak.
+-type section() :: lookup | guarded | limits | breakers | routing | growth | registration | latency | capacity | deaths | losses | soak.
 
 -define(SECTIONS, [{lookup, lookup_bench},
                    {guarded, backpressure_bench},
+                   {limits, keyed_limiter_bench},
                    {breakers, breaker_bench},
                    {routing, routing_bench},
                    {growth, growth_bench},

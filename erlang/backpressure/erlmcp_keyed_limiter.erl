@@ -5,7 +5,7 @@
 %%% forgetting gives nobody a token. There is no timer and no process. A key is any term, compared with `=:='; its
 %%% encoding takes at most 65,535 bytes.
 %%%
-%%% At most `max_keys' buckets exist at one time. If there is no room for another one, and none of some 30 others is
+%%% At most `max_keys' buckets exist at one time. If there is no room for another one, and none of a few others is
 %%% full, the result for a new key is `{error, limiter_full}'. So keys from the network, however many, cost no more
 %%% memory than that, and change nothing for the keys that have a bucket.
 %%%

@@ -25,6 +25,14 @@ fn take(limiter: &KeyedLimiter, key: u8, n: u64, clock: &FakeClock) -> Taken {
     limiter.take(limiter.key(0, &[key]), n, clock)
 }
 
+/// As [`take`], until all places have been examined.
+fn take_persistently(limiter: &KeyedLimiter, key: u8, n: u64, clock: &FakeClock) -> Taken {
+    (0..=limiter.max_keys())
+        .map(|_| take(limiter, key, n, clock))
+        .find(|taken| *taken != Err(KeyedRefusal::LimiterFull))
+        .unwrap_or(Err(KeyedRefusal::LimiterFull))
+}
+
 type Taken = Result<Option<u64>, KeyedRefusal>;
 
 #[derive(Debug, Clone, Copy)]
@@ -105,7 +113,7 @@ proptest! {
         let mut used: HashMap<u8, u64> = HashMap::new();
         for step in steps {
             match step {
-                Step::Take(key, n) => match take(&limiter, key, n, &clock) {
+                Step::Take(key, n) => match take_persistently(&limiter, key, n, &clock) {
                     Err(KeyedRefusal::LimiterFull) => {
                         // A bucket is full again ten seconds after its last use, and the unit that rounding loses.
                         let full = clock.now_ns().saturating_sub(10 * SECOND + 10);

@@ -5,7 +5,8 @@
 //! A key that has no bucket counts as one whose bucket is full. So a bucket can be forgotten exactly when it is full,
 //! and nobody gains a token by that. A hand walks the places of all buckets, as in Corbató's *clock* (*A Paging
 //! Experiment with the Multics System*, 1968), and forgets each full bucket that it meets. The insertion of a bucket
-//! moves the hand by `SWEPT` places, or by up to `SEARCHED` where the limiter has no room. There is no timer.
+//! moves the hand by `SWEPT` places, or by up to `SEARCHED` where the limiter has no room. While such searches find
+//! nothing they are as short as a sweep, so that a flood of keys costs little. There is no timer.
 //!
 //! All buckets share their limits. A bucket is the hash of its key and one word (see [`crate::token_bucket`]).
 //!
@@ -35,7 +36,7 @@ use papaya::{Guard, HashMap};
 use crate::clock::Clock;
 use crate::registry::IdHashing;
 use crate::slots::Slots;
-use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use crate::token_bucket::{
     BucketState, Change, GONE, Level, Limiter, Limits, LimitsError, MAX_PAST, Refused,
 };
@@ -43,7 +44,7 @@ use crate::token_bucket::{
 /// Places that each insertion examines: more than one, so that buckets are forgotten faster than made.
 const SWEPT: u32 = 2;
 
-/// Places that an insertion examines at most if there is no room. Some microseconds among a million buckets.
+/// Places that an insertion examines at most if there is no room: some microseconds among a million buckets.
 const SEARCHED: u32 = if cfg!(loom) { 2 } else { 32 };
 
 /// Look-ups of one acquisition. It looks up a key again only after another thread has made or forgotten a bucket of
@@ -83,6 +84,8 @@ pub struct KeyedLimiter {
     places: Slots,
     hand: AtomicU32,
     len: AtomicU64,
+    /// Whether the last search for room found none.
+    is_crowded: AtomicBool,
     max_keys: u64,
 }
 
@@ -101,6 +104,7 @@ impl KeyedLimiter {
             places: Slots::new(),
             hand: AtomicU32::new(0),
             len: AtomicU64::new(0),
+            is_crowded: AtomicBool::new(false),
             max_keys: max_keys.clamp(1, Self::MAX_KEYS),
         }
     }
@@ -217,21 +221,25 @@ impl KeyedLimiter {
 
     /// Makes room for one more bucket, which counts from now on; `false` if there is none.
     fn reserve(&self, clock: &impl Clock, guard: &impl Guard) -> bool {
-        let has_room = || self.len.load(Ordering::Relaxed) <= self.max_keys;
         if self.len.fetch_add(1, Ordering::Relaxed) < self.max_keys {
             for _ in 0..SWEPT {
                 self.examine_next(clock, guard);
             }
             return true;
         }
-        for _ in 0..SEARCHED {
+        let is_crowded = self.is_crowded.load(Ordering::Relaxed);
+        let searched = if is_crowded { SWEPT } else { SEARCHED };
+        let has_found = (0..searched).any(|_| {
             self.examine_next(clock, guard);
-            if has_room() {
-                return true;
-            }
+            self.len.load(Ordering::Relaxed) <= self.max_keys
+        });
+        if has_found == is_crowded {
+            self.is_crowded.store(!has_found, Ordering::Relaxed);
         }
-        self.len.fetch_sub(1, Ordering::Relaxed);
-        false
+        if !has_found {
+            self.len.fetch_sub(1, Ordering::Relaxed);
+        }
+        has_found
     }
 
     /// Moves the hand to the next place, and forgets the bucket there if it is full.
