@@ -176,7 +176,8 @@ all_or_nothing(_Config) ->
     ?assertMatch(#{tokens := 2}, ?M:get_state(Client, c)),
     ?assertMatch(#{tokens := 70}, erlmcp_token_bucket:get_state(Node)),
     ?assertEqual(ok, ?M:consume_all([])),
-    ?assertMatch({error, {{Node, 101}, exceeds_capacity}}, ?M:consume_all([{Client, c, 2}, {Node, 101}])),
+    [ ?assertEqual({error, {{Node, N}, exceeds_capacity}}, ?M:consume_all([{Client, c, 2}, {Node, N}]))
+      || N <- [101, 1 bsl 64, 1 bsl 200] ],
     ?assertEqual({ok, 0}, ?M:consume(Client, c, 2)),
     Small = ?M:new(#{capacity => 1, rate_per_second => ?SLOW, max_keys => 1}),
     {ok, 0} = ?M:consume(Small, a),
@@ -194,6 +195,7 @@ all_or_nothing(_Config) ->
                    [{Node, 1}, {Client, 1}],
                    [{Node, 1}, {make_ref(), a, 1}],
                    [{Node, -1}],
+                   [{Client, binary:copy(<<"k">>, 4096), 1}],
                    [{Client, fun() -> Node end, 1}]] ],
     ?assertMatch(#{tokens := 54}, erlmcp_token_bucket:get_state(Node)).
 
@@ -206,7 +208,8 @@ limits_change_live(_Config) ->
     ?assertMatch(#{tokens := 5, capacity := 5}, ?M:get_state(Limiter, a)),
     ok = ?M:set_limits(Limiter, [{capacity, 20}]),
     ?assertMatch(#{tokens := Tokens} when Tokens =< 6, ?M:get_state(Limiter, a)),
-    ?assertMatch(#{tokens := 20}, ?M:get_state(Limiter, b)),
+    %% A key without a bucket was full before, and has no more than that at first.
+    ?assertMatch(#{tokens := Tokens} when Tokens =< 6, ?M:get_state(Limiter, b)),
     [ ?assertError({bad_option, token_bucket, Wrong, [_ | _]}, ?M:set_limits(Limiter, Wrong))
       || Wrong <- [#{capacity => 0}, #{max_keys => 5}, off, default, #{capacity => (1 bsl 32) - 1}] ],
     ?assertMatch(#{capacity := 20, rate_per_second := ?SLOW}, ?M:info(Limiter)).

@@ -66,6 +66,7 @@ million() ->
     Ids = list_to_tuple([ <<(rand:uniform(1_000_000)):32>> || _ <- lists:seq(1, 500) ] ++
                         [ <<N:32>> || N <- lists:seq(1, 100) ] ++
                         [ {new, N} || N <- lists:seq(1, 400) ]),
+    Limiter = full_limiter(300_000),
     Pools = #{
               registry => {Registry},
               namespace => list_to_tuple(?NAMESPACES),
@@ -74,10 +75,13 @@ million() ->
               number => {0, 1, 17, 63},
               boolean => {true, false},
               bucket => {?NIF:bucket_new({1000, 1.0e4})},
-              limiter => {full_limiter(300_000)},
+              limiter => {Limiter},
               limits => {infinity, {1000, 1.0e4}},
               named_breaker_config => {{5, 2, 60_000, 10, 0.5, 2}}
              },
+    %% Sixteen keys of the greatest cost.
+    Shares = [ {Limiter, lists:seq(N, N + 250), 1} || N <- lists:seq(1, 16) ],
+    Together = {{take_together, 16}, quickest(fun() -> result(fun() -> ?NIF:take_together(Shares) end) end)},
     Functions = [ {Name, Kinds}
                   || {{Name, _}, #{kinds := Kinds}} <- specs(),
                      not is_dirty(Name),
@@ -90,7 +94,7 @@ million() ->
                       [{{Name, Arguments}, Us} | Calls]
               end,
     %% The stack does not grow: a native call that raises is followed by a garbage collection, which walks the stack.
-    Calls = lists:foldl(Measure, [], Functions),
+    Calls = lists:foldl(Measure, [Together], Functions),
     exit(Pid, kill),
     Calls.
 

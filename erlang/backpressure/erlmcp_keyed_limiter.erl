@@ -2,12 +2,13 @@
 %%%
 %%% A limiter holds the buckets of any number of keys, all with the same limits. A bucket is made when its key is first
 %%% used, and forgotten once it is full again: a key without a bucket counts as one with a full bucket, so
-%%% forgetting gives nobody a token. There is no timer and no process. A key is any term, compared with `=:='; its
-%%% encoding takes at most 65,535 bytes.
+%%% forgetting gives nobody a token. There is no timer and no process. A key is a term that may be an id in a registry,
+%%% compared with `=:='; its encoding takes at most 65,535 bytes.
 %%%
-%%% At most `max_keys' buckets exist at one time. If there is no room for another one, and none of a few others is
-%%% full, the result for a new key is `{error, limiter_full}'. So keys from the network, however many, cost no more
-%%% memory than that, and change nothing for the keys that have a bucket.
+%%% At most `max_keys' buckets exist at one time. A key without a bucket that finds no room, and no full bucket among
+%%% the few that are examined for it, gets `{error, limiter_full}'. So keys from the network, however many, cost no more
+%%% memory than that, and no token of any other key. In such a flood a key that uses all its tokens keeps its
+%%% bucket; one whose bucket is full may find no room at its next use.
 %%%
 %%% ```
 %%% Limiter = erlmcp_keyed_limiter:new(#{capacity => 20, rate_per_second => 5, max_keys => 100_000}).
@@ -27,8 +28,8 @@
 %%% few times as much. A key with a bucket takes some 60 bytes.
 %%%
 %%% == Errors ==
-%%% A number of tokens that is not a non-negative integer raises `badarg', as does a key that is too long; options that
-%%% no limiter can have raise `{bad_option, Key, Value, Expected}'.
+%%% A number of tokens that is not a non-negative integer raises `badarg'. So does a key that is too long, or that is or
+%%% contains a fun other than `fun M:F/A'. Options that no limiter can have raise `{bad_option, Key, Value, Expected}'.
 -module(erlmcp_keyed_limiter).
 
 -export([new/1, info/1, set_limits/2]).
@@ -42,6 +43,7 @@
 
 -define(DEFAULT_MAX_KEYS, 1_000_000).
 -define(MOST_MAX_KEYS,    (1 bsl 28)).
+-define(MOST_SHARES,      16).
 
 -type limiter() :: erlmcp_nif:limiter().
 %% Or a property list or keyword list.
@@ -93,7 +95,7 @@ info(Limiter) ->
 %% @doc Changes the limits of all keys, or removes them (`infinity').
 %%
 %% A limit that is not given keeps its value; where the limits were `infinity', the last one that it had. Buckets keep
-%% their tokens, up to the new capacity. A key without a bucket has a full one under the new limits.
+%% their tokens, up to the new capacity; so does a key without a bucket, which was full.
 -spec set_limits(limiter(), erlmcp_token_bucket:limits()) -> ok.
 set_limits(Limiter, Limits) ->
     case erlmcp_nif:limiter_set_limits(Limiter, erlmcp_token_bucket:native_change(Limits)) of
@@ -136,7 +138,7 @@ consume_or_wait_time(Limiter, Key, N) ->
 
 
 %% @doc Takes from all of these buckets, or from none: from those of a client, of a tool and of the whole node, say. At
-%% most 16.
+%% most 16, with keys whose encoding takes at most 4,095 bytes.
 %%
 %% An error has the first share that was refused. Takes from one bucket after the other, and refunds when one refuses;
 %% a concurrent caller may be refused tokens that are refunded a moment later. No process can be killed in between.
@@ -144,13 +146,24 @@ consume_or_wait_time(Limiter, Key, N) ->
           ok |
           {error, {share(), {rate_limited, WaitMs :: pos_integer()} | exceeds_capacity | limiter_full}}.
 consume_all(Shares) ->
-    case erlmcp_nif:take_together(Shares) of
+    case erlmcp_nif:take_together(bounded(Shares)) of
         ok ->
             ok;
         {Position, Refusal} ->
             {error, Reason} = taken(Refusal),
             {error, {lists:nth(Position, Shares), Reason}}
     end.
+
+
+-spec bounded([share()] | term()) -> [share()] | term().
+bounded(Shares) when is_list(Shares), length(Shares) =< ?MOST_SHARES -> lists:map(fun bounded_share/1, Shares);
+bounded(Wrong) -> Wrong.
+
+
+-spec bounded_share(share() | term()) -> share() | term().
+bounded_share({Limiter, Key, N}) -> {Limiter, Key, erlmcp_token_bucket:bounded(N)};
+bounded_share({Bucket, N}) -> {Bucket, erlmcp_token_bucket:bounded(N)};
+bounded_share(Wrong) -> Wrong.
 
 
 %% @doc Gives back `N' tokens that were taken for a key and not used. The bucket holds no more than its capacity

@@ -12,6 +12,9 @@
 %%% `rest_for_one'. All functions of {@link erlmcp_shard_registry} take the registry, from {@link registry/1}, as their first
 %%% argument.
 %%%
+%%% A registered process of another node costs a small local process, which stays until that process exits or is
+%%% unregistered, also when the registry has ended.
+%%%
 %%% == Cost ==
 %%% Each function reads an ETS table, and then makes one native call.
 -module(erlmcp_named_registry).

@@ -16,7 +16,7 @@
 %%%
 %%% == Consistency ==
 %%% Each function on one id is one atomic step. Lists are not snapshots: an entry that is there throughout the call is
-%%% seen exactly once, and an id that is removed and registered again meanwhile may be listed twice. Counts are exact
+%%% seen exactly once; an id that is removed and registered again meanwhile, or replaced, may be listed twice or missed. Counts are exact
 %%% when no change is under way.
 %%%
 %%% == Cost ==
@@ -186,7 +186,8 @@ replace_connection(Id, Pid, Capabilities) ->
 %% @doc Registers a connection whether the id is registered or not. A process that had the id loses it; it is returned,
 %% and it is the caller's choice whether to tell it. `undefined': the id was free.
 %%
-%% One atomic step: a look-up finds the former process or the new one. Also changes the capabilities of a
+%% One atomic step: a look-up finds the former process or the new one. A list that is made meanwhile may have either,
+%% both or neither of them. Also changes the capabilities of a
 %% connection, with its own process as `Pid'. The connection begins anew: its token bucket is full, and has the limits of
 %% the configuration.
 -spec replace_connection(registry(), term(), pid(), term()) ->

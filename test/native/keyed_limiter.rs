@@ -4,6 +4,7 @@
 #[path = "contention.rs"]
 mod contention;
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -115,8 +116,8 @@ proptest! {
             match step {
                 Step::Take(key, n) => match take_persistently(&limiter, key, n, &clock) {
                     Err(KeyedRefusal::LimiterFull) => {
-                        // A bucket is full again ten seconds after its last use, and the unit that rounding loses.
-                        let full = clock.now_ns().saturating_sub(10 * SECOND + 10);
+                        // A bucket is full again ten seconds after its last use, and forgotten a millisecond later.
+                        let full = clock.now_ns().saturating_sub(10 * SECOND + 2_000_000);
                         let lacking = used.iter().filter(|(other, at)| **other != key && **at >= full);
                         prop_assert!(n > 0 && lacking.count() as u64 >= max_keys);
                     }
@@ -222,6 +223,9 @@ fn limits_change_for_all_keys() {
     // A key with a bucket keeps its tokens, less what rounding loses.
     let left = limiter.state(limiter.key(0, &[1]), &clock).tokens;
     assert!(matches!(left, Some(5..=6)), "{left:?}");
+    // So does a key without one, which was full.
+    assert_eq!(take(&limiter, 2, 0, &clock), Ok(Some(10)));
+    clock.advance_ns(10 * SECOND);
     assert_eq!(take(&limiter, 2, 0, &clock), Ok(Some(20)));
     limiter.change_limits(None, &clock).unwrap();
     assert_eq!(take(&limiter, 1, 1 << 40, &clock), Ok(None));
@@ -232,6 +236,84 @@ fn limits_change_for_all_keys() {
         take(&limiter, 3, 6, &clock),
         Err(KeyedRefusal::Refused(Refused::ExceedsCapacity))
     );
+}
+
+/// A capacity that is lowered and raised again makes no tokens, whether the bucket was forgotten in between or not.
+#[test]
+fn a_lower_capacity_for_a_moment_makes_no_tokens() {
+    let clock = FakeClock::at_ns(0);
+    let capacity = |n| Change {
+        capacity: Some(n),
+        rate_per_second: None,
+    };
+    for others in [0, 10] {
+        let limiter = KeyedLimiter::new(Some(limits(1000, 1.0)), 100, &clock);
+        assert_eq!(take(&limiter, 1, 1000, &clock), Ok(Some(0)));
+        limiter.change_limits(Some(capacity(1)), &clock).unwrap();
+        clock.advance_ns(2 * SECOND);
+        for other in 0..others {
+            assert!(take(&limiter, 100 + other, 1, &clock).is_ok());
+        }
+        limiter.change_limits(Some(capacity(1000)), &clock).unwrap();
+        let left = limiter.state(limiter.key(0, &[1]), &clock).tokens;
+        assert!(matches!(left, Some(0..=1)), "{left:?}");
+    }
+}
+
+/// A clock whose first reading is followed by something else that happens, as if the thread were suspended there.
+struct Suspended<'a> {
+    clock: &'a FakeClock,
+    meanwhile: RefCell<Option<Box<dyn FnOnce() + 'a>>>,
+}
+
+impl Clock for Suspended<'_> {
+    fn now_ns(&self) -> u64 {
+        let now_ns = self.clock.now_ns();
+        if let Some(meanwhile) = self.meanwhile.take() {
+            meanwhile();
+        }
+        now_ns
+    }
+}
+
+/// A caller finds no bucket and is suspended after it has read the clock. Meanwhile the key gets a bucket, which is
+/// emptied, refilled and forgotten. The caller's tokens belong to the time at which its bucket is there.
+#[test]
+fn an_acquisition_is_not_older_than_its_bucket() {
+    let clock = FakeClock::at_ns(0);
+    let limiter = KeyedLimiter::new(Some(limits(10, 10.0)), 100, &clock);
+    let key = limiter.key(0, &[1]);
+    let meanwhile = Box::new(|| {
+        assert_eq!(limiter.take(key, 10, &clock), Ok(Some(0)));
+        clock.advance_ns(2 * SECOND);
+        assert!(take(&limiter, 2, 1, &clock).is_ok());
+        assert_eq!(limiter.len(), 1, "not forgotten");
+    });
+    let suspended = Suspended {
+        clock: &clock,
+        meanwhile: RefCell::new(Some(meanwhile)),
+    };
+    assert_eq!(limiter.take(key, 10, &suspended), Ok(Some(0)));
+    let more = limiter.take(key, 1, &clock);
+    assert!(
+        matches!(more, Err(KeyedRefusal::Refused(_))),
+        "{more:?} of a bucket that has just been emptied"
+    );
+}
+
+/// After the clock has gone back, an unused bucket is forgotten as soon as its own limits allow.
+#[test]
+fn buckets_are_forgotten_after_the_clock_has_gone_back() {
+    let clock = FakeClock::at_ns(1_000_000 * SECOND);
+    let limiter = KeyedLimiter::new(Some(limits(10, 1.0)), 3, &clock);
+    clock.advance_ns(500_000 * SECOND);
+    for key in 0..3 {
+        assert!(take(&limiter, key, 1, &clock).is_ok());
+    }
+    clock.set_ns(1_000_000 * SECOND + 1);
+    assert_eq!(take(&limiter, 9, 1, &clock), Err(KeyedRefusal::LimiterFull));
+    clock.advance_ns(11 * SECOND);
+    assert!(take_persistently(&limiter, 9, 1, &clock).is_ok());
 }
 
 /// Keys whose buckets are full, and are being forgotten for others, are acquired from by all threads at once: none

@@ -2,11 +2,12 @@
 //!
 //! # Algorithm
 //!
-//! A key that has no bucket counts as one whose bucket is full. So a bucket can be forgotten exactly when it is full,
-//! and nobody gains a token by that. A hand walks the places of all buckets, as in Corbató's *clock* (*A Paging
-//! Experiment with the Multics System*, 1968), and forgets each full bucket that it meets. The insertion of a bucket
-//! moves the hand by `SWEPT` places, or by up to `SEARCHED` where the limiter has no room. While such searches find
-//! nothing they are as short as a sweep, so that a flood of keys costs little. There is no timer.
+//! A key that has no bucket counts as one whose bucket was full when the limiter was made, and has not been used since.
+//! So a bucket can be forgotten when it is full, and nobody gains a token by that, also where limits change. A hand walks
+//! the places of all buckets, as in Corbató's *clock* (*A Paging Experiment with the Multics System*, 1968), and forgets
+//! each full bucket that it meets. The insertion of a bucket moves the hand by `SWEPT` places, or by up to `SEARCHED`
+//! where the limiter has no room. While such searches find nothing they are as short as a sweep, so that a flood of keys
+//! costs little. There is no timer.
 //!
 //! All buckets share their limits. A bucket is the hash of its key and one word (see [`crate::token_bucket`]).
 //!
@@ -16,6 +17,9 @@
 //!   compare-and-swap of the same word. So no acquisition is lost with a bucket: it came before, and the bucket was
 //!   not full; or it fails, and the caller looks up the key again.
 //! * *A key has one bucket at a time.* A bucket that is gone is removed from the map before the key gets another one.
+//! * *A bucket is inserted full*, and acquired from afterwards, as any other. So an acquisition is never older than its
+//!   bucket.
+//! * *Full* is judged a millisecond late, by which the clocks of two processors may disagree.
 //! * `len` counts each bucket from before its insertion until after its removal. So there are never more than
 //!   `max_keys`, those that are being inserted included.
 //!
@@ -127,7 +131,7 @@ impl KeyedLimiter {
         }
         let guard = self.buckets.guard();
         for _ in 0..ATTEMPTS {
-            if let Some(bucket) = self.buckets.get(&key.0, &guard) {
+            if let Some(bucket) = self.bucket(key.0, &guard) {
                 match self
                     .limiter
                     .take_unless_marked(&bucket.level, clock, tokens)
@@ -139,8 +143,8 @@ impl KeyedLimiter {
                     }
                 }
             }
-            let level = self.limiter.full();
-            let left = self.limiter.take(&level, clock, tokens)?;
+            // Makes no bucket for a request that a full one refuses, or for nothing.
+            let left = self.limiter.take(&Level::full(), clock, tokens)?;
             if tokens == 0 || left.is_none() {
                 return Ok(left);
             }
@@ -148,14 +152,16 @@ impl KeyedLimiter {
                 return Err(KeyedRefusal::LimiterFull);
             }
             let slot = self.places.insert(key.0);
-            let Err(_) = self
-                .buckets
-                .try_insert(key.0, Bucket { level, slot }, &guard)
-            else {
-                return Ok(left);
+            // A full bucket, from which the next turn acquires. Another bucket of this key may have come and gone since
+            // this one was found missing; tokens that had been acquired before the insertion would be forgotten with it.
+            let bucket = Bucket {
+                level: Level::full(),
+                slot,
             };
-            // Another thread has made the bucket of this key.
-            self.release(slot);
+            self.publication();
+            if self.buckets.try_insert(key.0, bucket, &guard).is_err() {
+                self.release(slot);
+            }
         }
         Err(KeyedRefusal::LimiterFull)
     }
@@ -164,7 +170,7 @@ impl KeyedLimiter {
     /// afterwards.
     pub fn refund(&self, key: Key, tokens: u64, clock: &impl Clock) {
         let guard = self.buckets.guard();
-        if let Some(bucket) = self.buckets.get(&key.0, &guard) {
+        if let Some(bucket) = self.bucket(key.0, &guard) {
             // A bucket that has been forgotten was full.
             let _: Option<()> = self.limiter.refund(&bucket.level, clock, tokens);
         }
@@ -173,10 +179,9 @@ impl KeyedLimiter {
     /// The bucket of a key. Makes none.
     pub fn state(&self, key: Key, clock: &impl Clock) -> BucketState {
         let guard = self.buckets.guard();
-        self.buckets
-            .get(&key.0, &guard)
+        self.bucket(key.0, &guard)
             .and_then(|bucket| self.limiter.state(&bucket.level, clock))
-            .or_else(|| self.limiter.state(&self.limiter.full(), clock))
+            .or_else(|| self.limiter.state(&Level::full(), clock))
             .unwrap_or(BucketState::UNLIMITED)
     }
 
@@ -186,7 +191,7 @@ impl KeyedLimiter {
     }
 
     /// Changes the limits of all buckets; `None` for no limits. A change keeps what it does not name. Buckets keep
-    /// their tokens, up to the new capacity; a key without a bucket has a full one under the new limits.
+    /// their tokens, up to the new capacity. So does a key without a bucket: it was full before.
     pub fn change_limits(
         &self,
         change: Option<Change>,
@@ -217,6 +222,18 @@ impl KeyedLimiter {
     /// The most buckets at one time.
     pub fn max_keys(&self) -> u64 {
         self.max_keys
+    }
+
+    fn bucket<'g>(&self, key: u64, guard: &'g impl Guard) -> Option<&'g Bucket> {
+        self.buckets
+            .get(&key, guard)
+            .inspect(|_| self.publication())
+    }
+
+    /// The map publishes a bucket with its insertion, but by nothing that loom sees.
+    fn publication(&self) {
+        #[cfg(loom)]
+        self.len.fetch_add(0, Ordering::AcqRel);
     }
 
     /// Makes room for one more bucket, which counts from now on; `false` if there is none.
@@ -251,7 +268,7 @@ impl KeyedLimiter {
             place = 0;
         }
         if let Some(key) = self.places.get(place)
-            && let Some(bucket) = self.buckets.get(&key, guard)
+            && let Some(bucket) = self.bucket(key, guard)
             && self.limiter.forget_if_full(&bucket.level, clock)
         {
             self.remove_forgotten(key, guard);
@@ -262,7 +279,10 @@ impl KeyedLimiter {
     fn remove_forgotten(&self, key: u64, guard: &impl Guard) {
         let removed = self.buckets.remove_if(
             &key,
-            |_, bucket| bucket.level.word().load(Ordering::Acquire) == GONE,
+            |_, bucket| {
+                self.publication();
+                bucket.level.word().load(Ordering::Acquire) == GONE
+            },
             guard,
         );
         if let Ok(Some((_, bucket))) = removed {

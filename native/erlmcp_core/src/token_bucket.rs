@@ -566,6 +566,21 @@ impl Terms {
         self.decide(word, now_ns, self.limits.capacity).1.is_ok()
     }
 
+    /// [`GONE`] and `true` if the bucket is full by every processor's clock.
+    fn forgotten(&self, word: u64, now_ns: u64) -> (u64, bool) {
+        let scale = &self.scale;
+        let position = scale.position(scale.advanced(now_ns));
+        let held = behind(position, self.present(word, now_ns));
+        if held >= (scale.capacity_units() + scale.units_in(TOLERANCE_NS_BITS)) as i64 {
+            return (GONE, true);
+        }
+        // Stores the verdict on a word from before the clock went back: otherwise it would not be full for as long.
+        match self.decide(word, now_ns, self.limits.capacity) {
+            (next, Err(_)) => (next, false),
+            (_, Ok(_)) => (word, false),
+        }
+    }
+
     /// The next word of a bucket that gets `tokens` back. A full bucket stays as it is.
     fn refund(&self, word: u64, now_ns: u64, tokens: u64) -> u64 {
         if self.is_full(word, now_ns) {
@@ -872,14 +887,10 @@ impl Limiter {
         })
     }
 
-    /// Changes the word of a full bucket to [`GONE`]. Returns whether it has.
+    /// Changes the word of a bucket to [`GONE`] if it is full by every processor's clock. Returns whether it has.
     pub(crate) fn forget_if_full(&self, level: &Level, clock: &impl Clock) -> bool {
         let forgotten = self.judged(level, clock, false, |terms, word, now_ns| {
-            if terms.is_full(word, now_ns) {
-                (GONE, true)
-            } else {
-                (word, false)
-            }
+            terms.forgotten(word, now_ns)
         });
         forgotten == Some(true)
     }

@@ -23,8 +23,8 @@
 //! # The library stays loaded
 //!
 //! The thread runs code of this library, so the VM must not unload it. The VM does not unload a library while
-//! a resource with a destructor exists, and `Registry::create` leaves one for good. Without a registry there
-//! is nothing to free here. When the VM exits, the thread exits with it, whatever is in the queue: the memory
+//! a resource with a destructor exists, and the first registry or keyed limiter leaves one for good. Without these
+//! there is nothing to free here. When the VM exits, the thread exits with it, whatever is in the queue: the memory
 //! is returned with all other memory.
 
 use std::any::Any;

@@ -15,7 +15,7 @@ use crate::token_bucket::{
     bucket, change_limits, decode_limits, limits_term, state_term, taken_term,
 };
 
-/// The most bytes of an encoded key.
+/// The most bytes of an encoded key. In a call that takes from several buckets, each key has its share of them.
 const MAX_KEY_BYTES: usize = 65_535;
 
 /// Buckets that one call takes from at most.
@@ -40,10 +40,9 @@ fn limiter<'a>(term: Term<'a>) -> NifResult<&'a KeyedLimiter> {
         .ok_or(Error::BadArg)
 }
 
-fn key(limiter: &KeyedLimiter, term: Term<'_>) -> NifResult<Key> {
+fn key(limiter: &KeyedLimiter, term: Term<'_>, max_bytes: usize) -> NifResult<Key> {
     let mut encoded = None;
-    let (kind, bytes) =
-        id::kind_and_bytes(term, MAX_KEY_BYTES, &mut encoded).ok_or(Error::BadArg)?;
+    let (kind, bytes) = id::kind_and_bytes(term, max_bytes, &mut encoded).ok_or(Error::BadArg)?;
     Ok(limiter.key(kind, bytes))
 }
 
@@ -74,7 +73,7 @@ fn limiter_take<'a>(
     tokens: u64,
 ) -> NifResult<Term<'a>> {
     let limiter = limiter(of)?;
-    let key = key(limiter, key_term)?;
+    let key = key(limiter, key_term, MAX_KEY_BYTES)?;
     Ok(match limiter.take(key, tokens, clock()) {
         Ok(left) => taken_term(env, Ok(left)),
         Err(refusal) => refusal_term(env, refusal),
@@ -84,14 +83,14 @@ fn limiter_take<'a>(
 #[rustler::nif]
 fn limiter_refund(of: Term<'_>, key_term: Term<'_>, tokens: u64) -> NifResult<Atom> {
     let limiter = limiter(of)?;
-    limiter.refund(key(limiter, key_term)?, tokens, clock());
+    limiter.refund(key(limiter, key_term, MAX_KEY_BYTES)?, tokens, clock());
     Ok(atoms::ok())
 }
 
 #[rustler::nif]
 fn limiter_state<'a>(env: Env<'a>, of: Term<'a>, key_term: Term<'a>) -> NifResult<Term<'a>> {
     let limiter = limiter(of)?;
-    let key = key(limiter, key_term)?;
+    let key = key(limiter, key_term, MAX_KEY_BYTES)?;
     Ok(state_term(env, &limiter.state(key, clock())))
 }
 
@@ -122,20 +121,20 @@ impl<'a> Share<'a> {
     fn decode(term: Term<'a>) -> NifResult<Self> {
         if let Ok((of, key_term, tokens)) = term.decode::<(Term<'a>, Term<'a>, u64)>() {
             let limiter = limiter(of)?;
-            return Ok(Self::OfKey(limiter, key(limiter, key_term)?, tokens));
+            let key = key(limiter, key_term, MAX_KEY_BYTES / MAX_TOGETHER)?;
+            return Ok(Self::OfKey(limiter, key, tokens));
         }
         let (of, tokens) = term.decode::<(Term<'a>, u64)>()?;
         Ok(Self::OfBucket(bucket(of)?, tokens))
     }
 
-    fn take(&self) -> Result<(), KeyedRefusal> {
-        match self {
-            Self::OfKey(limiter, key, tokens) => limiter.take(*key, *tokens, clock()).map(|_| ()),
-            Self::OfBucket(bucket, tokens) => bucket
-                .take(clock(), *tokens)
-                .map(|_| ())
-                .map_err(Into::into),
-        }
+    /// Whether tokens were taken: none are without limits.
+    fn take(&self) -> Result<bool, KeyedRefusal> {
+        let left = match self {
+            Self::OfKey(limiter, key, tokens) => limiter.take(*key, *tokens, clock())?,
+            Self::OfBucket(bucket, tokens) => bucket.take(clock(), *tokens)?,
+        };
+        Ok(left.is_some())
     }
 
     fn refund(&self) {
@@ -151,20 +150,27 @@ impl<'a> Share<'a> {
 /// Takes from one after the other, and gives all back when one refuses. Until then another caller may be refused the
 /// tokens that it gives back.
 #[rustler::nif]
-fn take_together<'a>(env: Env<'a>, shares: Term<'a>) -> NifResult<Term<'a>> {
-    // Rejects an improper list, at whose end rustler's decoder panics.
-    if shares.list_length()? > MAX_TOGETHER {
+fn take_together<'a>(env: Env<'a>, list: Term<'a>) -> NifResult<Term<'a>> {
+    let (mut shares, mut rest) = (Vec::with_capacity(MAX_TOGETHER), list);
+    while let Ok((share, tail)) = rest.list_get_cell() {
+        if shares.len() == MAX_TOGETHER {
+            return Err(Error::BadArg);
+        }
+        shares.push(Share::decode(share)?);
+        rest = tail;
+    }
+    if !rest.is_empty_list() {
         return Err(Error::BadArg);
     }
-    let shares = shares.decode::<Vec<Term<'a>>>()?;
-    let shares = shares
-        .into_iter()
-        .map(Share::decode)
-        .collect::<NifResult<Vec<_>>>()?;
+    let mut taken = Vec::with_capacity(shares.len());
     for (n, share) in shares.iter().enumerate() {
-        if let Err(refusal) = share.take() {
-            shares[..n].iter().for_each(Share::refund);
-            return Ok((n + 1, refusal_term(env, refusal)).encode(env));
+        match share.take() {
+            Ok(true) => taken.push(share),
+            Ok(false) => {}
+            Err(refusal) => {
+                taken.into_iter().for_each(Share::refund);
+                return Ok((n + 1, refusal_term(env, refusal)).encode(env));
+            }
         }
     }
     Ok(atoms::ok().encode(env))

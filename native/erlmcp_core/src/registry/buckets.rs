@@ -37,6 +37,9 @@ const OWN: u64 = u64::MAX << 40;
 /// Compare-and-swaps that acquisitions may make fail before the move is announced.
 const ATTEMPTS: usize = if cfg!(loom) { 1 } else { 8 };
 
+/// Look-ups of an entry that is replaced each time. A caller that loses as often is told that there is none.
+const REPLACED: usize = 8;
+
 const SHARED_LIMITS: u8 = 1;
 /// Never cleared.
 const OWN_LIMITS: u8 = 2;
@@ -118,39 +121,29 @@ impl Buckets {
         level: &Level,
         clock: &impl Clock,
         tokens: u64,
-    ) -> Result<Option<u64>, Refused> {
-        self.judged(level, clock, Ok(None), |limiter, level| {
+    ) -> Option<Result<Option<u64>, Refused>> {
+        self.judged(level, clock, |limiter, level| {
             limiter.take_unless_marked(level, clock, tokens)
         })
     }
 
-    /// Gives back tokens that were acquired.
-    fn refund(&self, level: &Level, clock: &impl Clock, tokens: u64) {
-        self.judged(level, clock, (), |limiter, level| {
-            limiter.refund(level, clock, tokens)
-        });
-    }
-
-    /// The verdict of `judge`, by the limits and the level that hold the tokens of an entry; `gone` if the entry was
+    /// The verdict of `judge`, by the limits and the level that hold the tokens of an entry; `None` if the entry was
     /// removed. `judge` returns `None` where the level is a mark or frozen.
     #[inline]
     fn judged<R>(
         &self,
         level: &Level,
         clock: &impl Clock,
-        gone: R,
         judge: impl Fn(&Limiter, &Level) -> Option<R>,
-    ) -> R {
+    ) -> Option<R> {
         loop {
             if !self.is_moving(level)
                 && let Some(verdict) = judge(&self.shared, level)
             {
-                return verdict;
+                return Some(verdict);
             }
-            match self.judged_by_own_limits(level, clock, &judge) {
-                ControlFlow::Break(Some(verdict)) => return verdict,
-                ControlFlow::Break(None) => return gone,
-                ControlFlow::Continue(()) => {}
+            if let ControlFlow::Break(verdict) = self.judged_by_own_limits(level, clock, &judge) {
+                return verdict;
             }
         }
     }
@@ -215,7 +208,8 @@ impl Buckets {
     /// For an entry that had its own limits when the shared ones were applied, or is about to get some.
     #[cold]
     fn admits_by_own_limits(&self, level: &Level, clock: &impl Clock) -> bool {
-        self.take(level, clock, 1).is_ok()
+        // A message to an entry that has just been removed needs no token.
+        self.take(level, clock, 1).is_none_or(|taken| taken.is_ok())
     }
 
     /// The bucket under a mark that was loaded from the entry. `None` if the entry has another word by now, which
@@ -533,7 +527,10 @@ where
         clock: &impl Clock,
     ) -> Result<(), BucketError> {
         self.with_level(namespace, id, |level| {
-            self.buckets.set(level, limits, clock)
+            match self.buckets.set(level, limits, clock) {
+                Err(BucketError::NotFound) => None,
+                set => Some(set),
+            }
         })
         .unwrap_or(Err(BucketError::NotFound))
     }
@@ -548,9 +545,9 @@ where
         clock: &impl Clock,
     ) -> Result<Option<u64>, BucketError> {
         self.with_level(namespace, id, |level| {
-            Ok(self.buckets.take(level, clock, tokens)?)
+            self.buckets.take(level, clock, tokens)
         })
-        .unwrap_or(Err(BucketError::NotFound))
+        .map_or(Err(BucketError::NotFound), |taken| Ok(taken?))
     }
 
     /// Gives back tokens that were acquired from the bucket of a connection or transport and not used. It holds no
@@ -563,7 +560,9 @@ where
         clock: &impl Clock,
     ) -> Result<(), BucketError> {
         self.with_level(namespace, id, |level| {
-            self.buckets.refund(level, clock, tokens);
+            self.buckets.judged(level, clock, |limiter, level| {
+                limiter.refund(level, clock, tokens)
+            })
         })
         .ok_or(BucketError::NotFound)
     }
@@ -576,19 +575,26 @@ where
         clock: &impl Clock,
     ) -> Option<BucketState> {
         self.with_level(namespace, id, |level| self.buckets.state(level, clock))
-            .flatten()
     }
 
+    /// The result of `then` with the level of an entry; `None` if there is none. `then` returns `None` if the entry was
+    /// removed since it was found; then another one may have taken its place.
     fn with_level<R>(
         &self,
         namespace: Namespace,
         id: &Id<'_>,
-        then: impl FnOnce(&Level) -> R,
+        then: impl Fn(&Level) -> Option<R>,
     ) -> Option<R> {
-        with_map!(self, namespace, |map| {
-            self.lookup(map, id, |_, value, _| value.level().map(then))
-        })
-        .flatten()
+        for _ in 0..REPLACED {
+            let found = with_map!(self, namespace, |map| {
+                self.lookup(map, id, |_, value, _| value.level().map(&then))
+            });
+            match found.flatten() {
+                Some(None) => {}
+                other => return other.flatten(),
+            }
+        }
+        None
     }
 }
 
@@ -633,11 +639,11 @@ mod tests {
                     wait_ns: 0,
                 })
             };
-            assert_eq!(buckets.take(&level, &clock, 4), Ok(held(6)));
+            assert_eq!(buckets.take(&level, &clock, 4), Some(Ok(held(6))));
 
             let announced = Announced::of(&buckets, &level);
             assert_eq!(buckets.state(&level, &clock), state(6));
-            assert_eq!(buckets.take(&level, &clock, 1), Ok(held(5)));
+            assert_eq!(buckets.take(&level, &clock, 1), Some(Ok(held(5))));
             drop(announced);
             assert!(!buckets.is_moving(&level));
             let mark = level.word().load(Ordering::Relaxed);

@@ -101,7 +101,8 @@ where
     /// lease belongs to the caller then. The rest is as in [`Self::register`]: the token bucket of the connection is
     /// full and has the shared limits.
     ///
-    /// The replacement is one compare-and-swap: a concurrent look-up finds the former connection or the new one.
+    /// The replacement is one compare-and-swap: a concurrent look-up finds the former connection or the new one. The new
+    /// one has another place, so a concurrent walk may see either, both or neither of them.
     pub fn replace_connection(
         &self,
         id: Id<'_>,
