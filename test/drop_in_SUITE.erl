@@ -2,13 +2,13 @@
 %%%
 %%% `host_app', an application in the shape of erlmcp, gets the registry from `erlmcp_native' as a git dependency, in a
 %%% release and through `_checkouts'. A project that only depends on an erlmcp with its own registry replaces that
-%%% registry by `overrides'. The suite also tests the README's first steps in the project itself: its shell and its
-%%% reference.
+%%% registry by `overrides'. A project of Mix, `mix_app', takes it from git. The suite also tests the README's first steps in
+%%% the project itself: its shell and its reference.
 %%%
 %%% Everything happens in a temporary folder. The source is a commit, made there, of the project's present files. Hosts
 %%% run in nodes of their own, which are not distributed and stop with the node of the suite at the latest.
 %%%
-%%% Cost: cargo compiles the two crates of the project twice, some 40 s on two cores. The first run also compiles their
+%%% Cost: cargo compiles the two crates of the project three times, some 60 s on two cores. The first run also compiles their
 %%% dependencies, which takes another minute.
 -module(drop_in_SUITE).
 
@@ -23,6 +23,8 @@
 -export([git_dependency_builds/1, release_builds/1, checkout_builds/1, overrides_build/1]).
 %% The project
 -export([shell_has_the_application/1, reference_is_of_the_application/1]).
+%% A project of Mix
+-export([mix_project_runs/1]).
 %% Any host
 -export([starts_in_order/1, registry_and_library_are_ours/1, pair_exchanges/1]).
 -export([broadcast_reaches_the_bound/1]).
@@ -45,7 +47,7 @@ suite() ->
 
 
 all() ->
-    [{group, git_dependency}, {group, release}, {group, checkout}, {group, overrides}, {group, project}].
+    [{group, git_dependency}, {group, release}, {group, checkout}, {group, overrides}, {group, project}, {group, mix}].
 
 
 groups() ->
@@ -53,6 +55,7 @@ groups() ->
      {release, [sequence], [release_builds, {group, any_host}, {group, ends}]},
      {checkout, [sequence], [checkout_builds, {group, any_host}]},
      {overrides, [sequence], [overrides_build, {group, any_host}]},
+     {mix, [], [mix_project_runs]},
      {project, [], [shell_has_the_application, reference_is_of_the_application]},
      {any_host,
       [],
@@ -72,7 +75,7 @@ groups() ->
 
 
 init_per_suite(Config) ->
-    case [ Tool || Tool <- ["git", "rebar3", "cargo"], os:find_executable(Tool) =:= false ] of
+    case [ Tool || Tool <- ["git", "rebar3", "cargo", "mix"], os:find_executable(Tool) =:= false ] of
         [] ->
             Root = project_root(?config(data_dir, Config)),
             Temporary = string:trim(os:cmd("d=$(mktemp -d) && cd \"$d\" && pwd -P")),
@@ -126,6 +129,7 @@ needs_no_node(Case) ->
                   release_builds,
                   checkout_builds,
                   overrides_build,
+                  mix_project_runs,
                   shell_has_the_application,
                   reference_is_of_the_application]).
 
@@ -223,6 +227,34 @@ make_consumer(Config, Folder, Erlmcp) ->
        {overrides, [Override]},
        {relx, [{release, {consumer, "0.1.0"}, [consumer]}, {include_src, false}]}]),
     write_terms(filename:join(Folder, "src/consumer.app.src"), [Application]).
+
+
+%%% A project of Mix
+
+
+%% Mix builds the dependency with rebar3. The functions are called in the project and in its release.
+mix_project_runs(Config) ->
+    Folder = ?config(folder, Config),
+    Source = filename:join(filename:dirname(?config(host_source, Config)), "mix_app"),
+    copy_files(Source, Folder, ["mix.exs", "lib/mix_app.ex"]),
+    Home = filename:join(?config(temporary, Config), "mix"),
+    Env = rebar3_env(Config) ++
+        [{"ERLMCP_NATIVE_URL", "file://" ++ ?config(source, Config)},
+         {"MIX_ENV", "prod"},
+         {"MIX_HOME", Home},
+         {"HEX_HOME", Home},
+         {"MIX_REBAR3", os:find_executable("rebar3")},
+         {"LC_ALL", "C.UTF-8"}],
+    Mix = fun(Arguments) -> run(Folder, "mix", Arguments, Env, ?BUILD_MS) end,
+    _ = Mix(["do", "deps.get,", "compile"]),
+    expect_as_expected(Mix(["run", "-e", "MixApp.check()"])),
+    _ = Mix(["release", "--quiet"]),
+    Release = filename:join(Folder, "_build/prod/rel/mix_app/bin/mix_app"),
+    expect_as_expected(run(Folder, Release, ["eval", "{:ok, _} = Application.ensure_all_started(:mix_app); MixApp.check()"], Env, ?BUILD_MS)).
+
+
+expect_as_expected(Output) ->
+    ?assertNotEqual({nomatch, Output}, {string:find(Output, "as expected"), Output}).
 
 
 %%% The project
