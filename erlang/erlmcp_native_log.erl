@@ -1,4 +1,4 @@
-%%% @doc The log events of the application.
+%%% @doc The log events of the application, which are telemetry events too.
 %%%
 %%% Every log event is a report: a map with the key `event' and the details of that event. Its metadata has
 %%% `application => erlmcp_native', and a `report_cb' that formats it as one sentence. It has no domain,
@@ -13,11 +13,17 @@
 %%%
 %%% Transitions are logged, never a single refused message.
 %%%
+%%% Where the host has the library <a href="https://github.com/beam-telemetry/telemetry">telemetry</a> loaded, each event is
+%%% also executed as `[erlmcp_native, Event]', whatever the log level, with the measurements `#{count => 1}' and the
+%%% details as metadata. Its handlers run in the process that has noticed the event: a caller, or a process of the
+%%% application.
+%%%
 %%% <table border="1">
 %%% <tr><th>event</th><th>level</th><th>details</th></tr>
 %%% <tr><td>`native_library_not_loaded'</td><td>warning</td><td>`path', `reason', `remedy'</td></tr>
 %%% <tr><td>`default_registry_exists'</td><td>warning</td><td>`existing', `configured'</td></tr>
 %%% <tr><td>`bad_option'</td><td>warning</td><td>`reason'</td></tr>
+%%% <tr><td>`registry_full'</td><td>warning</td><td>`max_entries', `suppressed'</td></tr>
 %%% <tr><td>`shard_overloaded'</td><td>warning</td><td>`shard_id'</td></tr>
 %%% <tr><td>`shard_recovered'</td><td>notice</td><td>`shard_id'</td></tr>
 %%% <tr><td>`circuit_opened'</td><td>warning</td><td>`breaker': `node' or `{name, Name}'</td></tr>
@@ -40,10 +46,22 @@
 
 
 %% @private
-%% Logs an event.
+%% Logs an event, and executes it as a telemetry event.
 -spec log(logger:level(), Event :: atom(), Details :: map()) -> ok.
 log(Level, Event, Details) ->
-    ?LOG(Level, Details#{event => Event}, #{application => erlmcp_native, report_cb => fun ?MODULE:format/1}).
+    ok = ?LOG(Level, Details#{event => Event}, #{application => erlmcp_native, report_cb => fun ?MODULE:format/1}),
+    execute(Event, Details).
+
+
+%% The library is the host's, and optional: it is neither required nor loaded here. It catches the exceptions of
+%% handlers.
+-spec execute(Event :: atom(), Details :: map()) -> ok.
+execute(Event, Details) ->
+    Telemetry = telemetry,
+    case erlang:function_exported(Telemetry, execute, 3) of
+        true -> Telemetry:execute([erlmcp_native, Event], #{count => 1}, Details);
+        false -> ok
+    end.
 
 
 %% @private
@@ -66,6 +84,8 @@ text(default_registry_exists, #{existing := Existing, configured := Configured})
      [Existing, Configured]};
 text(bad_option, #{reason := Reason}) ->
     {"the settings of backpressure stay as they are, because of ~0tp in the environment of erlmcp_native", [Reason]};
+text(registry_full, #{max_entries := MaxEntries, suppressed := Suppressed}) ->
+    {"a registration was refused, since the registry has its ~b entries (max_entries)~ts", [MaxEntries, suppressed(Suppressed)]};
 text(shard_overloaded, #{shard_id := Shard}) ->
     {"shard ~b is overloaded: its receivers have as many messages queued as it admits, and further ones are refused "
      "until they have caught up",

@@ -5,9 +5,14 @@
 -include_lib("stdlib/include/assert.hrl").
 
 -export([all/0, suite/0]).
--export([default_handler_is_left_alone/1, lines_can_be_dropped_by_their_metadata/1, each_event_is_one_sentence/1, numbers_are_no_text/1]).
+-export([default_handler_is_left_alone/1,
+         lines_can_be_dropped_by_their_metadata/1,
+         each_event_is_one_sentence/1,
+         numbers_are_no_text/1,
+         events_are_telemetry_events/1,
+         a_full_registry_is_told_once_a_second/1]).
 %% In a node of its own
--export([log_with_default_handler/0, log_with_filter/0]).
+-export([log_with_default_handler/0, log_with_filter/0, executed_events/0, told_of_a_full_registry/0]).
 
 
 suite() ->
@@ -15,7 +20,12 @@ suite() ->
 
 
 all() ->
-    [default_handler_is_left_alone, lines_can_be_dropped_by_their_metadata, each_event_is_one_sentence, numbers_are_no_text].
+    [default_handler_is_left_alone,
+     lines_can_be_dropped_by_their_metadata,
+     each_event_is_one_sentence,
+     numbers_are_no_text,
+     events_are_telemetry_events,
+     a_full_registry_is_told_once_a_second].
 
 
 default_handler_is_left_alone(Config) ->
@@ -82,6 +92,7 @@ each_event_is_one_sentence(_Config) ->
                #{event => switched, from => current, to => '100x', details => #{}},
                #{event => switch_failed, from => current, to => '100x', reason => r, details => #{}},
                #{event => unknown_target, target => transport_of, id => <<"s">>, suppressed => 0},
+               #{event => registry_full, max_entries => 10, suppressed => 3},
                #{event => of_another_version, detail => 1}],
     _ = [ begin
               Text = text(Report),
@@ -101,3 +112,70 @@ numbers_are_no_text(_Config) ->
 text(Report) ->
     {Format, Arguments} = erlmcp_native_log:format(Report),
     lists:flatten(io_lib:format(Format, Arguments)).
+
+
+%% The host's library has this function. The events are executed whatever the log level, in the process that has
+%% noticed them.
+events_are_telemetry_events(_Config) ->
+    {Before, Executed} = test_support:in_peer(?MODULE, executed_events),
+    ?assertEqual([], Before),
+    ?assertEqual([{[erlmcp_native, circuit_opened], #{count => 1}, #{breaker => node}},
+                  {[erlmcp_native, circuit_closed], #{count => 1}, #{breaker => node}}],
+                 Executed).
+
+
+executed_events() ->
+    ok = logger:set_primary_config(level, none),
+    true = register(executed, self()),
+    %% Without the library nothing is executed.
+    ok = open_and_close(),
+    Before = test_support:flush(),
+    ok = load_telemetry(),
+    ok = erlmcp_circuit_breaker:force_open(),
+    ok = erlmcp_circuit_breaker:force_close(),
+    {Before, test_support:flush()}.
+
+
+%% A module with the function of that name which is called, since the library cannot be had everywhere.
+load_telemetry() ->
+    Lines = ["-module(telemetry).",
+             "-export([execute/3]).",
+             "execute(Name, Measurements, Metadata) -> executed ! {Name, Measurements, Metadata}, ok."],
+    Forms = [ begin
+                  {ok, Tokens, _} = erl_scan:string(Line),
+                  {ok, Form} = erl_parse:parse_form(Tokens),
+                  Form
+              end || Line <- Lines ],
+    {ok, telemetry, Beam} = compile:forms(Forms),
+    {module, telemetry} = code:load_binary(telemetry, "telemetry.erl", Beam),
+    ok.
+
+
+a_full_registry_is_told_once_a_second(_Config) ->
+    Executed = test_support:in_peer(?MODULE, told_of_a_full_registry),
+    ?assertMatch({[erlmcp_native, registry_full], #{count := 1}, #{max_entries := 1, suppressed := 0}}, hd(Executed)),
+    %% Each further one has the number of those that were not told before it.
+    {_, _, #{suppressed := Suppressed}} = lists:last(Executed),
+    ?assert(Suppressed > 0),
+    ?assert(length(Executed) < 10, Executed).
+
+
+told_of_a_full_registry() ->
+    ok = logger:set_primary_config(level, none),
+    true = register(executed, self()),
+    ok = load_telemetry(),
+    Registry = erlmcp_shard_registry:new(#{max_entries => 1}),
+    ok = erlmcp_shard_registry:register_connection(Registry, 0, self(), none),
+    told(Registry, []).
+
+
+%% Until the second event.
+told(_Registry, [_, _ | _] = Executed) ->
+    Executed;
+told(Registry, Executed) ->
+    [ {error, registry_full} = Refused
+      || N <- lists:seq(1, 10),
+         Refused <- [erlmcp_shard_registry:register_connection(Registry, N, self(), none),
+                     erlmcp_shard_registry:register_or_find_connection(Registry, N, self(), none),
+                     erlmcp_shard_registry:replace_connection(Registry, N, self(), none)] ],
+    told(Registry, Executed ++ test_support:flush()).

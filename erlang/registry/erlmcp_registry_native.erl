@@ -76,6 +76,7 @@ register(Registry, Namespace, Id, Pid, Config, Owner) ->
     case monitored(Pid, Owner, Register) of
         ok -> ok;
         diverted -> diverted;
+        registry_full -> full(Registry);
         Reason -> {error, Reason}
     end.
 
@@ -87,7 +88,7 @@ register_or_find(Registry, Id, Pid, Config) ->
     case monitored(Pid, none, fun(Monitored) -> erlmcp_nif:register_or_find(Registry, Id, Pid, Monitored, Config) end) of
         ok -> {registered, {Pid, Config}};
         {found, Entry} -> {found, Entry};
-        registry_full -> {error, registry_full}
+        registry_full -> full(Registry)
     end.
 
 
@@ -104,8 +105,15 @@ replace(Registry, Id, Pid, Config) ->
             ok = end_sentinel(Sentinel),
             {ok, Former};
         registry_full ->
-            {error, registry_full}
+            full(Registry)
     end.
+
+
+-spec full(erlmcp_nif:registry()) -> {error, registry_full}.
+full(Registry) ->
+    {_Shards, MaxEntries, _MaxIdBytes} = erlmcp_nif:limits(Registry),
+    ok = warn(registrations, registry_full, #{max_entries => MaxEntries}),
+    {error, registry_full}.
 
 
 %% Calls the fun with the process that an entry for `Pid' monitors. A sentinel stays if the result says that the entry
@@ -353,7 +361,7 @@ bound_transports(Registry, Server) ->
 
 %%% Warnings
 
--define(WARNINGS,            {?MODULE, warnings}).
+-define(WARNINGS(Group), {?MODULE, warnings, Group}).
 -define(WARNING_INTERVAL_MS, 1000).
 
 
@@ -361,19 +369,19 @@ bound_transports(Registry, Server) ->
 %% logged since. The cell has the time of the last warning (1) and that number (2).
 -spec unknown_target(kind() | transport_of | server_of | id, term()) -> ok.
 unknown_target(Kind, Id) ->
-    warn(unknown_target, #{target => Kind, id => Id}).
+    warn(routes, unknown_target, #{target => Kind, id => Id}).
 
 
 %% @doc Logs a message that the registry's process could not pass on, since it cannot return an error. Shares the
 %% interval of {@link unknown_target/2}.
 -spec undelivered(kind() | transport_of, term(), erlmcp_delivery:reason()) -> ok.
 undelivered(Kind, Id, Reason) ->
-    warn(undelivered, #{target => Kind, id => Id, reason => Reason}).
+    warn(routes, undelivered, #{target => Kind, id => Id, reason => Reason}).
 
 
--spec warn(unknown_target | undelivered, map()) -> ok.
-warn(Event, Details) ->
-    Cell = warning_cell(),
+-spec warn(routes | registrations, unknown_target | undelivered | registry_full, map()) -> ok.
+warn(Group, Event, Details) ->
+    Cell = warning_cell(Group),
     Now = erlang:monotonic_time(millisecond),
     Last = atomics:get(Cell, 1),
     case Now - Last >= ?WARNING_INTERVAL_MS andalso
@@ -387,13 +395,13 @@ warn(Event, Details) ->
 
 
 %% Two processes may both make the first cell. Then one more warning is logged.
--spec warning_cell() -> atomics:atomics_ref().
-warning_cell() ->
-    case persistent_term:get(?WARNINGS, undefined) of
+-spec warning_cell(routes | registrations) -> atomics:atomics_ref().
+warning_cell(Group) ->
+    case persistent_term:get(?WARNINGS(Group), undefined) of
         undefined ->
             Cell = atomics:new(2, [{signed, true}]),
             atomics:put(Cell, 1, erlang:monotonic_time(millisecond) - ?WARNING_INTERVAL_MS),
-            persistent_term:put(?WARNINGS, Cell),
+            persistent_term:put(?WARNINGS(Group), Cell),
             Cell;
         Cell ->
             Cell
