@@ -24,7 +24,7 @@
 -export([bind/4, unbind/2, bound_server/2, bindings/1]).
 -export([bound_transports/2]).
 %% Listing and counting
--export([list/2, list_shard/2, page/5]).
+-export([list/2, list_shard/2, page/5, watched_connections/2]).
 -export([count/2, count_shard/2, shard/2, distinct_configs/0]).
 %% Routing
 -export([route_connection/1, route_server/2, route_transport/1, route_batch/1]).
@@ -87,6 +87,7 @@
        list/2,
        list_shard/2,
        page/5,
+       watched_connections/2,
        count/2,
        count_shard/2,
        shard/2,
@@ -374,6 +375,12 @@ bound_transports(_Registry, _Server) -> ?NOT_LOADED.
 
 -spec list(registry(), namespace()) -> [{term(), {pid(), term()}}] | diverted.
 list(Registry, Namespace) -> ?DIVERTED(Registry, Namespace).
+
+
+%% The ids of the connections that belong to any of these references to monitors ({@link process_info/2},
+%% `monitored_by'). Other references are ignored.
+-spec watched_connections(registry(), [reference()]) -> [term()].
+watched_connections(_Registry, _Watches) -> ?NOT_LOADED.
 
 
 %% The entries of a namespace at `Count' places of a shard, and the place after them. An entry keeps its

@@ -367,6 +367,11 @@ right({take_together, _}, term, #{id := Ids, limiter := Limiters, bucket := Buck
           1 -> {pick(Limiters), pick(Ids), rand:uniform(5) - 1};
           2 -> {pick(Buckets), rand:uniform(5) - 1}
       end || _ <- lists:seq(1, rand:uniform(17) - 1) ];
+right({watched_connections, _}, term, _Pools, Pids) ->
+    case process_info(pick(Pids), monitored_by) of
+        {monitored_by, Watches} -> [ Watch || Watch <- Watches, is_reference(Watch) ];
+        undefined -> []
+    end;
 right({route_batch, _}, term, #{id := Ids}, _Pids) ->
     [ {pick(Ids), N} || N <- lists:seq(1, rand:uniform(5) * rand:uniform(5) * rand:uniform(30)) ];
 right(_, Kind, Pools, _Pids) ->

@@ -17,6 +17,8 @@
          one_of_many_registers/1,
          a_connection_is_replaced/1,
          two_replacers/1,
+         ids_of_a_process/1,
+         ids_of_a_process_while_they_change/1,
          late_release_against_the_next_registration/1,
          process_under_several_ids/1,
          ended_process_is_accepted_and_not_found/1,
@@ -53,6 +55,8 @@ groups() ->
                               one_of_many_registers,
                               a_connection_is_replaced,
                               two_replacers,
+                              ids_of_a_process,
+                              ids_of_a_process_while_they_change,
                               late_release_against_the_next_registration,
                               process_under_several_ids,
                               ended_process_is_accepted_and_not_found,
@@ -256,6 +260,69 @@ replaced_by_new(R, Id) ->
     Pid = process(),
     {ok, Former} = api(R, replace_connection, [Id, Pid, none]),
     {Pid, Former}.
+
+
+ids_of_a_process(Config) ->
+    R = registry(Config),
+    [Pid, Other] = [process(), process()],
+    ?assertEqual([], api(R, connections_of, [Pid])),
+    Ids = [ {id, N} || N <- lists:seq(1, 2000) ] ++ [a, <<"b">>, [], 1.0, lists:seq(1, 500)],
+    [ ok = api(R, register_connection, [Id, Pid, none]) || Id <- Ids ],
+    ok = api(R, register_connection, [other, Other, none]),
+    %% Neither entries of other kinds nor those of other registries are connections of this one.
+    ok = erlmcp_nif:register(nif_registry(R), server, server, Pid, Pid, none),
+    Another = ?M:new(),
+    ok = ?M:register_connection(Another, another, Pid, none),
+    ?assertEqual(lists:sort(Ids), lists:sort(api(R, connections_of, [Pid]))),
+    ?assertEqual([other], api(R, connections_of, [Other])),
+    ?assertEqual([another], ?M:connections_of(Another, Pid)),
+    {Gone, Kept} = lists:split(1000, Ids),
+    [ ok = api(R, unregister_connection, [Id]) || Id <- Gone ],
+    {ok, Pid} = api(R, replace_connection, [a, Other, none]),
+    ?assertEqual(lists:sort(Kept -- [a]), lists:sort(api(R, connections_of, [Pid]))),
+    ?assertEqual([a, other], lists:sort(api(R, connections_of, [Other]))),
+    %% Its own connections, by the process itself.
+    ok = api(R, register_connection, [mine, self(), none]),
+    ?assertEqual([mine], api(R, connections_of, [self()])),
+    ok = api(R, unregister_connection, [mine]),
+    [ stop(P) || P <- [Pid, Other] ],
+    ?assertEqual([], api(R, connections_of, [Pid])),
+    [ ?assertError(badarg, api(R, connections_of, [NoPid]))
+      || NoPid <- [undefined, make_ref(), external_pid(<<"other@host">>, 1)] ],
+    [ ?assertError(badarg, ?M:connections_of(make_ref(), P)) || P <- [self(), process()] ],
+    ok.
+
+
+%% Ids that a process has throughout are listed once while others come and go, in this registry and in another one.
+ids_of_a_process_while_they_change(Config) ->
+    R = registry(Config),
+    Pid = process(),
+    Fixed = [ {fixed, N} || N <- lists:seq(1, 20) ],
+    [ ok = api(R, register_connection, [Id, Pid, none]) || Id <- Fixed ],
+    Another = ?M:new(),
+    Changer = spawn_link(fun() -> come_and_go(R, Another, Pid, 1) end),
+    Seen = ets:new(seen, [set]),
+    test_support:await(fun() ->
+                               [ begin
+                                     Ids = api(R, connections_of, [Pid]),
+                                     ?assertEqual([], Fixed -- Ids),
+                                     ?assertEqual(length(Ids), length(lists:usort(Ids))),
+                                     ?assertEqual([], [ Id || {another, _} = Id <- Ids ]),
+                                     ets:insert(Seen, {length(Ids)})
+                                 end || _ <- lists:seq(1, 1000) ],
+                               ets:info(Seen, size) > 1
+                       end),
+    unlink(Changer),
+    test_support:kill(Changer),
+    stop(Pid).
+
+
+come_and_go(R, Another, Pid, N) ->
+    ok = api(R, register_connection, [{fickle, N}, Pid, none]),
+    ok = ?M:register_connection(Another, {another, N}, Pid, none),
+    ok = api(R, unregister_connection, [{fickle, N}]),
+    ok = ?M:unregister_connection(Another, {another, N}),
+    come_and_go(R, Another, Pid, N + 1).
 
 
 %% A late clean-up for the former holder runs beside the registration of the next one, and never removes that. Goes on
@@ -546,6 +613,8 @@ exports_are_known(_Config) ->
                 {lookup_connection, 2},
                 {whereis_connection, 1},
                 {whereis_connection, 2},
+                {connections_of, 1},
+                {connections_of, 2},
                 {get_shard_id, 1},
                 {get_shard_id, 2},
                 {list_connections, 1},

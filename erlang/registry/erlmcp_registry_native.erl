@@ -17,7 +17,7 @@
 %% Registration
 -export([register/5, register/6, register_or_find/4, replace/4, unregister/3, release/3, update_server/3]).
 %% Look-up
--export([find/3, row/3, list/2, list_shard/2, counts/1]).
+-export([find/3, row/3, list/2, list_shard/2, connections_of/2, counts/1]).
 %% Bindings
 -export([bind/4, unbind/2, bound_server/2, bindings/1, restore/2]).
 %% Requests and casts of the registry's process
@@ -201,6 +201,26 @@ list(Registry, Namespace) ->
 -spec list_shard(erlmcp_nif:registry(), non_neg_integer()) -> [{term(), entry()}].
 list_shard(Registry, Shard) ->
     erlmcp_nif:list_shard(Registry, Shard).
+
+
+%% @doc The ids of a local process. The VM knows which native monitors a process has, so nothing is kept for this.
+%%
+%% A process that asks for its own monitors is not told of those whose signals it has not received yet. So it has another
+%% process ask.
+-spec connections_of(erlmcp_nif:registry(), pid()) -> [term()].
+connections_of(Registry, Pid) when Pid =:= self() ->
+    %% A wrong registry is the caller's error.
+    _ = erlmcp_nif:limits(Registry),
+    {Asking, Monitor} = spawn_monitor(fun() -> exit({ids, connections_of(Registry, Pid)}) end),
+    receive
+        {'DOWN', Monitor, process, Asking, {ids, Ids}} -> Ids;
+        {'DOWN', Monitor, process, Asking, {Reason, _Stacktrace}} -> error(Reason)
+    end;
+connections_of(Registry, Pid) ->
+    case process_info(Pid, monitored_by) of
+        {monitored_by, Watches} -> erlmcp_nif:watched_connections(Registry, [ Watch || Watch <- Watches, is_reference(Watch) ]);
+        undefined -> []
+    end.
 
 
 -spec counts(erlmcp_nif:registry()) -> #{servers := non_neg_integer(), transports := non_neg_integer()}.

@@ -41,6 +41,7 @@
 %% Look-up
 -export([lookup_connection/1, lookup_connection/2]).
 -export([whereis_connection/1, whereis_connection/2]).
+-export([connections_of/1, connections_of/2]).
 %% Shards
 -export([get_shard_id/1, get_shard_id/2]).
 -export([list_connections/1, list_connections/2]).
@@ -210,6 +211,8 @@ format_error(_Reason, [{?MODULE, Function, [_Registry, _Id, _NoPid, _Capabilitie
     #{3 => "not a pid"};
 format_error(_Reason, [{?MODULE, release_connection, [_Registry, _Id, _NoPid], _Info} | _]) ->
     #{3 => "not a pid"};
+format_error(_Reason, [{?MODULE, connections_of, [_Registry, _Other], _Info} | _]) ->
+    #{2 => "not a pid of this node"};
 format_error(_Reason, [{?MODULE, fold_connections, [_Registry, _NoFun, _Acc], _Info} | _]) ->
     #{2 => "not a function of three arguments"};
 format_error(_Reason, _Stacktrace) ->
@@ -270,6 +273,24 @@ whereis_connection(Id) ->
 -spec whereis_connection(registry(), term()) -> pid() | undefined.
 whereis_connection(Registry, Id) ->
     erlmcp_nif:whereis(Registry, connection, Id).
+
+
+%% @equiv connections_of(default, Pid)
+-spec connections_of(pid()) -> [Id :: term()].
+connections_of(Pid) ->
+    connections_of(default, Pid).
+
+
+%% @doc The ids of the connections of a process, in no particular order; `[]' if it has exited. An id that the process has
+%% throughout is listed once. Raises `badarg' for a process of another node.
+%%
+%% Costs in proportion to the monitors of the process, in all registries. The process is asked for them, by
+%% `process_info/2', so the call waits until it is scheduled.
+-spec connections_of(registry(), pid()) -> [Id :: term()].
+connections_of(Registry, Pid) when is_pid(Pid), node(Pid) =:= node() ->
+    erlmcp_registry_native:connections_of(Registry, Pid);
+connections_of(Registry, Other) ->
+    error(badarg, [Registry, Other], [{error_info, #{module => ?MODULE}}]).
 
 
 %%% Shards

@@ -263,6 +263,12 @@ fn run(steps: Vec<Step>) {
             }
         }
         compare(&registry, &model);
+        for (key, (location, lease)) in &locations {
+            // A place may have been given to another entry since.
+            let found = registry.with_entry_at(*location, |_, entry| entry.lease);
+            let is_held = model.entries.get(key) == Some(lease);
+            assert_eq!(found == Some(*lease), is_held);
+        }
     }
 }
 

@@ -57,6 +57,23 @@ pub(crate) struct WatchResource {
     word: AtomicU64,
 }
 
+impl WatchResource {
+    /// The number of the registry and the place of the entry that the watch belongs to; `None` if it is idle, or if its
+    /// process has exited. The entry may not have been inserted yet, or have been removed: its lease tells.
+    pub(crate) fn entry(&self) -> Option<(u32, Location)> {
+        match self.word.load(Ordering::Acquire) {
+            IDLE => None,
+            word if word & DOWN != 0 => None,
+            word => Some(Self::place(word)),
+        }
+    }
+
+    fn place(word: u64) -> (u32, Location) {
+        let location = Location::from_bits(word & ((1 << Location::BITS) - 1));
+        ((word >> Location::BITS) as u32, location)
+    }
+}
+
 impl Resource for WatchResource {
     const IMPLEMENTS_DOWN: bool = true;
 
@@ -66,11 +83,10 @@ impl Resource for WatchResource {
         // SeqCst: orders the store of `DOWN` before the loads of the entry and the pool, against the
         // fence in `Watch::has_ended`.
         fence(Ordering::SeqCst);
-        let number = (word >> Location::BITS) as u32;
+        let (number, location) = Self::place(word);
         if word != IDLE
             && let Some(registry) = Registry::of_number(number)
         {
-            let location = Location::from_bits(word & ((1 << Location::BITS) - 1));
             registry.remove_leased(&location, |held| held.watch.is(self));
             release(registry);
         }
@@ -215,7 +231,7 @@ impl Watch {
         unsafe { self.0.byte_add(DATA_OFFSET).cast().as_ref() }
     }
 
-    fn is(&self, data: &WatchResource) -> bool {
+    pub(crate) fn is(&self, data: &WatchResource) -> bool {
         ptr::eq(self.data(), data)
     }
 

@@ -285,6 +285,21 @@ where
         })
     }
 
+    /// The result of `f` with the entry at a place, and its id; `None` if nothing is registered there.
+    pub fn with_entry_at<R>(
+        &self,
+        location: Location,
+        f: impl FnOnce(Id<'_>, &Entry<L>) -> R,
+    ) -> Option<R> {
+        let located = self.located(location)?;
+        with_map!(self, location.namespace, |map| {
+            let guard = map.guard();
+            let (key, value) = located.find(map, &guard)?;
+            let entry = self.registered(value)?;
+            Some(f(self.id_of(key), entry))
+        })
+    }
+
     // ---- Listing and counting ----
 
     /// Calls `each` with every entry of a namespace and its id. Weakly consistent.

@@ -238,7 +238,7 @@ where
     }
 
     #[inline(always)]
-    fn registered<'v, V: Stored<L>>(&self, value: &'v V) -> Option<&'v Entry<L>> {
+    pub(super) fn registered<'v, V: Stored<L>>(&self, value: &'v V) -> Option<&'v Entry<L>> {
         value.entry().filter(|_| value.is_registered(self))
     }
 }

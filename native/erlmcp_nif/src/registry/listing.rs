@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 
 use erlmcp_core::registry::{Entry, Id, Namespace};
-use rustler::{Env, NifResult, Term};
+use rustler::{Env, Error, NifResult, Term};
 
 use super::{
     MAX_LISTED_ON_NORMAL_SCHEDULER, MAX_WALKED_ON_NORMAL_SCHEDULER, encode_id, is_alive, namespace,
@@ -13,7 +13,7 @@ use crate::config::{self, MAX_WEIGHT_ON_NORMAL_SCHEDULER};
 use crate::id;
 use crate::reschedule::{Outcome, Scheduler, Stopped, reschedulable};
 use crate::resource::{Registry, registry, unless_diverted};
-use crate::watch::Lease;
+use crate::watch::{Lease, WatchResource};
 
 /// A list of `{Id, {Pid, Config}}` under construction.
 struct Listing<'a> {
@@ -113,6 +113,53 @@ fn list_shard<'a>(env: Env<'a>, [of, shard]: [Term<'a>; 2], scheduler: Scheduler
 }
 
 reschedulable!(c"list_shard", 2, list_shard);
+
+/// The ids of the connections that belong to these watches, which are references among others.
+///
+/// A connection that is there throughout is found once: its watch belongs to it all the time.
+fn watched_connections<'a>(
+    env: Env<'a>,
+    [of, watches]: [Term<'a>; 2],
+    scheduler: Scheduler,
+) -> Outcome<'a> {
+    let registry = registry(of)?;
+    let (mut ids, mut weight) = (Term::list_new_empty(env), 0);
+    let (mut rest, mut visited) = (watches, 0);
+    while let Ok((watch, tail)) = rest.list_get_cell() {
+        rest = tail;
+        visited += 1;
+        if visited > MAX_LISTED_ON_NORMAL_SCHEDULER {
+            scheduler.require_dirty()?;
+        }
+        let Some(watch) = watch.try_get_resource::<WatchResource>() else {
+            continue;
+        };
+        let Some((number, location)) = watch.entry() else {
+            continue;
+        };
+        if number != registry.number() || location.namespace() != Namespace::Connection {
+            continue;
+        }
+        let found = registry.with_entry_at(location, |id, entry| {
+            weight += id::weight(id.kind(), id.bytes());
+            if weight > MAX_WEIGHT_ON_NORMAL_SCHEDULER {
+                scheduler.require_dirty()?;
+            }
+            let is_meant = entry.lease.watch.is(watch);
+            let decoded = is_meant.then(|| id::decode(env, id.kind(), id.bytes()));
+            Ok::<_, Stopped>(decoded.transpose()?)
+        });
+        if let Some(id) = found.transpose()?.flatten() {
+            ids = ids.list_prepend(id);
+        }
+    }
+    if !rest.is_empty_list() {
+        return Err(Error::BadArg.into());
+    }
+    Ok(ids)
+}
+
+reschedulable!(c"watched_connections", 2, watched_connections);
 
 #[rustler::nif]
 fn count(of: Term<'_>, ns: Term<'_>) -> NifResult<u64> {
