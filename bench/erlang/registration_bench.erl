@@ -41,7 +41,7 @@ rows(Figures, From, Who) ->
                                       name(Other),
                                       map_get({Other, From}, Figures))
         end,
-    [bench_report:floor(ratio, 0.7, Compare(native, classic)),
+    [bench_report:floor(ratio, 0.5, Compare(native, classic)),
      Compare(connection, classic)].
 
 

@@ -57,7 +57,7 @@ rows(#{native := Native, classic := Classic, bare := Bare} = Figures, Senders) -
                                             Bare)
               end,
     [bench_report:floor(ratio,
-                        3.0,
+                        2.0,
                         bench_report:rate_row("routing",
                                               Name,
                                               Native,
