@@ -1,5 +1,8 @@
 //! Registering, removing and changing entries.
 
+use std::thread;
+use std::time::Duration;
+
 use erlmcp_core::error::RegisterError;
 use erlmcp_core::registry::{Entry, Id, Namespace};
 use rustler::{Encoder, Env, Error, LocalPid, NifResult, Term};
@@ -25,9 +28,14 @@ fn automatic_binding(namespace: Namespace, config: Term<'_>) -> Option<Term<'_>>
     (atoms::undefined() != server).then_some(server)
 }
 
-/// The most retries of a registration that finds the registry full. It retries more than once only if a
-/// removal or another registration is under way at that moment.
+/// The most retries, one right after the other, of a registration that finds the registry full. It retries more than
+/// once only if a removal or another registration is under way at that moment.
 const MAX_SEARCHES: u32 = 10;
+
+/// The most further retries, on a dirty scheduler: the operating system may have suspended the thread of a removal
+/// after the entry was removed and before its room was released.
+const MAX_WAITS: u32 = 20;
+const WAIT: Duration = Duration::from_millis(1);
 
 /// Removes from a full registry all entries whose processes have exited and whose monitors have not fired
 /// yet. Returns whether there may be room now.
@@ -216,13 +224,20 @@ fn register_or<'a>(
                     }
                 }
             }
-            Err(RegisterError::RegistryFull) if searches == MAX_SEARCHES => {
+            Err(RegisterError::RegistryFull) if searches == MAX_SEARCHES + MAX_WAITS => {
                 atoms::registry_full().encode(env)
             }
             Err(RegisterError::RegistryFull) => match remove_exited(env, registry, scheduler) {
                 Ok(true) => {
                     searches += 1;
                     lease.watch.displace();
+                    if searches > MAX_SEARCHES {
+                        if let Err(TooHeavy) = scheduler.require_dirty() {
+                            lease.recycle(address);
+                            return Err(Stopped::TooHeavy);
+                        }
+                        thread::sleep(WAIT);
+                    }
                     continue;
                 }
                 Ok(false) => atoms::registry_full().encode(env),
