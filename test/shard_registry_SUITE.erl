@@ -269,7 +269,9 @@ ids_of_a_process(Config) ->
     Ids = [ {id, N} || N <- lists:seq(1, 2000) ] ++ [a, <<"b">>, [], 1.0, lists:seq(1, 500)],
     [ ok = api(R, register_connection, [Id, Pid, none]) || Id <- Ids ],
     ok = api(R, register_connection, [other, Other, none]),
-    %% Neither entries of other kinds nor those of other registries are connections of this one.
+    %% Neither entries of other kinds nor those of other registries are connections of this one. A registry process of an
+    %% earlier suite may have closed it when it was stopped.
+    ok = erlmcp_nif:open(nif_registry(R)),
     ok = erlmcp_nif:register(nif_registry(R), server, server, Pid, Pid, none),
     Another = ?M:new(),
     ok = ?M:register_connection(Another, another, Pid, none),

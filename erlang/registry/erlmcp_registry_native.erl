@@ -211,10 +211,14 @@ list_shard(Registry, Shard) ->
 connections_of(Registry, Pid) when Pid =:= self() ->
     %% A wrong registry is the caller's error.
     _ = erlmcp_nif:limits(Registry),
-    {Asking, Monitor} = spawn_monitor(fun() -> exit({ids, connections_of(Registry, Pid)}) end),
+    Reference = make_ref(),
+    {Asking, Monitor} = spawn_monitor(fun() -> Pid ! {Reference, connections_of(Registry, Pid)} end),
     receive
-        {'DOWN', Monitor, process, Asking, {ids, Ids}} -> Ids;
-        {'DOWN', Monitor, process, Asking, {Reason, _Stacktrace}} -> error(Reason)
+        {Reference, Ids} ->
+            true = demonitor(Monitor, [flush]),
+            Ids;
+        {'DOWN', Monitor, process, Asking, Reason} ->
+            error(Reason)
     end;
 connections_of(Registry, Pid) ->
     case process_info(Pid, monitored_by) of
