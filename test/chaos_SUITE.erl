@@ -84,7 +84,7 @@ managers_are_killed(_Config) ->
     Load = chaos_load:start(),
     Others = pids([erlmcp_native_sup, erlmcp_shard_sup | ?CONTROL_PLANE]),
     #{count := 0, unobserved_count := 0} = ?RECOVERY:downtimes(),
-    {Kills, {Managers0, Recovering, Told0}} = kill_for(seconds(), fun kill_a_manager/1, {managers(), #{}, []}),
+    {Kills, {Managers0, Recovering, Told0}} = kill_until(fun(_State) -> true end, fun kill_a_manager/1, {managers(), #{}, []}),
     {Managers, Told} = await_recoveries(Managers0, Recovering, Told0),
     Sent = chaos_load:stop(Load),
     report("shard managers", Kills, Sent),
@@ -187,7 +187,7 @@ control_plane_is_killed(_Config) ->
     Load = chaos_load:start(),
     Others = pids([erlmcp_native_sup, erlmcp_shard_sup]),
     Managers = managers(),
-    {Kills, Killed} = kill_for(seconds(), fun(Killed0) -> kill_one_of(?CONTROL_PLANE, Killed0) end, #{}),
+    {Kills, Killed} = kill_until(fun(Killed0) -> map_size(Killed0) =:= length(?CONTROL_PLANE) end, fun(Killed0) -> kill_one_of(?CONTROL_PLANE, Killed0) end, #{}),
     Sent = chaos_load:stop(Load),
     report("processes of the control plane", Kills, Sent),
     ?assertEqual(lists:sort(?CONTROL_PLANE), lists:sort(maps:keys(Killed))),
@@ -222,7 +222,9 @@ managers_and_control_plane_are_killed(_Config) ->
                    ok = spin(now_us() + rand:uniform(1500) - 500),
                    kill_one(Second, State)
            end,
-    {Kills, {Killed, Told0}} = kill_for(seconds(), Kill, {#{}, []}),
+    %% Some downtimes are over before erlmcp_shard_recovery is notified of their start.
+    IsOneUnseen = fun(_State) -> maps:get(unobserved_count, ?RECOVERY:downtimes()) > 0 end,
+    {Kills, {Killed, Told0}} = kill_until(IsOneUnseen, Kill, {#{}, []}),
     Shards = maps:filter(fun(Name, _ToldBefore) -> is_integer(Name) end, Killed),
     Told = await_told(fun(Told) ->
                               #{count := Count, unobserved_count := Unobserved} = ?RECOVERY:downtimes(),
@@ -237,9 +239,7 @@ managers_and_control_plane_are_killed(_Config) ->
     ?assertEqual(lists:sort(maps:keys(Shards)),
                  [ Shard || {Shard, Manager} <- lists:sort(maps:to_list(Managers)), whereis(manager(Shard)) =/= Manager ]),
     ?assertEqual([], lists:usort([ Shard || {Shard, _Ms} <- Told ]) -- maps:keys(Shards)),
-    #{down := Down, unobserved_count := Unseen} = ?RECOVERY:downtimes(),
-    ?assertEqual([], Down),
-    ?assert(Unseen > 0).
+    ?assertMatch(#{down := []}, ?RECOVERY:downtimes()).
 
 
 %% Keeps for each name the number of its notifications at its last kill.
@@ -270,7 +270,7 @@ registry_process_is_killed(_Config) ->
     Others = pids([erlmcp_native_sup, erlmcp_shard_sup, erlmcp_control_plane_sup]),
     Managers = managers(),
     Kill = fun(Sent0) -> {1, kill_registry(Load, Sent0)} end,
-    {Kills, Own} = kill_for(seconds(), Kill, chaos_load:nothing_sent()),
+    {Kills, Own} = kill_until(fun(_Sent) -> true end, Kill, chaos_load:nothing_sent()),
     %% These were sent while the process was absent.
     ?assertMatch(#{server := _, transport := _, broadcast := _, single := _, batch := _}, chaos_load:routes(Own)),
     Sent = chaos_load:stop(Load, #{self() => Own}),
@@ -311,7 +311,7 @@ supervisors_are_killed(_Config) ->
     Top = whereis(erlmcp_native_sup),
     Managers = managers(),
     Names = [erlmcp_shard_sup, erlmcp_control_plane_sup],
-    {Kills, Killed} = kill_for(seconds(), fun(Killed0) -> kill_one_of(Names, Killed0) end, #{}),
+    {Kills, Killed} = kill_until(fun(Killed0) -> map_size(Killed0) =:= length(Names) end, fun(Killed0) -> kill_one_of(Names, Killed0) end, #{}),
     Sent = chaos_load:stop(Load),
     report("supervisors", Kills, Sent),
     ?assertEqual(lists:sort(Names), lists:sort(maps:keys(Killed))),
@@ -387,18 +387,22 @@ kill_within_ten_seconds(Number, [Name | Others], Names, Times0, Deadline) ->
 %%% Killing
 
 
-%% Calls Kill every KILL_MS until the time is over. Kill returns how many processes it has killed.
-kill_for(Seconds, Kill, State) ->
+%% Calls Kill every KILL_MS until CHAOS_SECONDS are over and IsEnough accepts the state. Kill returns how many processes it
+%% has killed.
+kill_until(IsEnough, Kill, State) ->
     Now = now_ms(),
-    kill_for(Now, Now + Seconds * 1000, Kill, 0, State).
+    kill_until(IsEnough, Now, Now + seconds() * 1000, Kill, 0, State).
 
 
-kill_for(Due, End, _Kill, Kills, State) when Due >= End ->
-    {Kills, State};
-kill_for(Due, End, Kill, Kills, State0) ->
-    ok = timer:sleep(max(0, Due - now_ms())),
-    {Killed, State} = Kill(State0),
-    kill_for(max(Due + ?KILL_MS, now_ms()), End, Kill, Kills + Killed, State).
+kill_until(IsEnough, Due, End, Kill, Kills, State0) ->
+    case Due >= End andalso IsEnough(State0) of
+        true ->
+            {Kills, State0};
+        false ->
+            ok = timer:sleep(max(0, Due - now_ms())),
+            {Killed, State} = Kill(State0),
+            kill_until(IsEnough, max(Due + ?KILL_MS, now_ms()), End, Kill, Kills + Killed, State)
+    end.
 
 
 kill_one_of(Names, Killed) ->

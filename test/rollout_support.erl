@@ -6,7 +6,7 @@
 
 -export([init_per_suite/1, end_per_suite/1, init_per_testcase/2, end_per_testcase/2]).
 -export([start_registry/0, many_transports/1, await_queue/1, await_written/0]).
--export([start_switcher/2, stop_switcher/1, rounds_under_switches/3]).
+-export([start_switcher/2, stop_switcher/1, switches/1, rounds_under_switches/3]).
 -export([start_receiver/0, last_in_order/3, received/1]).
 -export([await/2, sleeper/0, end_all/1, now_ms/0]).
 
