@@ -84,12 +84,7 @@ new(Options) ->
 -spec info(limiter()) -> info().
 info(Limiter) ->
     {Keys, MaxKeys, Limits} = erlmcp_nif:limiter_info(Limiter),
-    {Capacity, Rate} =
-        case Limits of
-            infinity -> {infinity, infinity};
-            Finite -> Finite
-        end,
-    #{keys => Keys, max_keys => MaxKeys, capacity => Capacity, rate_per_second => Rate}.
+    (maps:remove(tokens, erlmcp_token_bucket:state({0, Limits})))#{keys => Keys, max_keys => MaxKeys}.
 
 
 %% @doc Changes the limits of all keys, or removes them (`infinity').
@@ -98,10 +93,8 @@ info(Limiter) ->
 %% their tokens, up to the new capacity; so does a key without a bucket, which was full.
 -spec set_limits(limiter(), erlmcp_token_bucket:limits()) -> ok.
 set_limits(Limiter, Limits) ->
-    case erlmcp_nif:limiter_set_limits(Limiter, erlmcp_token_bucket:native_change(Limits)) of
-        ok -> ok;
-        too_slow_to_fill -> error({bad_option, token_bucket, Limits, erlmcp_native_config:too_slow_to_fill()})
-    end.
+    Changed = erlmcp_nif:limiter_set_limits(Limiter, erlmcp_token_bucket:native_change(Limits)),
+    erlmcp_token_bucket:changed(Changed, Limits).
 
 
 %% @equiv consume(Limiter, Key, 1)
@@ -114,10 +107,7 @@ consume(Limiter, Key) ->
 -spec consume(limiter(), Key :: term(), N :: non_neg_integer()) ->
           {ok, Remaining :: non_neg_integer() | infinity} | {error, refusal()}.
 consume(Limiter, Key, N) ->
-    case consume_or_wait_time(Limiter, Key, N) of
-        {error, {rate_limited, _WaitMs}} -> {error, rate_limited};
-        Result -> Result
-    end.
+    erlmcp_token_bucket:without_wait(take(Limiter, Key, N)).
 
 
 %% @equiv consume_or_wait_time(Limiter, Key, 1)
@@ -134,7 +124,12 @@ consume_or_wait_time(Limiter, Key) ->
           {ok, Remaining :: non_neg_integer() | infinity} |
           {error, {rate_limited, WaitMs :: pos_integer()} | exceeds_capacity | limiter_full}.
 consume_or_wait_time(Limiter, Key, N) ->
-    taken(erlmcp_nif:limiter_take(Limiter, Key, erlmcp_token_bucket:bounded(N))).
+    erlmcp_token_bucket:with_wait(take(Limiter, Key, N)).
+
+
+-spec take(limiter(), Key :: term(), N :: non_neg_integer()) -> erlmcp_nif:taken() | limiter_full.
+take(Limiter, Key, N) ->
+    erlmcp_nif:limiter_take(Limiter, Key, erlmcp_token_bucket:bounded(N)).
 
 
 %% @doc Takes from all of these buckets, or from none: from those of a client, of a tool and of the whole node, say. At
@@ -150,7 +145,7 @@ consume_all(Shares) ->
         ok ->
             ok;
         {Position, Refusal} ->
-            {error, Reason} = taken(Refusal),
+            {error, Reason} = erlmcp_token_bucket:with_wait(Refusal),
             {error, {lists:nth(Position, Shares), Reason}}
     end.
 
@@ -186,11 +181,3 @@ format_error(_Reason, [{?MODULE, new, [_Options], _Info} | _]) ->
     #{1 => "not " ++ erlmcp_native_config:map_expected()};
 format_error(_Reason, _Stacktrace) ->
     #{}.
-
-
--spec taken(erlmcp_nif:taken() | limiter_full) ->
-          {ok, non_neg_integer() | infinity} |
-          {error, {rate_limited, pos_integer()} | exceeds_capacity | limiter_full}.
-taken({ok, _Remaining} = Taken) -> Taken;
-taken({rate_limited, WaitNs}) -> {error, {rate_limited, erlmcp_token_bucket:wait_ms(WaitNs)}};
-taken(Reason) -> {error, Reason}.

@@ -27,7 +27,7 @@
 -export([get_state/1, get_state/2, set_limits/2, set_limits/3]).
 %% For other modules of this application
 -export([are_asked/0]).
--export([native_limits/1, native_change/1, bounded/1, wait_ms/1, state/1]).
+-export([native_limits/1, native_change/1, bounded/1, with_wait/1, without_wait/1, changed/2, state/1]).
 
 -export_type([bucket/0, limits/0, state/0, namespace/0]).
 
@@ -177,27 +177,25 @@ bounded(N) when is_integer(N), N > ?MORE_THAN_ANY -> ?MORE_THAN_ANY;
 bounded(N) -> N.
 
 
--spec without_wait(erlmcp_nif:taken() | not_found) ->
-          {ok, non_neg_integer() | infinity} | {error, rate_limited | exceeds_capacity | not_found}.
+%% @private
+%% `Other' is a reason beside those of a bucket.
+-spec without_wait(erlmcp_nif:taken() | Other) ->
+          {ok, non_neg_integer() | infinity} | {error, rate_limited | exceeds_capacity | Other} when Other :: atom().
 without_wait({ok, _Remaining} = Taken) -> Taken;
 without_wait({rate_limited, _WaitNs}) -> {error, rate_limited};
 without_wait(Reason) -> {error, Reason}.
 
 
--spec with_wait(erlmcp_nif:taken() | not_found) ->
+%% @private
+-spec with_wait(erlmcp_nif:taken() | Other) ->
           {ok, non_neg_integer() | infinity} |
-          {error, {rate_limited, pos_integer()} | exceeds_capacity | not_found}.
+          {error, {rate_limited, pos_integer()} | exceeds_capacity | Other} when Other :: atom().
 with_wait({ok, _Remaining} = Taken) -> Taken;
-with_wait({rate_limited, WaitNs}) -> {error, {rate_limited, wait_ms(WaitNs)}};
+with_wait({rate_limited, WaitNs}) -> {error, {rate_limited, max(1, (WaitNs + 999_999) div 1_000_000)}};
 with_wait(Reason) -> {error, Reason}.
 
 
 %% @private
--spec wait_ms(non_neg_integer()) -> pos_integer().
-wait_ms(WaitNs) ->
-    max(1, (WaitNs + 999_999) div 1_000_000).
-
-
 -spec changed(ok | not_found | too_slow_to_fill, limits() | default) -> ok | {error, not_found}.
 changed(ok, _Limits) -> ok;
 changed(not_found, _Limits) -> {error, not_found};

@@ -148,7 +148,8 @@ register_connection(Id, Pid, Capabilities) ->
 %% capabilities are kept once.
 %%
 %% A registry that is full first looks for entries of processes that have exited. With more
-%% than 20,000 entries it does so on a dirty scheduler and for at most a tenth of the time.
+%% than 20,000 entries it does so on a dirty scheduler and for at most a tenth of the time. If one is just being
+%% removed, the call waits for that, on a dirty scheduler and for 20 ms at most.
 -spec register_connection(registry(), term(), pid(), term()) ->
           ok | {error, already_registered | registry_full}.
 register_connection(Registry, Id, Pid, Capabilities) when is_pid(Pid) ->

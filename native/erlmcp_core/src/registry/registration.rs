@@ -45,14 +45,7 @@ where
             self.reserved.0.fetch_sub(1, Ordering::Relaxed);
             return Err(RegisterError::RegistryFull);
         }
-        let location = Location {
-            slot: self.shards[usize::from(shard)]
-                .slots_or_init(namespace)
-                .insert(id.hash),
-            shard,
-            namespace,
-        };
-        self.shards[usize::from(shard)].entered(namespace);
+        let location = self.acquire_place(namespace, &id, shard);
         let entry = Entry {
             address,
             lease: lease(location),
@@ -117,14 +110,7 @@ where
             self.reserved.0.fetch_sub(1, Ordering::Relaxed);
             return Err(RegisterError::RegistryFull);
         }
-        let location = Location {
-            slot: self.shards[usize::from(shard)]
-                .slots_or_init(namespace)
-                .insert(id.hash),
-            shard,
-            namespace,
-        };
-        self.shards[usize::from(shard)].entered(namespace);
+        let location = self.acquire_place(namespace, &id, shard);
         let entry = Entry {
             address,
             lease: lease(location),
@@ -273,6 +259,18 @@ where
                 self.transports
                     .remove_if(&id, |_, held| held.binding.is_attempt(&attempt), &guard);
             self.leave(&attempt.to);
+        }
+    }
+
+    /// The place of an entry that is about to be inserted, which counts from now on.
+    fn acquire_place(&self, namespace: Namespace, id: &Id<'_>, shard: u16) -> Location {
+        let counts = &self.shards[usize::from(shard)];
+        let slot = counts.slots_or_init(namespace).insert(id.hash);
+        counts.entered(namespace);
+        Location {
+            slot,
+            shard,
+            namespace,
         }
     }
 

@@ -106,31 +106,7 @@ fn taken<'a>(
     })
 }
 
-fn register<'a>(env: Env<'a>, arguments: [Term<'a>; 6], scheduler: Scheduler) -> Outcome<'a> {
-    register_or(env, arguments, IfTaken::Refuse, scheduler)
-}
-
-fn register_or_find<'a>(
-    env: Env<'a>,
-    [of, id, pid, monitored, config]: [Term<'a>; 5],
-    scheduler: Scheduler,
-) -> Outcome<'a> {
-    let connection = atoms::connection().encode(env);
-    let arguments = [of, connection, id, pid, monitored, config];
-    register_or(env, arguments, IfTaken::Find, scheduler)
-}
-
-fn replace<'a>(
-    env: Env<'a>,
-    [of, id, pid, monitored, config]: [Term<'a>; 5],
-    scheduler: Scheduler,
-) -> Outcome<'a> {
-    let connection = atoms::connection().encode(env);
-    let arguments = [of, connection, id, pid, monitored, config];
-    register_or(env, arguments, IfTaken::Replace, scheduler)
-}
-
-fn register_or<'a>(
+fn register<'a>(
     env: Env<'a>,
     [of, ns, id_term, pid, monitored, config_term]: [Term<'a>; 6],
     if_taken: IfTaken,
@@ -253,9 +229,30 @@ fn register_or<'a>(
     }
 }
 
-reschedulable!(c"register", 6, register);
-reschedulable!(c"register_or_find", 5, register_or_find);
-reschedulable!(c"replace", 5, replace);
+/// As [`register`], of a connection.
+fn register_connection<'a>(
+    env: Env<'a>,
+    [of, id, pid, monitored, config]: [Term<'a>; 5],
+    if_taken: IfTaken,
+    scheduler: Scheduler,
+) -> Outcome<'a> {
+    let connection = atoms::connection().encode(env);
+    let arguments = [of, connection, id, pid, monitored, config];
+    register(env, arguments, if_taken, scheduler)
+}
+
+reschedulable!(c"register", 6, |env, arguments, scheduler| register(
+    env,
+    arguments,
+    IfTaken::Refuse,
+    scheduler
+));
+reschedulable!(c"register_or_find", 5, |env, arguments, scheduler| {
+    register_connection(env, arguments, IfTaken::Find, scheduler)
+});
+reschedulable!(c"replace", 5, |env, arguments, scheduler| {
+    register_connection(env, arguments, IfTaken::Replace, scheduler)
+});
 
 /// The result of a registration that has taken the place of `former`.
 fn replaced<'a>(env: Env<'a>, former: Option<Entry<Lease>>) -> Term<'a> {
