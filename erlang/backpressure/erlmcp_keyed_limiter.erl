@@ -24,8 +24,8 @@
 %%% with ten million keys, once in a hundred thousand runs. That admits less and never more.
 %%%
 %%% == Cost ==
-%%% Constant time, on the calling scheduler, without a lock: about as much as a look-up. The first use of a key costs a
-%%% few times as much. A key with a bucket takes some 60 bytes.
+%%% Constant time, on the calling scheduler, without a lock: about as much as `ets:update_counter/4'. The first use of a
+%%% key costs some four times as much (`./bench/run --only limits'). A key with a bucket takes some 60 bytes.
 %%%
 %%% == Errors ==
 %%% A number of tokens that is not a non-negative integer raises `badarg'. So does a key that is too long, or that is or
