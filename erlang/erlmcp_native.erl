@@ -6,7 +6,8 @@
 %%% '''
 %%%
 %%% == Backpressure ==
-%%% A message to a connection passes the node's circuit ({@link erlmcp_circuit_breaker}), the admission
+%%% A message to a connection passes the connection's own breaker, if it has one ({@link erlmcp_target_breaker}), the
+%%% node's circuit ({@link erlmcp_circuit_breaker}), the admission
 %%% control of its shard ({@link erlmcp_admission_control}) and the token bucket of the connection
 %%% that is charged ({@link erlmcp_token_bucket}), in that order, in one native call with the look-up. A
 %%% refusal is returned to the caller; nothing that was accepted is dropped. With `backpressure'
@@ -41,6 +42,7 @@
                    config_bytes => pos_integer(),
                    binding => {ok, Server :: term()} | {error, not_found},
                    bucket => erlmcp_token_bucket:state(),
+                   target_breaker => erlmcp_circuit_breaker:state(),
                    sends => ok | {error, rate_limited}
                   }.
 -type layer() :: registry | circuit | admission | token_bucket | none.
@@ -68,7 +70,8 @@
                   registry => erlmcp_shard_registry:stats(),
                   backpressure => backpressure(),
                   bindings => non_neg_integer(),
-                  distinct_configs => non_neg_integer()
+                  distinct_configs => non_neg_integer(),
+                  message_stores => erlmcp_message_store:totals()
                  }.
 
 
@@ -77,7 +80,7 @@
 %% Like every function of this module it does not request the state of an application from a process, so it may
 %% be called while the node stops.
 %%
-%% `registry', `backpressure', `bindings' and `distinct_configs' are there if the native library is loaded. `registry'
+%% `registry', `backpressure', `bindings', `distinct_configs' and `message_stores' are there if the native library is loaded. `registry'
 %% is the result of {@link erlmcp_shard_registry:stats/0}; `distinct_configs' counts the different config
 %% terms that all registries keep, without those that take no memory (atoms, an empty list, local pids). Counting the
 %% bindings costs in proportion to the transports, on a dirty scheduler.
@@ -100,7 +103,8 @@ info() ->
               registry => erlmcp_shard_registry:stats(),
               backpressure => backpressure_now(),
               bindings => length(erlmcp_registry_native:bindings(exclusive)),
-              distinct_configs => erlmcp_registry_native:distinct_configs()
+              distinct_configs => erlmcp_registry_native:distinct_configs(),
+              message_stores => erlmcp_message_store:totals()
              };
         LoadError ->
             Info#{nif => {not_loaded, LoadError}}
@@ -132,7 +136,8 @@ health() ->
 %% the pure-Erlang one; and `routed_by' which process sends the messages routed to it, the `caller' or the registry's
 %% `process' ({@link erlmcp_rollout}). For a registered id there are also its `pid' and `config_bytes', the size of its
 %% config or capabilities in the external term format. `bucket' is the token bucket of a connection or a transport,
-%% `binding' the server that a transport is bound to.
+%% `binding' the server that a transport is bound to. `target_breaker' is there if the id has a breaker of its own
+%% ({@link erlmcp_target_breaker}); where `circuit' decides, it is the node's circuit or that one.
 %%
 %% `route' is what {@link erlmcp_shard_manager:route_message/2} would return for a connection, {@link
 %% erlmcp_registry:route_to_server/3} for a server, without regard to the bucket of the sending transport,
@@ -178,7 +183,8 @@ retry_after_ms(Id) ->
 %% transport, which is charged to no bucket.
 %%
 %% The result is the longest of the times of the layers. A bucket: until it holds a whole token, if no other message
-%% takes it. The circuit: until it is half open; 1 while it is half open and all probes are under way. A shard: until
+%% takes it. The circuit, and the target's own breaker: until it is half open; 1 while it is half open and all probes are
+%% under way. A shard: until
 %% the next sample is due, which may find its receivers as they were. Another message may be admitted first, so a
 %% caller that retries counts on another refusal.
 %%
@@ -254,12 +260,14 @@ i() ->
           registry := Registry,
           backpressure := Backpressure,
           bindings := Bindings,
-          distinct_configs := Configs
+          distinct_configs := Configs,
+          message_stores := #{stores := Stores, messages := Messages, bytes := Bytes}
          } ->
             print("native library", "loaded (NIF ~ts)", [maps:get(nif_version, Info)]),
             print_registry(Registry),
             print("bindings", "~b", [Bindings]),
             print("distinct configs", "~b", [Configs]),
+            print("message stores", "~b with ~b messages, ~b bytes", [Stores, Messages, Bytes]),
             print_backpressure(Backpressure)
     end.
 
@@ -288,6 +296,7 @@ print_registry(Registry) ->
       servers := Servers,
       transports := Transports,
       connections := Connections,
+      memberships := Memberships,
       max_entries := MaxEntries,
       shards := Shards,
       fullest_shard := {Fullest, Most},
@@ -296,7 +305,8 @@ print_registry(Registry) ->
     print("servers", "~b", [Servers]),
     print("transports", "~b", [Transports]),
     print("connections", "~b", [Connections]),
-    print("entries", "~b of ~b", [Servers + Transports + Connections, MaxEntries]),
+    print("memberships", "~b", [Memberships]),
+    print("entries", "~b of ~b", [Servers + Transports + Connections + Memberships, MaxEntries]),
     print("shards",
           "~b (fullest ~b: ~b, emptiest ~b: ~b)",
           [Shards, Fullest, Most, Emptiest, Least]).
@@ -444,7 +454,11 @@ details(connection, Id, Entry) ->
 -spec with_forecast(erlmcp_nif:namespace(), term(), map()) -> entry().
 with_forecast(_Namespace, _Id, #{routed_by := process} = Entry) ->
     Entry#{route => ok, decided_by => none, retry_after_ms => 0};
-with_forecast(Namespace, Id, Entry) ->
+with_forecast(Namespace, Id, Entry0) ->
+    Entry = case erlmcp_target_breaker:state({Namespace, Id}) of
+                {error, no_breaker} -> Entry0;
+                State -> Entry0#{target_breaker => State}
+            end,
     case erlmcp_registry_native:forecast(Namespace, Id, []) of
         {undefined, 0} -> removed(Namespace, Entry);
         {ok, 0} -> Entry#{route => ok, decided_by => none, retry_after_ms => 0};

@@ -50,6 +50,7 @@
          too_slow_to_fill/0,
          default/1,
          to_map/1,
+         check_target_breaker/1,
          map_expected/0]).
 %% What is in force, and changes in a running system
 -export([get/1, health/0, global_timeout_ms/0, set/2, configure/0, configure_alone/0, begin_admission/0, forget/0, switch/0]).
@@ -72,6 +73,8 @@
                admission |
                circuit_breaker |
                health.
+%% Values that are checked alike.
+-type checked() :: key() | target_breaker.
 -type live_key() :: backpressure | token_bucket | admission | circuit_breaker | health.
 
 %% 2^53 ns.
@@ -198,6 +201,28 @@ token_bucket_change(Limits) ->
     end.
 
 
+%% @private
+%% The options of a target's breaker ({@link erlmcp_target_breaker:set/2}), in the order of the native config.
+-spec check_target_breaker(term()) -> {ok, erlmcp_nif:breaker_config()} | {error, error()}.
+check_target_breaker(Options) ->
+    case check_value(target_breaker, Options, default(target_breaker)) of
+        {ok, Complete} -> {ok, native_breaker(Complete)};
+        {expected, Expected} -> {error, {bad_option, target_breaker, Options, Expected}}
+    end.
+
+
+-spec native_breaker(#{atom() => integer()}) -> erlmcp_nif:breaker_config().
+native_breaker(CircuitBreaker) ->
+    #{
+      failure_threshold := FailureThreshold,
+      window_ms := WindowMs,
+      success_threshold := SuccessThreshold,
+      timeout_ms := TimeoutMs,
+      probe_limit := ProbeLimit
+     } = CircuitBreaker,
+    {FailureThreshold, WindowMs, SuccessThreshold, TimeoutMs, ProbeLimit}.
+
+
 %% @doc The default of a key.
 -spec default(atom()) -> term().
 default(shards) -> 64;
@@ -216,6 +241,15 @@ default(health) ->
       run_queue_per_scheduler => 100,
       scheduler_use_percent => 95,
       memory_bytes => machine
+     };
+%% No key of the environment.
+default(target_breaker) ->
+    #{
+      failure_threshold => 5,
+      window_ms => 10000,
+      success_threshold => 2,
+      timeout_ms => 30000,
+      probe_limit => 2
      };
 default(circuit_breaker) ->
     #{
@@ -424,14 +458,7 @@ apply_layer(admission, #{backpressure := on, admission := #{threshold := Thresho
 apply_layer(admission, #{}) ->
     set_thresholds(infinity);
 apply_layer(circuit_breaker, #{backpressure := on, circuit_breaker := #{} = CircuitBreaker}) ->
-    #{
-      failure_threshold := FailureThreshold,
-      window_ms := WindowMs,
-      success_threshold := SuccessThreshold,
-      timeout_ms := TimeoutMs,
-      probe_limit := ProbeLimit
-     } = CircuitBreaker,
-    Config = {FailureThreshold, WindowMs, SuccessThreshold, TimeoutMs, ProbeLimit},
+    Config = native_breaker(CircuitBreaker),
     case erlmcp_nif:breaker_stats() of
         %% An equal configuration changes nothing: a change counts failures anew.
         #{config := Config} -> ok;
@@ -499,7 +526,7 @@ one_of(Keys) ->
 
 
 %% Checks a value. Where it names some keys of a map, `Base' completes it.
--spec check_value(key(), term(), Base :: term()) -> {ok, term()} | {expected, string()}.
+-spec check_value(checked(), term(), Base :: term()) -> {ok, term()} | {expected, string()}.
 check_value(Key, Value, Base) ->
     Normal =
         case is_map(default(Key)) of
@@ -542,7 +569,7 @@ to_pair(Key) when is_atom(Key) -> {Key, true}.
 
 
 %% Checks conditions that depend on keys which the setting does not name.
--spec check_complete(key(), map()) -> {ok, map()} | {expected, string()}.
+-spec check_complete(checked(), map()) -> {ok, map()} | {expected, string()}.
 check_complete(token_bucket, #{capacity := Capacity, rate_per_second := Rate} = Complete) ->
     case Capacity / Rate =< ?MAX_FILL_SECONDS of
         true -> {ok, Complete};
@@ -585,25 +612,32 @@ validate(admission, infinity) -> ok;
 validate(admission, Map) -> validate_map(admission, Map, "infinity, or ");
 validate(circuit_breaker, off) -> ok;
 validate(circuit_breaker, Map) -> validate_map(circuit_breaker, Map, "off, or ");
+validate(target_breaker, Map) -> validate_map(target_breaker, Map, "");
 validate(health, Map) -> validate_map(health, Map, "").
 
 
--spec validate_map(key(), term(), string()) -> ok | {expected, string()}.
+-spec validate_map(checked(), term(), string()) -> ok | {expected, string()}.
 validate_map(Key, Map, Instead) when is_map(Map) ->
     Keys = maps:keys(default(Key)),
-    Bad = [ Field || {Field, Value} <- maps:to_list(Map), not lists:member(Field, Keys) orelse not is_valid(Field, Value) ],
+    Bad = [ Field || {Field, Value} <- maps:to_list(Map), not lists:member(Field, Keys) orelse not is_valid(field(Key, Field), Value) ],
     case Bad of
         [] -> ok;
-        _ -> expected_map(Keys, Instead)
+        _ -> expected_map(Key, Instead)
     end;
 validate_map(Key, _NotAMap, Instead) ->
-    expected_map(maps:keys(default(Key)), Instead).
+    expected_map(Key, Instead).
 
 
--spec expected_map([atom()], string()) -> {expected, string()}.
-expected_map(Keys, Instead) ->
-    Fields = [ [atom_to_list(Key), " (", range(Key), ")"] || Key <- Keys ],
+-spec expected_map(checked(), string()) -> {expected, string()}.
+expected_map(Key, Instead) ->
+    Fields = [ [atom_to_list(Field), " (", range(field(Key, Field)), ")"] || Field <- maps:keys(default(Key)) ],
     {expected, lists:flatten([Instead, "a map with any of ", lists:join(", ", Fields)])}.
+
+
+%% What bounds a field. A node has many breakers of targets, and each failure of the threshold takes 8 bytes.
+-spec field(checked(), atom()) -> atom().
+field(target_breaker, failure_threshold) -> target_failure_threshold;
+field(_Key, Field) -> Field.
 
 
 -spec is_valid(atom(), term()) -> boolean().
@@ -612,6 +646,7 @@ is_valid(rate_per_second, N) -> is_number(N) andalso N >= 1 / 3600 andalso N =< 
 is_valid(threshold, N) -> N =:= auto orelse is_integer(N) andalso N >= 1 andalso N =< 1 bsl 40;
 is_valid(sample_interval_ms, N) -> is_integer(N) andalso N >= 1 andalso N =< 86_400_000;
 is_valid(failure_threshold, N) -> is_integer(N) andalso N >= 1 andalso N =< 65_536;
+is_valid(target_failure_threshold, N) -> is_integer(N) andalso N >= 1 andalso N =< 1_000;
 is_valid(window_ms, N) -> is_integer(N) andalso N >= 1 andalso N < 1 bsl 42;
 is_valid(success_threshold, N) -> is_integer(N) andalso N >= 1 andalso N =< 1_023;
 is_valid(timeout_ms, N) -> is_integer(N) andalso N >= 0 andalso N < 1 bsl 42;
@@ -628,6 +663,7 @@ range(rate_per_second) -> "a number from 1/3600 to 10^9";
 range(threshold) -> "auto, or an integer from 1 to 2^40";
 range(sample_interval_ms) -> "an integer from 1 to 86400000";
 range(failure_threshold) -> "an integer from 1 to 65536";
+range(target_failure_threshold) -> "an integer from 1 to 1000";
 range(window_ms) -> "an integer from 1 to 2^42 - 1";
 range(timeout_ms) -> "an integer from 0 to 2^42 - 1";
 range(queue_depth_percent) -> "an integer from 1 to 100";

@@ -26,11 +26,11 @@
 %%% <tr><td>`registry_full'</td><td>warning</td><td>`max_entries', `suppressed'</td></tr>
 %%% <tr><td>`shard_overloaded'</td><td>warning</td><td>`shard_id'</td></tr>
 %%% <tr><td>`shard_recovered'</td><td>notice</td><td>`shard_id'</td></tr>
-%%% <tr><td>`circuit_opened'</td><td>warning</td><td>`breaker': `node' or `{name, Name}'</td></tr>
+%%% <tr><td>`circuit_opened'</td><td>warning</td><td>`breaker': `node', `{name, Name}' or `{target, Target}'</td></tr>
 %%% <tr><td>`circuit_half_open', `circuit_closed'</td><td>notice</td><td>`breaker'</td></tr>
 %%% <tr><td>`health_degraded'</td><td>warning</td><td>`reasons'</td></tr>
 %%% <tr><td>`health_ok'</td><td>notice</td><td></td></tr>
-%%% <tr><td>`control_plane_not_started'</td><td>error</td><td>`reason'</td></tr>
+%%% <tr><td>`control_plane_not_started', `connection_events_not_started'</td><td>error</td><td>`reason'</td></tr>
 %%% <tr><td>`switched'</td><td>notice</td><td>`from', `to', `details'</td></tr>
 %%% <tr><td>`switch_failed'</td><td>error</td><td>`from', `to', `reason', `details'</td></tr>
 %%% <tr><td>`unknown_target'</td><td>warning</td><td>`target', `id', `suppressed': the number of such
@@ -105,6 +105,8 @@ text(health_ok, _Report) ->
     {"health is ok again", []};
 text(control_plane_not_started, #{reason := Reason}) ->
     {"the control plane could not be started: ~0tP. Messages are routed without it.", [Reason, 100]};
+text(connection_events_not_started, #{reason := Reason}) ->
+    {"the events of connections could not be started: ~0tP. Connections are registered without them.", [Reason, 100]};
 text(switched, #{from := From, to := To, details := Details}) ->
     {"switched from ~0tp to ~0tp: ~0tp", [From, To, Details]};
 text(switch_failed, #{from := From, to := To, reason := Reason, details := Details}) ->
@@ -125,8 +127,9 @@ health_format({native_library, _}, Width) -> "~" ++ Width ++ "tP";
 health_format(_Reason, Width) -> "~" ++ Width ++ "ltP".
 
 
--spec breaker(node | {name, term()}) -> iolist().
+-spec breaker(node | {name, term()} | {target, term()}) -> iolist().
 breaker(node) -> "of the node";
+breaker({target, Target}) -> ["of ", io_lib:format("~0tP", [Target, 20])];
 breaker({name, Name}) -> io_lib:format("~0tP", [Name, 20]).
 
 

@@ -1,12 +1,17 @@
 %%% @private
-%%% All supervisors of the application. Registrations live in native memory and routing runs in the
+%%% The application: its start, and all its supervisors. The start checks the configuration, makes the default registry with
+%%% it, sets the layers of backpressure and switches to the configured mode. Without the native library it only switches
+%%% to the mode.
+%%%
+%%% Registrations live in native memory and routing runs in the
 %%% callers, so every process here can be restarted at any time. Without the native library there is
 %%% nothing to supervise.
 %%%
 %%% ```
-%%% erlmcp_native_sup                      owns the tables of recovery and health
+%%% erlmcp_native_sup                      owns the tables of recovery, health and events
 %%% |- erlmcp_shard_sup                    owns the table of the samplers
 %%% |  `- {manager, Shard}, one a shard    erlmcp_shard_manager
+%%% |- erlmcp_connection_events_sup        erlmcp_connection_events
 %%% `- erlmcp_control_plane_sup            erlmcp_shard_recovery, erlmcp_shard_metrics, erlmcp_shard_health
 %%% '''
 %%%
@@ -20,7 +25,9 @@
 %%% (`significant'), and so the application stops;</li>
 %%% <li>`erlmcp_control_plane_sup' exits alone: messages are routed without it. {@link erlmcp_native:health/0}
 %%% reports it, and `supervisor:restart_child(erlmcp_native_sup, erlmcp_control_plane_sup)' starts it
-%%% again. A control plane that cannot be started is one line in the log.</li>
+%%% again. A control plane that cannot be started is one line in the log;</li>
+%%% <li>`erlmcp_connection_events_sup' exits alone too: no events are sent, and {@link
+%%% erlmcp_connection_events:subscribe/1} returns `{error, not_running}'.</li>
 %%% </ul>
 %%%
 %%% OTP's report of the supervisor that gives up names the process, with the reason
@@ -37,30 +44,108 @@
 %%% probability of 10<sup>-15</sup>. At 20 kills a second it is 10<sup>-6</sup>.</li>
 %%% <li>The control plane: 40 restarts in 55 seconds. Its processes tick once a second, so a process that crashes
 %%% with each tick has 55 crashes in that time, and is given up at the 41st. 13 kills of each of the three
-%%% processes are allowed.</li>
+%%% processes are allowed. The process of events has the same intensity, by itself.</li>
 %%% <li>`erlmcp_shard_sup' and `erlmcp_native_sup' count supervisors that were killed, since those do not crash
 %%% by themselves. Ten kills a second cause 100 restarts of managers' supervisors in 10 seconds (200 are allowed);
-%%% two supervisors that are each killed ten times a second cause 200 (300 are allowed).</li>
+%%% three supervisors that are each killed ten times a second cause 300 (400 are allowed).</li>
 %%% </ul>
 -module(erlmcp_native_sup).
 
+-behaviour(application).
 -behaviour(supervisor).
 
--export([start_link/0, start_link/1, init/1]).
+%% Application
+-export([start/2, stop/1]).
+%% Supervisors
+-export([start_link/1, init/1]).
 -export([start_child/2]).
 
 -export_type([tree/0]).
 
 %% The name of a supervisor, or the shard whose manager it supervises.
--type tree() :: erlmcp_native_sup | erlmcp_shard_sup | erlmcp_control_plane_sup | {manager, non_neg_integer()}.
+-type tree() :: erlmcp_native_sup |
+                erlmcp_shard_sup |
+                erlmcp_connection_events_sup |
+                erlmcp_control_plane_sup |
+                {manager, non_neg_integer()}.
 
 %% An orphan exits by its link, as soon as it is scheduled.
 -define(ORPHAN_MS, 5_000).
 
+%%% Application
 
-%% @doc Starts the top supervisor.
--spec start_link() -> {ok, pid()} | {error, term()}.
-start_link() ->
+
+%% @private
+-spec start(application:start_type(), []) -> {ok, pid()} | {error, term()}.
+start(_Type, []) ->
+    case erlmcp_native_config:check() of
+        {ok, Limits} ->
+            case erlmcp_rollout:wanted() of
+                {ok, _Mode} -> start_with(erlmcp_registry_native:load_error(), Limits);
+                {error, LoadError} -> {error, {nif_not_loaded, LoadError}}
+            end;
+        {error, _} = Error ->
+            Error
+    end.
+
+
+-spec start_with(none | erlmcp_nif:load_error(), erlmcp_native_config:limits()) -> {ok, pid()} | {error, term()}.
+start_with(none, Limits) ->
+    make_default_registry(Limits),
+    case erlmcp_native_config:configure() of
+        ok ->
+            case start_supervisor() of
+                {ok, Supervisor} ->
+                    ok = erlmcp_native_config:begin_admission(),
+                    {ok, Supervisor};
+                Error ->
+                    Error
+            end;
+        {error, _} = Error ->
+            Error
+    end;
+start_with(_LoadError, _Limits) ->
+    start_supervisor().
+
+
+-spec start_supervisor() -> {ok, pid()} | {error, term()}.
+start_supervisor() ->
+    case erlmcp_rollout:configure() of
+        ok ->
+            start_top();
+        {error, _} = Error ->
+            ok = stop([]),
+            Error
+    end.
+
+
+%% The default registry outlives the application, and may have been used before it was started.
+-spec make_default_registry(erlmcp_native_config:limits()) -> ok.
+make_default_registry({Shards, MaxEntries, MaxIdBytes}) ->
+    case erlmcp_registry_native:make_default(Shards, MaxEntries, MaxIdBytes) of
+        created ->
+            ok;
+        exists ->
+            Wanted = #{shards => Shards, max_entries => MaxEntries, max_id_bytes => MaxIdBytes},
+            warn_unless_equal(erlmcp_shard_registry:limits(), Wanted)
+    end.
+
+
+-spec warn_unless_equal(erlmcp_shard_registry:options(), erlmcp_shard_registry:options()) -> ok.
+warn_unless_equal(Limits, Limits) ->
+    ok;
+warn_unless_equal(Existing, Wanted) ->
+    erlmcp_native_log:log(warning, default_registry_exists, #{existing => Existing, configured => Wanted}).
+
+
+%% @private
+-spec stop(term()) -> ok.
+stop(_State) ->
+    erlmcp_native_config:forget().
+
+
+-spec start_top() -> {ok, pid()} | {error, term()}.
+start_top() ->
     case start_link(?MODULE) of
         {ok, Pid} -> {ok, Pid};
         {error, Reason} -> {error, Reason};
@@ -68,15 +153,22 @@ start_link() ->
     end.
 
 
+%%% Supervisors
+
+
 %% @doc Starts the supervisor of a tree.
 -spec start_link(tree()) -> supervisor:startlink_ret().
 start_link({manager, _Shard} = Tree) ->
     supervisor:start_link(?MODULE, Tree);
-start_link(erlmcp_control_plane_sup = Name) ->
+start_link(Name) when Name =:= erlmcp_control_plane_sup; Name =:= erlmcp_connection_events_sup ->
     case supervisor:start_link({local, Name}, ?MODULE, Name) of
         %% If a child was killed during its start, the next attempt starts it.
         {error, {shutdown, {failed_to_start_child, _Child, Reason}} = Failure} when Reason =/= killed ->
-            ok = erlmcp_native_log:log(error, control_plane_not_started, #{reason => Failure}),
+            Event = case Name of
+                        erlmcp_control_plane_sup -> control_plane_not_started;
+                        erlmcp_connection_events_sup -> connection_events_not_started
+                    end,
+            ok = erlmcp_native_log:log(error, Event, #{reason => Failure}),
             ignore;
         Result ->
             Result
@@ -89,7 +181,7 @@ start_link(Name) ->
 -spec init(tree()) -> {ok, {supervisor:sup_flags(), [supervisor:child_spec()]}}.
 init(?MODULE) ->
     ok = raise_priority(),
-    {ok, {(flags(300, 10))#{auto_shutdown => any_significant}, trees(erlmcp_registry_native:load_error())}};
+    {ok, {(flags(400, 10))#{auto_shutdown => any_significant}, trees(erlmcp_registry_native:load_error())}};
 init(erlmcp_shard_sup) ->
     ok = raise_priority(),
     ok = erlmcp_shard_sampler:new(),
@@ -99,6 +191,8 @@ init(erlmcp_shard_sup) ->
 init({manager, Shard}) ->
     ok = raise_priority(),
     {ok, {flags(40, 55), [process({erlmcp_shard_manager, Shard}, erlmcp_shard_manager, [Shard])]}};
+init(erlmcp_connection_events_sup) ->
+    {ok, {flags(40, 55), [process(erlmcp_connection_events, erlmcp_connection_events, [])]}};
 init(erlmcp_control_plane_sup) ->
     Modules = [erlmcp_shard_recovery, erlmcp_shard_metrics, erlmcp_shard_health],
     {ok, {flags(40, 55), [ process(Module, Module, []) || Module <- Modules ]}}.
@@ -116,8 +210,9 @@ trees(none) ->
     %% Owned by the top supervisor, so that they outlive the supervisors of their writers.
     ok = erlmcp_shard_recovery:new(),
     ok = erlmcp_shard_health:new(),
+    ok = erlmcp_connection_events:new(),
     [ (tree(Name, start_child, [?MODULE, [Name]]))#{significant => Name =:= erlmcp_shard_sup}
-      || Name <- [erlmcp_shard_sup, erlmcp_control_plane_sup] ];
+      || Name <- [erlmcp_shard_sup, erlmcp_connection_events_sup, erlmcp_control_plane_sup] ];
 trees(_LoadError) ->
     [].
 

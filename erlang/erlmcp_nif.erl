@@ -19,17 +19,23 @@
 -export([whereis_connection/1, whereis_name/1, whereis/3]).
 -export([find/3]).
 %% Registration
--export([register/6, register_or_find/5, replace/5, unregister/3, release/3, update_server/3]).
+-export([register/6, register_or_find/5, replace/5, unregister/3, release/3, update/4]).
 %% Bindings
 -export([bind/4, unbind/2, bound_server/2, bindings/1]).
 -export([bound_transports/2]).
+%% Groups
+-export([join_group/4, leave_group/3, group_members/2, group_count/2, pick_member/3]).
 %% Listing and counting
--export([list/2, list_shard/2, page/5, watched_connections/2]).
+-export([list/2, list_shard/2, page/5, watched_connections/2, watched_groups/2]).
 -export([count/2, count_shard/2, shard/2, distinct_configs/0]).
+%% Announcements of connections
+-export([announcements_attach/1, announcements_detach/1, announcements_set/3, announcements_interests/1]).
+-export([announcements_read/2]).
 %% Routing
 -export([route_connection/1, route_server/2, route_transport/1, route_batch/1]).
 -export([route_server_exclusive/2, route_transport_exclusive/1]).
 -export([route_bound/1, route_bound_exclusive/1]).
+-export([route_group/1, route_member/2]).
 -export([forecast/3]).
 %% Token buckets
 -export([bucket_new/1, is_bucket/1, bucket_take/2, bucket_refund/2, bucket_state/1, bucket_set_limits/2]).
@@ -39,6 +45,9 @@
 %% Keyed limiters
 -export([limiter_new/2, limiter_take/3, limiter_refund/3, limiter_state/2, limiter_set_limits/2, limiter_info/1]).
 -export([take_together/1]).
+%% Message stores
+-export([message_store_new/2, message_store_push/2, message_store_drain/2, message_store_open/1]).
+-export([message_store_info/1, message_stores/0]).
 %% Admission control
 -export([admission_check/1, admission_adjust/2, admission_stats/1]).
 -export([admission_set_threshold/2, admission_threshold/1]).
@@ -49,6 +58,9 @@
 %% Circuit breaker
 -export([breaker_state/0, breaker_allow/0, breaker_would_allow/0, breaker_success/0, breaker_failure/0]).
 -export([breaker_set/1, breaker_configure/1, breaker_stats/0]).
+%% Circuit breakers of targets
+-export([target_breaker_set/3, target_breaker_remove/2, target_breaker_change/3]).
+-export([target_breaker_stats/2, target_breakers/0]).
 %% Named circuit breakers
 -export([named_breaker_register/4, named_breaker_remove/1, named_breaker_owner/1, named_breakers/0]).
 -export([named_breaker_enter/2, named_breaker_leave/2]).
@@ -57,8 +69,11 @@
 -export([load_error/0]).
 
 -export_type([registry/0, namespace/0, load_error/0]).
+-export_type([pick/0]).
+-export_type([interest/0, announcement/0]).
 -export_type([routed/0, route/0, refusal/0, event/0]).
--export_type([bucket/0, limits/0, change/0, taken/0, limiter/0, share/0, circuit_state/0]).
+-export_type([bucket/0, limits/0, change/0, taken/0, limiter/0, share/0, message_store/0, circuit_state/0]).
+-export_type([breaker_config/0, breaker_change/0]).
 -export_type([named_breaker_config/0, transition/0, entered/0]).
 
 -on_load(load/0).
@@ -78,20 +93,31 @@
        replace/5,
        unregister/3,
        release/3,
-       update_server/3,
+       update/4,
        bind/4,
        unbind/2,
        bound_server/2,
        bindings/1,
        bound_transports/2,
+       join_group/4,
+       leave_group/3,
+       group_members/2,
+       group_count/2,
+       pick_member/3,
        list/2,
        list_shard/2,
        page/5,
        watched_connections/2,
+       watched_groups/2,
        count/2,
        count_shard/2,
        shard/2,
        distinct_configs/0,
+       announcements_attach/1,
+       announcements_detach/1,
+       announcements_set/3,
+       announcements_interests/1,
+       announcements_read/2,
        route_connection/1,
        route_server/2,
        route_transport/1,
@@ -100,6 +126,8 @@
        route_batch/1,
        route_bound/1,
        route_bound_exclusive/1,
+       route_group/1,
+       route_member/2,
        forecast/3,
        bucket_new/1,
        is_bucket/1,
@@ -124,6 +152,12 @@
        limiter_set_limits/2,
        limiter_info/1,
        take_together/1,
+       message_store_new/2,
+       message_store_push/2,
+       message_store_drain/2,
+       message_store_open/1,
+       message_store_info/1,
+       message_stores/0,
        admission_check/1,
        admission_adjust/2,
        admission_stats/1,
@@ -149,6 +183,11 @@
        breaker_set/1,
        breaker_configure/1,
        breaker_stats/0,
+       target_breaker_set/3,
+       target_breaker_remove/2,
+       target_breaker_change/3,
+       target_breaker_stats/2,
+       target_breakers/0,
        named_breaker_register/4,
        named_breaker_remove/1,
        named_breaker_owner/1,
@@ -161,6 +200,7 @@
 
 -type registry() :: default | exclusive | reference().
 -type namespace() :: server | transport | connection.
+-type pick() :: round_robin | random | [Key :: term()].
 -type load_error() :: #{
                         path := file:filename(),
                         target := string(),
@@ -169,6 +209,8 @@
                         remedy := string()
                        }.
 
+-type interest() :: all | {shard, non_neg_integer()} | {id, Id :: term()}.
+-type announcement() :: {joined | left, Id :: term(), pid(), Shard :: non_neg_integer()}.
 -type refusal() :: undefined | circuit_open | shard_overloaded | rate_limited.
 -type event() :: {sample | overloaded, Shard :: non_neg_integer()} | {circuit, circuit_state()}.
 -type route() :: pid() | refusal().
@@ -182,7 +224,16 @@
                  exceeds_capacity.
 -type limiter() :: reference().
 -type share() :: {limiter(), Key :: term(), Tokens :: non_neg_integer()} | {bucket(), Tokens :: non_neg_integer()}.
+-type message_store() :: reference().
+%% A message that is decoded on a dirty scheduler.
+-type stored_message() :: reference().
 -type circuit_state() :: closed | open | half_open | off.
+-type breaker_config() :: {FailureThreshold :: pos_integer(),
+                           WindowMs :: pos_integer(),
+                           SuccessThreshold :: pos_integer(),
+                           TimeoutMs :: non_neg_integer(),
+                           ProbeLimit :: pos_integer()}.
+-type breaker_change() :: success | failure | open | closed.
 %% failure_threshold, success_threshold, timeout, window_size, failure_rate_threshold, probe_limit.
 -type named_breaker_config() :: {1..16#ffffffff, 1..16#ffffffff, 1..16#ffffffff, pos_integer(), float(), pos_integer()}.
 %% The name of a breaker, and the state that it has entered.
@@ -340,8 +391,9 @@ unregister(Registry, Namespace, _Id) -> ?DIVERTED(Registry, Namespace).
 release(_Registry, _Id, _Pid) -> ?NOT_LOADED.
 
 
--spec update_server(registry(), term(), term()) -> ok | {error, not_found} | diverted.
-update_server(Registry, _Id, _Config) -> ?DIVERTED(Registry, server).
+%% Replaces the config of a server or a connection.
+-spec update(registry(), namespace(), term(), term()) -> ok | {error, not_found} | diverted.
+update(Registry, Namespace, _Id, _Config) -> ?DIVERTED(Registry, Namespace).
 
 
 %%% Bindings
@@ -370,6 +422,32 @@ bindings(Registry) -> ?DIVERTED(Registry, transport).
 bound_transports(_Registry, _Server) -> ?NOT_LOADED.
 
 
+%%% Groups
+
+
+%% Makes the process a member of a group. `Monitored' is the process whose exit ends that, as in {@link register/6}.
+-spec join_group(registry(), Group :: term(), pid(), Monitored :: pid()) ->
+          ok | {already_registered, pid()} | registry_full.
+join_group(_Registry, _Group, _Pid, _Monitored) -> ?NOT_LOADED.
+
+
+%% Returns the sentinel to stop, if the membership had one.
+-spec leave_group(registry(), Group :: term(), pid()) -> ok | {ok, Sentinel :: pid()} | not_joined.
+leave_group(_Registry, _Group, _Pid) -> ?NOT_LOADED.
+
+
+-spec group_members(registry(), Group :: term()) -> [pid()].
+group_members(_Registry, _Group) -> ?NOT_LOADED.
+
+
+-spec group_count(registry(), Group :: term()) -> non_neg_integer().
+group_count(_Registry, _Group) -> ?NOT_LOADED.
+
+
+-spec pick_member(registry(), Group :: term(), pick()) -> pid() | undefined.
+pick_member(_Registry, _Group, _Pick) -> ?NOT_LOADED.
+
+
 %%% Listing and counting
 
 
@@ -381,6 +459,11 @@ list(Registry, Namespace) -> ?DIVERTED(Registry, Namespace).
 %% `monitored_by'). Other references are ignored.
 -spec watched_connections(registry(), [reference()]) -> [term()].
 watched_connections(_Registry, _Watches) -> ?NOT_LOADED.
+
+
+%% As {@link watched_connections/2}, the groups of memberships.
+-spec watched_groups(registry(), [reference()]) -> [term()].
+watched_groups(_Registry, _Watches) -> ?NOT_LOADED.
 
 
 %% The entries of a namespace at `Count' places of a shard, and the place after them. An entry keeps its
@@ -395,7 +478,8 @@ page(_Registry, _Namespace, _Shard, _From, _Count) -> ?NOT_LOADED.
 list_shard(_Registry, _Shard) -> ?NOT_LOADED.
 
 
--spec count(registry(), namespace()) -> non_neg_integer().
+%% `member': memberships in groups.
+-spec count(registry(), namespace() | member) -> non_neg_integer().
 count(_Registry, _Namespace) -> ?NOT_LOADED.
 
 
@@ -413,6 +497,40 @@ shard(_Registry, _Id) -> ?NOT_LOADED.
 %% Number of different config terms that are kept, over all registries.
 -spec distinct_configs() -> non_neg_integer().
 distinct_configs() -> ?NOT_LOADED.
+
+
+%%% Announcements of connections
+%%
+%% A registry has one reader, which is sent `{announced, Number}' when there is something to read, once until it has read
+%% all.
+
+
+%% The calling process is the reader from now on. It reads then, whether it is woken or not. Returns the number of the
+%% registry.
+-spec announcements_attach(registry()) -> Number :: non_neg_integer().
+announcements_attach(_Registry) -> ?NOT_LOADED.
+
+
+%% If the calling process is the reader, there is no reader and no interest any more. Dirty.
+-spec announcements_detach(registry()) -> ok.
+announcements_detach(_Registry) -> ?NOT_LOADED.
+
+
+%% Sets or clears an interest. Returns the position of the first announcement that is due to it.
+-spec announcements_set(registry(), interest(), boolean()) -> Position :: non_neg_integer().
+announcements_set(_Registry, _Interest, _IsOn) -> ?NOT_LOADED.
+
+
+%% The number of interests that are set.
+-spec announcements_interests(registry()) -> non_neg_integer().
+announcements_interests(_Registry) -> ?NOT_LOADED.
+
+
+%% The next announcements, some hundreds at most, those before the position `Until' only; the number of those that
+%% were lost behind these; the position of the next one; and whether to read again at once.
+-spec announcements_read(registry(), Until :: non_neg_integer() | infinity) ->
+          {[announcement()], Lost :: non_neg_integer(), Position :: non_neg_integer(), HasMore :: boolean()}.
+announcements_read(_Registry, _Until) -> ?NOT_LOADED.
 
 
 %%% Routing, in the default registry
@@ -459,6 +577,16 @@ route_bound(_Server) -> ?DIVERTED.
 %% As {@link route_server_exclusive/2}.
 -spec route_bound_exclusive(Server :: term()) -> {[pid()], none | refusal(), [event()]}.
 route_bound_exclusive(_Server) -> ?NOT_LOADED.
+
+
+%% As {@link route_bound/1}, of the members of a group.
+-spec route_group(Group :: term()) -> {[pid()], none | refusal(), [event()]}.
+route_group(_Group) -> ?NOT_LOADED.
+
+
+%% The process of one member of a group, if a message may be sent to it; charges no bucket.
+-spec route_member(Group :: term(), pick()) -> routed().
+route_member(_Group, _Pick) -> ?NOT_LOADED.
 
 
 %% What would become of a message to this id, whether routes are diverted or not, and the milliseconds until every layer
@@ -585,6 +713,46 @@ limiter_info(_Limiter) -> ?NOT_LOADED.
 take_together(_Shares) -> ?NOT_LOADED.
 
 
+%%% Message stores
+
+
+%% An empty store whose consumer is the calling process.
+-spec message_store_new(Capacity :: pos_integer(), MaxBytes :: pos_integer()) -> message_store() | too_many_stores.
+message_store_new(_Capacity, _MaxBytes) -> ?NOT_LOADED.
+
+
+%% Adds a message. The first one after a drain that has found the store empty sends the consumer
+%% `{erlmcp_message_store, ready, Store}'.
+-spec message_store_push(message_store(), Message :: term()) -> ok | full | message_too_large | closed.
+message_store_push(_Store, _Message) -> ?NOT_LOADED.
+
+
+%% Up to `Max' messages, oldest first, and what is left: nothing, maybe more, or a next message that {@link
+%% message_store_open/1} decodes.
+-spec message_store_drain(message_store(), Max :: non_neg_integer()) ->
+          {empty | more | stored_message(), [Message :: term()]} | not_consumer.
+message_store_drain(_Store, _Max) -> ?NOT_LOADED.
+
+
+-spec message_store_open(stored_message()) -> Message :: term().
+message_store_open(_Message) -> ?NOT_LOADED.
+
+
+-spec message_store_info(message_store()) ->
+          {Len :: non_neg_integer(),
+           Bytes :: non_neg_integer(),
+           Capacity :: pos_integer(),
+           MaxBytes :: pos_integer(),
+           Consumer :: pid(),
+           IsClosed :: boolean()}.
+message_store_info(_Store) -> ?NOT_LOADED.
+
+
+%% Of all stores.
+-spec message_stores() -> {Stores :: non_neg_integer(), Messages :: non_neg_integer(), Bytes :: non_neg_integer()}.
+message_stores() -> ?NOT_LOADED.
+
+
 %%% Admission control
 
 
@@ -657,8 +825,9 @@ sample_take(_Shard, _IsLast) -> ?NOT_LOADED.
 sample_report(_Shard, _Batch, _Lengths) -> ?NOT_LOADED.
 
 
-%% Instead of a sample: the messages that were admitted since the last sample keep counting.
--spec sample_skip(non_neg_integer()) -> ok.
+%% Instead of a sample: the messages that were admitted since the last sample keep counting. Returns whether samples are
+%% due: no pass has ended since.
+-spec sample_skip(non_neg_integer()) -> boolean().
 sample_skip(_Shard) -> ?NOT_LOADED.
 
 
@@ -713,17 +882,39 @@ breaker_failure() -> ?NOT_LOADED.
 breaker_set(_State) -> ?NOT_LOADED.
 
 
--spec breaker_configure(off |
-                        {FailureThreshold :: pos_integer(),
-                         WindowMs :: pos_integer(),
-                         SuccessThreshold :: pos_integer(),
-                         TimeoutMs :: non_neg_integer(),
-                         ProbeLimit :: pos_integer()}) -> ok.
+-spec breaker_configure(off | breaker_config()) -> ok.
 breaker_configure(_Config) -> ?NOT_LOADED.
 
 
 -spec breaker_stats() -> #{atom() => term()}.
 breaker_stats() -> ?NOT_LOADED.
+
+
+%%% Circuit breakers of targets of the default registry
+%%
+%% `none': the target has no breaker.
+
+
+-spec target_breaker_set(namespace(), Id :: term(), breaker_config()) -> ok | too_many_breakers.
+target_breaker_set(_Namespace, _Id, _Config) -> ?NOT_LOADED.
+
+
+-spec target_breaker_remove(namespace(), Id :: term()) -> boolean().
+target_breaker_remove(_Namespace, _Id) -> ?NOT_LOADED.
+
+
+%% The outcome of a message, or the state to set. Returns the state that the breaker has changed to, or `ok'.
+-spec target_breaker_change(namespace(), Id :: term(), breaker_change()) -> ok | none | open | closed.
+target_breaker_change(_Namespace, _Id, _Change) -> ?NOT_LOADED.
+
+
+-spec target_breaker_stats(namespace(), Id :: term()) -> none | #{atom() => term()}.
+target_breaker_stats(_Namespace, _Id) -> ?NOT_LOADED.
+
+
+%% On a dirty scheduler.
+-spec target_breakers() -> [{namespace(), Id :: term(), circuit_state()}].
+target_breakers() -> ?NOT_LOADED.
 
 
 %%% Named circuit breakers

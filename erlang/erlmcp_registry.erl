@@ -51,7 +51,7 @@
 -export([terminate/2, code_change/3]).
 -export([format_status/1]).
 
--export_type([server_id/0, transport_id/0, scope/0, entry/0, global_entry/0, saved_state/0]).
+-export_type([server_id/0, transport_id/0, scope/0, entry/0, global_entry/0, saved_state/0, name_error/0]).
 
 -type server_id() :: term().
 -type transport_id() :: term().
@@ -59,8 +59,15 @@
 -type entry() :: {pid(), Config :: term()}.
 -type global_entry() :: {node(), pid(), Config :: term()}.
 -type saved_state() :: {registry_state, #{transport_id() => server_id()}}.
+-type name_error() :: empty | too_long | invalid_characters | invalid_binary.
 
 -define(SHUTDOWN_MS, 1000).
+%% The maximum length of an atom, and therefore of a name.
+-define(MAX_NAME_CHARACTERS, 255).
+%% Letters (L) with their marks (M), decimal digits (Nd), separators of the parts of names, and the parts of emoji:
+%% symbols (So), skin tones (Sk), the joiner, and the tags that make flags of regions.
+-define(NAME_CHARACTERS, <<"^(?:[\\p{L}\\p{M}\\p{Nd}\\p{So}_\\-./:@ ]|[\\x{1F3FB}-\\x{1F3FF}]|\\x{200D}"
+                           "|[\\x{1F000}-\\x{1FAFF}]|[\\x{E0020}-\\x{E007F}])+$">>).
 
 %% A native call of the calling process; if the call is diverted, a request to the registry's process
 %% ({@link erlmcp_rollout}). The request exits with `noproc' if there is no such process, or if it has closed the
@@ -428,23 +435,75 @@ graceful_shutdown() ->
 
 %%% Names
 
+%% No function here ever makes an atom: atoms are not garbage-collected, and a name may come from the network.
+%% Lengths are counted in extended grapheme clusters (Unicode Annex #29), so a family emoji or a letter with its accents
+%% counts once.
 
-%% @equiv erlmcp_registry_name:validate_tool_name(Name)
--spec validate_tool_name(term()) -> ok | {error, erlmcp_registry_name:name_error()}.
+
+%% @doc Checks the name of a tool.
+%%
+%% Letters and digits of any script, `_', `-', `.', `/', `:', `@', the space and emoji are valid. The first fault
+%% found is returned: `invalid_binary' for anything but a binary, `empty', `too_long' above 255 characters, and
+%% `invalid_characters' for any other character (including control characters) and for binaries that are not UTF-8.
+-spec validate_tool_name(term()) -> ok | {error, name_error()}.
 validate_tool_name(Name) ->
-    erlmcp_registry_name:validate_tool_name(Name).
+    validate_name(Name).
 
 
-%% @equiv erlmcp_registry_name:validate_transport_name(Name)
--spec validate_transport_name(term()) -> ok | {error, erlmcp_registry_name:name_error()}.
+%% @doc Checks the name of a transport. The rules are those of {@link validate_tool_name/1}.
+-spec validate_transport_name(term()) -> ok | {error, name_error()}.
 validate_transport_name(Name) ->
-    erlmcp_registry_name:validate_transport_name(Name).
+    validate_name(Name).
 
 
-%% @equiv erlmcp_registry_name:normalize_name(Name)
+%% @doc Returns the atom of this name if it exists, otherwise the name as an NFC binary.
+%%
+%% Names that differ only in their composition (é as one code point or as two) have the same result. Compare two results
+%% only within the life of one node: which atoms exist depends on the modules that are loaded.
+%% An atom is returned as it is, and a string is treated as its binary. Raises `badarg' for anything
+%% that is not UTF-8 text.
 -spec normalize_name(binary() | string() | atom()) -> atom() | binary().
+normalize_name(Name) when is_atom(Name) ->
+    Name;
+normalize_name(Name) when is_binary(Name); is_list(Name) ->
+    case unicode:characters_to_nfc_binary(Name) of
+        Normal when is_binary(Normal) -> existing_atom(Normal);
+        {error, _, _} -> error(badarg, [Name])
+    end;
 normalize_name(Name) ->
-    erlmcp_registry_name:normalize_name(Name).
+    error(badarg, [Name]).
+
+
+-spec validate_name(term()) -> ok | {error, name_error()}.
+validate_name(<<>>) ->
+    {error, empty};
+validate_name(Name) when is_binary(Name) ->
+    try string:length(Name) of
+        Length when Length > ?MAX_NAME_CHARACTERS -> {error, too_long};
+        _ -> validate_name_characters(Name)
+    catch
+        error:_ -> {error, invalid_characters}
+    end;
+validate_name(_) ->
+    {error, invalid_binary}.
+
+
+%% The name is valid UTF-8 here: string:length/1 has accepted it.
+-spec validate_name_characters(binary()) -> ok | {error, invalid_characters}.
+validate_name_characters(Name) ->
+    case re:run(Name, ?NAME_CHARACTERS, [unicode, dollar_endonly, {capture, none}]) of
+        match -> ok;
+        nomatch -> {error, invalid_characters}
+    end.
+
+
+-spec existing_atom(binary()) -> atom() | binary().
+existing_atom(Name) ->
+    try
+        binary_to_existing_atom(Name, utf8)
+    catch
+        error:_ -> Name
+    end.
 
 
 %%% gen_server

@@ -3,7 +3,8 @@
 %%% The contract:
 %%% With the threshold `auto' a shard admits 43 messages for each receiver. One receiver that takes nothing is refused
 %%% at 10,000 messages, while the others are refused nothing. A process counts once, whatever the number of its ids. The
-%%% number of samples depends on messages and not on connections. A sent message counts until its process was seen to
+%%% number of samples depends on messages and not on connections. Samples are taken before a shard is full, also when its
+%%% threshold was lowered, or their request was lost. A sent message counts until its process was seen to
 %%% have taken it, whatever happens to its id or to the sampler. Then nothing is left of it.
 -module(admission_receivers_SUITE).
 
@@ -16,6 +17,8 @@
          unregistered_with_messages_waiting/1,
          samplers_killed_at_random/1,
          automatic_threshold/1,
+         a_lower_threshold/1,
+         a_lost_request/1,
          receivers_that_cooperate/1]).
 %% Called in peer nodes
 -export([in_stalled_receiver_among_many/0,
@@ -24,6 +27,8 @@
          in_unregistered/0,
          in_killed_samplers/0,
          in_automatic_threshold/0,
+         in_lower_threshold/0,
+         in_lost_request/0,
          in_cooperating/0]).
 
 -define(A, erlmcp_admission_control).
@@ -44,6 +49,8 @@ all() ->
      unregistered_with_messages_waiting,
      samplers_killed_at_random,
      automatic_threshold,
+     a_lower_threshold,
+     a_lost_request,
      receivers_that_cooperate].
 
 
@@ -280,6 +287,69 @@ in_automatic_threshold() ->
 
 
 %% Messages that a receiver reports as taken make room at once, and are subtracted once.
+%% Entries count as receivers until the processes behind them are counted. Samples are requested at three quarters of
+%% the threshold that follows. No tick takes them within the test.
+a_lower_threshold(_Config) ->
+    in_peer(in_lower_threshold).
+
+
+in_lower_threshold() ->
+    ok = start(#{threshold => auto, sample_interval_ms => 60_000}),
+    {ok, _} = erlmcp_registry:start_link(),
+    %% The sampler that counts the receivers is one that the first message requests.
+    ok = test_support:await_samplers(),
+    Connections = [ {{receiver, N}, spawn(fun taking/0)} || N <- lists:seq(1, 400) ],
+    _ = [ begin
+              ok = connect(Id, Pid),
+              ok = erlmcp_registry:register_server(Id, Pid, #{}),
+              ok = erlmcp_registry:register_transport({transport, Id}, Pid, #{})
+          end
+          || {Id, Pid} <- Connections ],
+    %% Statistics for users would count the processes.
+    Threshold = fun() -> element(2, erlmcp_nif:admission_stats(0)) end,
+    51_600 = Threshold(),
+    Ids = [ Id || {Id, _} <- Connections ],
+    ok = ?M:route_message(hd(Ids), x),
+    test_support:await_value(17_200, Threshold),
+    ok = fill_to(12_901, Ids, fun(Id) -> ok = ?M:route_message(Id, x) end),
+    test_support:await(fun() -> maps:get(queue_depth, ?A:get_shard_stats(0)) < 12_900 end).
+
+
+%% A caller that is killed between the native call and the request leaves it to the next tick.
+a_lost_request(_Config) ->
+    in_peer(in_lost_request).
+
+
+in_lost_request() ->
+    ok = start(#{threshold => 10_000, sample_interval_ms => 50}),
+    Ids = [ {receiver, N} || N <- lists:seq(1, 100) ],
+    _ = [ ok = connect(Id, spawn(fun taking/0)) || Id <- Ids ],
+    %% The first message of a shard requests a sample. A pass sets when the next ones are due.
+    ok = ?M:route_message(hd(Ids), x),
+    test_support:await_value(0, fun() -> maps:get(queue_depth, ?A:get_shard_stats(0)) end),
+    Route = fun(Id) ->
+                    case erlmcp_nif:route_connection(Id) of
+                        {Pid, _Requests} -> Pid ! x;
+                        Pid -> Pid ! x
+                    end
+            end,
+    ok = fill_to(7_501, Ids, Route),
+    %% Ticks go on as long as messages come.
+    test_support:await(fun() ->
+                               _ = Route(hd(Ids)),
+                               maps:get(queue_depth, ?A:get_shard_stats(0)) < 7_500
+                       end).
+
+
+%% Sends messages until so many of them count.
+fill_to(Depth, Ids, Route) ->
+    lists:foreach(Route, Ids),
+    case ?A:get_shard_stats(0) of
+        #{queue_depth := Now} when Now < Depth - length(Ids) -> fill_to(Depth, Ids, Route);
+        #{queue_depth := Now} -> lists:foreach(Route, lists:sublist(Ids, Depth - Now))
+    end.
+
+
 receivers_that_cooperate(_Config) ->
     in_peer(in_cooperating).
 

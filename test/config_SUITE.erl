@@ -100,7 +100,7 @@ wrong_values_stop_the_start(_Config) ->
     lists:foreach(fun({Key, Value, Part}) ->
                           Before = in_force(),
                           ok = application:set_env(erlmcp_native, Key, Value),
-                          {error, {Reason, {erlmcp_native_app, start, _}}} = application:start(erlmcp_native),
+                          {error, {Reason, {erlmcp_native_sup, start, _}}} = application:start(erlmcp_native),
                           ok = check_error(Reason, Key, Value, Part),
                           ?assertEqual(Before, in_force()),
                           ok = application:unset_env(erlmcp_native, Key)

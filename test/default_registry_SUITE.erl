@@ -146,7 +146,7 @@ in_app_refuses() ->
     ok = application:load(erlmcp_native),
     [ begin
           ok = application:set_env(erlmcp_native, Key, Value),
-          {Key, {error, {{bad_option, Key, Value, [_ | _]}, {erlmcp_native_app, start, _}}}} =
+          {Key, {error, {{bad_option, Key, Value, [_ | _]}, {erlmcp_native_sup, start, _}}}} =
               {Key, application:start(erlmcp_native)},
           undefined = whereis(erlmcp_native_sup),
           ok = application:unset_env(erlmcp_native, Key)

@@ -82,7 +82,7 @@ after_distribution(Ids) ->
     R = ?M:new(#{shards => 1}),
     Registered = [ {Id, {self(), {nth, Nth}}} || {Nth, Id} <- lists:enumerate(Ids) ],
     [ ok = ?M:register_connection(R, Id, Pid, Caps) || {Id, {Pid, Caps}} <- Registered ],
-    become_distributed(),
+    test_support:become_distributed(),
     NotFound = [ {Id, Found} || {Id, Entry} <- Registered,
                                 Found <- [?M:lookup_connection(R, Id)],
                                 Found =/= {ok, Entry} ],
@@ -114,27 +114,18 @@ in_configs_after_distribution() ->
                #{pid => external_pid(<<"other@host">>, 1)}],
     Named = [ {<<Nth>>, Caps} || {Nth, Caps} <- lists:enumerate(Configs) ],
     [ ok = ?M:register_connection(R, Id, self(), Caps) || {Id, Caps} <- Named ],
-    become_distributed(),
+    test_support:become_distributed(),
     [] = [ {Caps, Found} || {Id, Caps} <- Named,
                             Found <- [?M:lookup_connection(R, Id)],
                             Found =/= {ok, {self(), Caps}} ],
     ok.
 
 
-become_distributed() ->
-    nonode@nohost = node(),
-    %% A node that is started with a name starts epmd.
-    {ok, Starter, _} = test_support:start_peer(?MODULE, #{name => peer:random_name()}),
-    {ok, _} = net_kernel:start([list_to_atom(peer:random_name()), shortnames]),
-    true = is_alive(),
-    peer:stop(Starter).
-
-
 process_of_another_node(_Config) -> in_peer(in_other_node).
 
 
 in_other_node() ->
-    become_distributed(),
+    test_support:become_distributed(),
     {ok, Peer, Node} = test_support:start_peer(?MODULE, #{name => peer:random_name()}),
     Pid = spawn(Node, ?MODULE, idle, []),
     pong = net_adm:ping(Node),
@@ -194,7 +185,7 @@ other_node_goes_down(_Config) -> in_peer(in_other_node_down).
 
 
 in_other_node_down() ->
-    become_distributed(),
+    test_support:become_distributed(),
     {ok, Peer, Node} = test_support:start_peer(?MODULE, #{name => peer:random_name()}),
     pong = net_adm:ping(Node),
     R = ?M:new(),
@@ -229,7 +220,7 @@ frozen_node_is_not_asked(_Config) -> in_peer(in_frozen_node).
 
 
 in_frozen_node() ->
-    become_distributed(),
+    test_support:become_distributed(),
     {ok, Peer, Node} = test_support:start_peer(?MODULE, #{name => peer:random_name()}),
     Pid = spawn(Node, ?MODULE, idle, []),
     R = ?M:new(#{max_entries => 1}),
@@ -256,7 +247,7 @@ entries_outlive_the_application_that_registers_them(_Config) -> in_peer(in_stopp
 
 
 in_stopped_application() ->
-    become_distributed(),
+    test_support:become_distributed(),
     {ok, Peer, Node} = test_support:start_peer(?MODULE, #{name => peer:random_name()}),
     Pid = spawn(Node, ?MODULE, idle, []),
     R = ?M:new(),

@@ -211,6 +211,11 @@ native() ->
                   fun() -> erlmcp_shard_manager:route_message(c, hello) end,
                   fun() -> erlmcp_token_bucket:new(#{}) end,
                   fun() -> erlmcp_keyed_limiter:new(#{}) end,
+                  fun() -> erlmcp_message_store:new(10) end,
+                  fun() -> erlmcp_target_breaker:set({server, s}, #{}) end,
+                  fun() -> erlmcp_target_breaker:state({server, s}) end,
+                  fun() -> erlmcp_group:join(g, self()) end,
+                  fun() -> erlmcp_group:route_group(g, hello) end,
                   fun() -> erlmcp_admission_control:check_admission(0) end] ],
     ok.
 

@@ -72,7 +72,7 @@ times_with_config(R, Config) ->
     times([{register, fun() -> ?NIF:register(R, server, a, self(), self(), Config) end},
            {register_transport, fun() -> ?NIF:register(R, transport, a, self(), self(), Config) end},
            {find, fun() -> ?NIF:find(R, server, a) end},
-           {update_server, fun() -> ?NIF:update_server(R, a, Config) end},
+           {update, fun() -> ?NIF:update(R, server, a, Config) end},
            {list, fun() -> ?NIF:list(R, server) end},
            {unregister, fun() -> ?NIF:unregister(R, server, a) end},
            {unregister_transport, fun() -> ?NIF:unregister(R, transport, a) end}]).

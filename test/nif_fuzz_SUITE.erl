@@ -16,7 +16,7 @@
 -export([every_function_survives_any_arguments/1]).
 
 %% Called in peer nodes
--export([in_fuzz/2]).
+-export([in_fuzz/3]).
 
 -import(nif_calls, [nudge/3, pick/1, sleeper/0, timed_seconds/1]).
 -import(nif_specs, [functions/0, is_of/2, specs/0]).
@@ -57,12 +57,13 @@ end_per_suite(_Config) ->
 %%% Any arguments
 
 
-every_function_survives_any_arguments(_Config) ->
+every_function_survives_any_arguments(Config) ->
     Seed = test_support:seed("FUZZ_SEED"),
     Calls = calls(),
     ct:pal("FUZZ_CALLS=~b", [Calls]),
     Options = #{timeout_ms => most_minutes(Calls) * 60_000},
-    {Seconds, Report} = timed_seconds(fun() -> test_support:in_peer(?MODULE, in_fuzz, [Seed, Calls], Options) end),
+    Trim = malloc_trim:build(proplists:get_value(priv_dir, Config)),
+    {Seconds, Report} = timed_seconds(fun() -> test_support:in_peer(?MODULE, in_fuzz, [Seed, Calls, Trim], Options) end),
     #{results := Results, unexpected := Unexpected, left := Left, grown := Grown} = Report,
     #{settings := Settings, restored := Restored, routed := Routed} = Report,
     ct:pal("~b functions in ~.1f s, ~p~n~ts",
@@ -107,7 +108,8 @@ takes_not_all(Name, Arity) ->
                       named_breaker_owner]).
 
 
-in_fuzz(Seed, Calls) ->
+in_fuzz(Seed, Calls, Trim) ->
+    ok = malloc_trim:load(Trim),
     created = ?NIF:make_default(64, 2_000_000, 65_535),
     Settings = settings(),
     Own = [?NIF:new(16, 100_000, 65_535), ?NIF:new(1, 20, 100), ?NIF:new(1024, 1 bsl 28, 1 bsl 24)],
@@ -119,6 +121,7 @@ in_fuzz(Seed, Calls) ->
     Before = memory(),
     {Results, Unexpected} = fuzz_in_two(Plan#{seed := Seed + 1}, Calls),
     _ = [ ok = ?NIF:named_breaker_remove(Name) || Name <- ?NIF:named_breakers() ],
+    _ = [ true = ?NIF:target_breaker_remove(NS, Id) || {NS, Id, _State} <- ?NIF:target_breakers() ],
     ok = clear([default, Closing | Own]),
     ok = restore(Settings),
     Restored = settings(),
@@ -130,6 +133,10 @@ in_fuzz(Seed, Calls) ->
                              length(?NIF:list(Registry, NS)),
                              counted_by_shard(Registry, NS)],
                    Count =/= 0 ],
+    Memberships = [ {Registry, member, Count}
+                    || Registry <- [default, Closing | Own],
+                       Count <- [?NIF:count(Registry, member)],
+                       Count =/= 0 ],
     Bindings = [ Binding || Registry <- [default, Closing | Own],
                             Binding <- ?NIF:bindings(Registry) ],
     Configs = ?NIF:distinct_configs(),
@@ -138,7 +145,7 @@ in_fuzz(Seed, Calls) ->
     #{
       results => Results,
       unexpected => lists:sublist(Unexpected, 5),
-      left => {Entries, Bindings, Configs},
+      left => {Entries ++ Memberships, Bindings, Configs},
       grown => Grown,
       settings => Settings,
       restored => Restored,
@@ -195,6 +202,8 @@ clear(Registries) ->
     ok = ?NIF:divert([]),
     [ begin
           ok = ?NIF:open(Registry),
+          _ = ?NIF:announcements_attach(Registry),
+          ok = ?NIF:announcements_detach(Registry),
           [ ?NIF:unregister(Registry, NS, Id)
             || NS <- ?NAMESPACES, {Id, _} <- ?NIF:list(Registry, NS) ],
           on_every_scheduler(fun(Scheduler) ->
@@ -354,20 +363,30 @@ right({Name, _}, term, #{id := Ids}, _Pids) when Name =:= named_breaker_register
         1 -> pick(Ids);
         _ -> pick({open, closed, half_open, reset, success, failure, infinity, 5000, <<"b">>, {c, 1}})
     end;
+right(_, breaker_change, _Pools, _Pids) ->
+    pick({success, failure, open, closed});
 right({breaker_set, _}, term, _Pools, _Pids) ->
     pick({open, closed});
 right({sample_begin, _}, term, _Pools, _Pids) ->
     pick({asked, all});
 right({admission_set_threshold, _}, term, _Pools, _Pids) ->
     pick({auto, infinity, 1, 10_000, 1 bsl 40});
-right({breaker_configure, _}, term, _Pools, _Pids) ->
+right(_, breaker_config, _Pools, _Pids) ->
     pick({off, {50, 10_000, 10, 30_000, 10}, {1, 1, 1, 0, 1}, {65_536, 1 bsl 40, 1023, 0, 1023}});
+right({announcements_read, _}, term, _Pools, _Pids) ->
+    pick({infinity, 0, 10, 1 bsl 40});
+right(_, interest, #{id := Ids, number := Numbers}, _Pids) ->
+    case rand:uniform(3) of
+        1 -> all;
+        2 -> {shard, pick(Numbers)};
+        3 -> {id, pick(Ids)}
+    end;
 right({take_together, _}, term, #{id := Ids, limiter := Limiters, bucket := Buckets}, _Pids) ->
     [ case rand:uniform(2) of
           1 -> {pick(Limiters), pick(Ids), rand:uniform(5) - 1};
           2 -> {pick(Buckets), rand:uniform(5) - 1}
       end || _ <- lists:seq(1, rand:uniform(17) - 1) ];
-right({watched_connections, _}, term, _Pools, Pids) ->
+right({Name, _}, term, _Pools, Pids) when Name =:= watched_connections; Name =:= watched_groups ->
     case process_info(pick(Pids), monitored_by) of
         {monitored_by, Watches} -> [ Watch || Watch <- Watches, is_reference(Watch) ];
         undefined -> []
@@ -444,6 +463,7 @@ pools(#{own := Own, closing := Closing, heavy := Heavy}) ->
     Right = #{
               registry => list_to_tuple([default, exclusive, Closing | Own]),
               namespace => list_to_tuple(?NAMESPACES),
+              pick => {round_robin, random, [hd(Ids)], [lists:last(Ids)]},
               term => list_to_tuple(Ids ++ Configs),
               id => list_to_tuple(Ids),
               pid => list_to_tuple([self(), ended(), ended(), ended() | Remote]),
@@ -465,6 +485,8 @@ pools(#{own := Own, closing := Closing, heavy := Heavy}) ->
                          1 bsl 31},
               boolean => {true, false},
               limiter => {?NIF:limiter_new({1000, 1.0e4}, 100), ?NIF:limiter_new({1, 1.0e9}, 3), ?NIF:limiter_new(infinity, 1)},
+              message_store => {?NIF:message_store_new(10, 10_000), ?NIF:message_store_new(100, 1 bsl 24), ?NIF:message_store_new(1, 16)},
+              stored_message => {stored_message(lists:seq(1, 20_000)), stored_message([ make_ref() || _ <- lists:seq(1, 20_000) ])},
               bucket => {?NIF:bucket_new({1000, 1.0e4}), ?NIF:bucket_new({1, 1.0e9}), ?NIF:bucket_new(infinity)},
               limits => {infinity, shared, {1, 1.0e9}, {1000, 1.0e4}, {100, 1.0}},
               other => list_to_tuple(References)
@@ -503,6 +525,14 @@ pools(#{own := Own, closing := Closing, heavy := Heavy}) ->
       heavy => Heavy,
       all_kinds => Kinds
      }.
+
+
+%% A message that a drain leaves undecoded.
+stored_message(Message) ->
+    Store = ?NIF:message_store_new(1, 1 bsl 30),
+    ok = ?NIF:message_store_push(Store, Message),
+    {Stored, []} = ?NIF:message_store_drain(Store, 1),
+    Stored.
 
 
 heavy() ->
@@ -566,4 +596,5 @@ small_term(Depth) ->
 
 memory() ->
     [ garbage_collect(Pid) || Pid <- processes() ],
+    ok = malloc_trim:trim(),
     #{resident => test_support:resident_bytes(), total => erlang:memory(total)}.

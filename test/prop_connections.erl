@@ -5,6 +5,8 @@
 -module(prop_connections).
 -behaviour(proper_statem).
 
+-import(prop_world, [name/2, pid/2]).
+
 -include_lib("proper/include/proper.hrl").
 
 %% Properties
@@ -14,16 +16,13 @@
 -export([initial_state/0, command/1, precondition/2, postcondition/3, next_state/3]).
 
 %% Commands
--export([register/4, register_or_find/4, replace/4, release/3, unregister/2, lookup/2, end_process/2]).
+-export([register/4, register_or_find/4, replace/4, release/3, unregister/2, lookup/2]).
 
--define(M,     erlmcp_shard_registry).
--define(IDS,   [a, {b, 1}]).
--define(NAMES, [p1, p2, p3]).
-%% Runs of each parallel history. Each run is scheduled differently.
--define(PARALLEL_RUNS, 5).
+-define(M,   erlmcp_shard_registry).
+-define(IDS, [a, {b, 1}]).
 
--type name() :: p1 | p2 | p3.
--type world() :: #{registry := ?M:registry(), name() => pid()}.
+-type name() :: prop_world:name().
+-type world() :: prop_world:world().
 
 -record(state, {
           %% Of processes that are alive.
@@ -34,38 +33,10 @@
 %%% Properties
 
 
-prop_sequential() ->
-    ?FORALL(Commands,
-            commands(?MODULE),
-            in_world(fun(World) ->
-                             {History, State, Result} = run_commands(?MODULE, Commands, [{world, World}]),
-                             ?WHENFAIL(io:format(user, "~p~n~p~n~p~n", [History, State, Result]),
-                                       aggregate(command_names(Commands), Result =:= ok))
-                     end)).
+prop_sequential() -> prop_world:sequential(?MODULE).
 
 
-prop_parallel() ->
-    ?FORALL(Commands,
-            parallel_commands(?MODULE),
-            repeated(?PARALLEL_RUNS,
-                     fun(World) ->
-                             {Before, Tails, Result} = run_parallel_commands(?MODULE, Commands, [{world, World}]),
-                             Result =:= ok orelse io:format(user, "~p~n~p~n~p~n", [Before, Tails, Result]),
-                             Result =:= ok
-                     end)).
-
-
-repeated(0, _Run) -> true;
-repeated(Runs, Run) -> in_world(Run) andalso repeated(Runs - 1, Run).
-
-
-in_world(Run) ->
-    Processes = maps:from_list([ {Name, test_support:process()} || Name <- ?NAMES ]),
-    try
-        Run(Processes#{registry => ?M:new(#{shards => 2})})
-    after
-        maps:foreach(fun(_Name, Pid) -> exit(Pid, kill) end, Processes)
-    end.
+prop_parallel() -> prop_world:parallel(?MODULE, initial_state()).
 
 
 %%% The model
@@ -77,7 +48,7 @@ initial_state() -> #state{}.
 command(_State) ->
     World = {var, world},
     Id = elements(?IDS),
-    Name = elements(?NAMES),
+    Name = elements(prop_world:names()),
     Capabilities = elements([none, #{tools => true}, [1, 2]]),
     frequency([{3, {call, ?MODULE, register, [World, Id, Name, Capabilities]}},
                {4, {call, ?MODULE, register_or_find, [World, Id, Name, Capabilities]}},
@@ -85,7 +56,7 @@ command(_State) ->
                {3, {call, ?MODULE, release, [World, Id, Name]}},
                {2, {call, ?MODULE, unregister, [World, Id]}},
                {4, {call, ?MODULE, lookup, [World, Id]}},
-               {1, {call, ?MODULE, end_process, [World, Name]}}]).
+               {1, {call, prop_world, end_process, [World, Name]}}]).
 
 
 precondition(_State, _Call) -> true.
@@ -194,18 +165,3 @@ lookup(#{registry := Registry} = World, Id) ->
         {ok, {Pid, Capabilities}} -> {ok, {name(Pid, World), Capabilities}};
         NotFound -> NotFound
     end.
-
-
--spec end_process(world(), name()) -> ok.
-end_process(World, Name) ->
-    Pid = pid(Name, World),
-    exit(Pid, kill),
-    _ = test_support:await_end(Pid),
-    ok.
-
-
-pid(Name, World) -> maps:get(Name, World).
-
-
-name(undefined, _World) -> undefined;
-name(Pid, World) -> hd([ Name || {Name, P} <- maps:to_list(World), P =:= Pid ]).

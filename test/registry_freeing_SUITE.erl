@@ -145,8 +145,8 @@ make(exit, R) ->
     test_support:await(fun() -> ?NIF:count(R, connection) + ?NIF:count(R, transport) =:= 0 end);
 make(replace, R) ->
     ok = ?NIF:register(R, server, a, self(), self(), #{registry => R}),
-    ok = ?NIF:update_server(R, a, #{registry => R, version => 2}),
-    ok = ?NIF:update_server(R, a, none),
+    ok = ?NIF:update(R, server, a, #{registry => R, version => 2}),
+    ok = ?NIF:update(R, server, a, none),
     {ok, {_, none}} = ?NIF:find(R, server, a),
     ok;
 make(bind, R) ->
@@ -178,7 +178,7 @@ config_is_found_while_it_is_replaced(_Config) ->
     ok = ?NIF:register(R, server, a, self(), self(), Refers(0)),
     Rounds = 20_000,
     {Writer, Monitor} =
-        spawn_monitor(fun() -> [ ok = ?NIF:update_server(R, a, Refers(N)) || N <- lists:seq(1, Rounds) ] end),
+        spawn_monitor(fun() -> [ ok = ?NIF:update(R, server, a, Refers(N)) || N <- lists:seq(1, Rounds) ] end),
     ok = look_until_down(R, Writer, Monitor, 0),
     ?assertMatch({ok, {_, #{number := Rounds}}}, ?NIF:find(R, server, a)).
 

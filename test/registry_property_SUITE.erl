@@ -1,5 +1,5 @@
 %%% Runs the model of `prop_registry' against both registries, and against one that is switched between them all
-%%% the time; and the model of `prop_connections' against the registry of connections.
+%%% the time; and the models of `prop_connections' and `prop_groups' against connections and groups.
 %%%
 %%% The environment variables PROP_SEQUENTIAL and PROP_PARALLEL are the numbers of histories for each registry.
 %%% A default run takes about 10 s for a sequential and 4 s for a parallel property on two cores.
@@ -9,6 +9,7 @@
 -export([sequential_native/1, sequential_classic/1, parallel_native/1, parallel_classic/1]).
 -export([sequential_switching/1, parallel_switching/1]).
 -export([sequential_connections/1, parallel_connections/1]).
+-export([sequential_groups/1, parallel_groups/1]).
 
 -define(SEQUENTIAL, 1000).
 -define(PARALLEL,   200).
@@ -29,7 +30,9 @@ all() ->
      parallel_classic,
      parallel_switching,
      sequential_connections,
-     parallel_connections].
+     parallel_connections,
+     sequential_groups,
+     parallel_groups].
 
 
 %% The histories route to unknown ids all the time, and every registry logs a warning for them.
@@ -77,6 +80,14 @@ sequential_connections(_Config) ->
 
 parallel_connections(_Config) ->
     {comment, _} = quickcheck(prop_connections:prop_parallel(), "PROP_PARALLEL", ?PARALLEL).
+
+
+sequential_groups(_Config) ->
+    {comment, _} = quickcheck(prop_groups:prop_sequential(), "PROP_SEQUENTIAL", ?SEQUENTIAL).
+
+
+parallel_groups(_Config) ->
+    {comment, _} = quickcheck(prop_groups:prop_parallel(), "PROP_PARALLEL", ?PARALLEL).
 
 
 %% A run shorter than the default may miss an outcome by chance; a run of the default length or longer may not.

@@ -98,24 +98,25 @@ switches(Switcher) ->
     receive {count, Switcher, Count} -> Count end.
 
 
-%% Switches until it is stopped, with `PauseMs' milliseconds between two switches.
+%% Switches until it is stopped, with `PauseMs' milliseconds between two switches. Being asked for the number of
+%% switches does not make a pause longer.
 start_switcher(Modes, PauseMs) ->
-    spawn_link(fun() -> switch_on(Modes, Modes, PauseMs, 0) end).
+    spawn_link(fun() -> switch_on(Modes, Modes, PauseMs, now_ms() + PauseMs, 0) end).
 
 
-switch_on([], Modes, PauseMs, Count) ->
-    switch_on(Modes, Modes, PauseMs, Count);
-switch_on([Mode | Others], Modes, PauseMs, Count) ->
+switch_on([], Modes, PauseMs, NextMs, Count) ->
+    switch_on(Modes, Modes, PauseMs, NextMs, Count);
+switch_on([Mode | Others], Modes, PauseMs, NextMs, Count) ->
     receive
         {count, From} ->
             From ! {count, self(), Count},
-            switch_on([Mode | Others], Modes, PauseMs, Count);
+            switch_on([Mode | Others], Modes, PauseMs, NextMs, Count);
         {stop, From} ->
             From ! {stopped, self(), Count}
     after
-        PauseMs ->
+        max(0, NextMs - now_ms()) ->
             ok = erlmcp_rollout:set(Mode),
-            switch_on(Others, Modes, PauseMs, Count + 1)
+            switch_on(Others, Modes, PauseMs, now_ms() + PauseMs, Count + 1)
     end.
 
 

@@ -17,6 +17,9 @@
          one_of_many_registers/1,
          a_connection_is_replaced/1,
          two_replacers/1,
+         capabilities_are_updated/1,
+         update_against_exit/1,
+         updates_keep_tokens_and_limits/1,
          ids_of_a_process/1,
          ids_of_a_process_while_they_change/1,
          late_release_against_the_next_registration/1,
@@ -29,6 +32,7 @@
          no_such_shard/1,
          list_of_thousands/1,
          fold_visits_everything_once/1,
+         select_by_capabilities/1,
          fold_while_connections_come_and_go/1,
          process_of_a_former_node/1,
          exports_are_known/1]).
@@ -42,6 +46,7 @@
 
 all() ->
     [exports_are_known,
+     updates_keep_tokens_and_limits,
      {group, default},
      {group, named},
      {group, own}].
@@ -55,6 +60,8 @@ groups() ->
                               one_of_many_registers,
                               a_connection_is_replaced,
                               two_replacers,
+                              capabilities_are_updated,
+                              update_against_exit,
                               ids_of_a_process,
                               ids_of_a_process_while_they_change,
                               late_release_against_the_next_registration,
@@ -67,6 +74,7 @@ groups() ->
                               no_such_shard,
                               list_of_thousands,
                               fold_visits_everything_once,
+                              select_by_capabilities,
                               fold_while_connections_come_and_go,
                               process_of_a_former_node]).
 
@@ -260,6 +268,85 @@ replaced_by_new(R, Id) ->
     Pid = process(),
     {ok, Former} = api(R, replace_connection, [Id, Pid, none]),
     {Pid, Former}.
+
+
+capabilities_are_updated(Config) ->
+    R = registry(Config),
+    Pid = process(),
+    Id = {connection, 1},
+    ?assertEqual({error, not_found}, api(R, update_connection, [Id, new])),
+    ?assertEqual({error, not_found}, api(R, lookup_connection, [Id])),
+    ok = api(R, register_connection, [Id, Pid, #{version => 0}]),
+    Count = api(R, count, []),
+    [ begin
+          ok = api(R, update_connection, [Id, Capabilities]),
+          ?assertEqual({ok, {Pid, Capabilities}}, api(R, lookup_connection, [Id])),
+          ?assertEqual([Id], api(R, connections_of, [Pid])),
+          ?assertEqual(Count, api(R, count, []))
+      end || Capabilities <- [none, #{version => 1}, [make_ref()], lists:seq(1, 100), fun() -> Pid end, #{version => 0}] ],
+    ?assertError(badarg, api(R, update_connection, [fun() -> Pid end, none])),
+    ok = api(R, release_connection, [Id, Pid]),
+    ?assertEqual({error, not_found}, api(R, update_connection, [Id, none])),
+    stop(Pid).
+
+
+update_against_exit(Config) ->
+    R = registry(Config),
+    Count = api(R, count, []),
+    [ begin
+          Pid = process(),
+          ok = api(R, register_connection, [id, Pid, 0]),
+          ok = api(R, update_connection, [id, 1]),
+          exit(Pid, kill),
+          ?assert(lists:member(api(R, update_connection, [id, 2]), [ok, {error, not_found}])),
+          test_support:await_end(Pid),
+          ?assertEqual({error, not_found}, api(R, update_connection, [id, 3])),
+          ?assertEqual({error, not_found}, api(R, lookup_connection, [id]))
+      end || _ <- lists:seq(1, 300) ],
+    test_support:await(fun() -> api(R, count, []) =:= Count end).
+
+
+%% Also while other processes take tokens, until the bucket is empty.
+updates_keep_tokens_and_limits(_Config) ->
+    Pid = process(),
+    State = fun() -> erlmcp_token_bucket:get_state(connection, id) end,
+    ok = ?M:register_connection(id, Pid, 0),
+    Shared = maps:remove(tokens, State()),
+    ok = ?M:update_connection(id, 1),
+    ?assertEqual(Shared, maps:remove(tokens, State())),
+    ok = erlmcp_token_bucket:set_limits(id, #{capacity => 50_000, rate_per_second => 1.0e9}),
+    test_support:await(fun() -> maps:get(tokens, State()) =:= 50_000 end),
+    %% A token in a hundred seconds.
+    ok = erlmcp_token_bucket:set_limits(id, #{rate_per_second => 0.01}),
+    {ok, Left} = erlmcp_token_bucket:consume(id, 100),
+    ok = ?M:update_connection(id, 2),
+    ?assertMatch(#{tokens := Left, capacity := 50_000}, State()),
+    Parent = self(),
+    Takers = [ spawn_link(fun() -> Parent ! {self(), taken(0)} end) || _ <- [1, 2] ],
+    Updates = updated_until_empty(0),
+    Taken = lists:sum([ receive {Taker, N} -> N end || Taker <- Takers ]),
+    ?assert(Taken >= Left andalso Taken =< Left + 3, {Taken, Left}),
+    ?assert(Updates > 0),
+    ?assertMatch(#{capacity := 50_000}, State()),
+    ok = erlmcp_token_bucket:set_limits(id, default),
+    ?assertEqual(Shared, maps:remove(tokens, State())),
+    ok = ?M:unregister_connection(id),
+    stop(Pid).
+
+
+taken(Taken) ->
+    case erlmcp_token_bucket:consume(id, 1) of
+        {ok, _} -> taken(Taken + 1);
+        {error, rate_limited} -> Taken
+    end.
+
+
+updated_until_empty(Updates) ->
+    ok = ?M:update_connection(id, Updates),
+    case erlmcp_token_bucket:get_state(connection, id) of
+        #{tokens := 0} -> Updates;
+        _ -> updated_until_empty(Updates + 1)
+    end.
 
 
 ids_of_a_process(Config) ->
@@ -552,6 +639,28 @@ fold_visits_everything_once(Config) ->
 
 
 %% Whatever other processes change meanwhile, connections that stay are visited exactly once.
+select_by_capabilities(Config) ->
+    R = registry(Config),
+    Pid = process(),
+    Tools = [ {id, N} || N <- lists:seq(1, 700) ],
+    [ ok = api(R, register_connection, [Id, Pid, #{tools => true, version => N}]) || {id, N} = Id <- Tools ],
+    [ ok = api(R, register_connection, [{other, N}, Pid, #{tools => false}]) || N <- lists:seq(1, 700) ],
+    ok = api(R, register_connection, [atom, Pid, none]),
+    Select = fun(MatchSpec) -> lists:sort(api(R, select_connections, [MatchSpec])) end,
+    ?assertEqual(lists:sort(Tools), Select([{{'$1', '_', #{tools => true}}, [], ['$1']}])),
+    ?assertEqual([{{id, 7}, Pid}], Select([{{'$1', '$2', #{version => 7}}, [], [{{'$1', '$2'}}]}])),
+    ?assertEqual([700], Select([{{'_', '_', #{version => '$1'}}, [{'>=', '$1', 700}], ['$1']}])),
+    ?assertEqual([{atom, Pid, none}], Select([{{'_', Pid, none}, [], ['$_']}])),
+    ?assertEqual([], Select([{{'$1', '_', #{version => 701}}, [], ['$1']}])),
+    ?assertEqual(1401, length(Select([{'$1', [], ['$1']}]))),
+    [ ?assertError(badarg, api(R, select_connections, [NoMatchSpec])) || NoMatchSpec <- [a, [a], {}, [], [{'$1', [unknown], a}]] ],
+    ?assertError(badarg, ?M:select_connections(make_ref(), [{'$1', [], ['$1']}])),
+    ?assertMatch([_ | _],
+                 string:find(lists:flatten(test_support:shown_error(fun() -> api(R, select_connections, [a]) end)),
+                             "not a match specification")),
+    stop(Pid).
+
+
 fold_while_connections_come_and_go(Config) ->
     R = registry(Config),
     Staying = [ {staying, N} || N <- lists:seq(1, 2_000) ],
@@ -623,6 +732,10 @@ exports_are_known(_Config) ->
                 {list_connections, 2},
                 {fold_connections, 2},
                 {fold_connections, 3},
+                {select_connections, 1},
+                {select_connections, 2},
+                {update_connection, 2},
+                {update_connection, 3},
                 {count, 0},
                 {count, 1},
                 {count, 2},

@@ -4,7 +4,7 @@
 
 -include_lib("stdlib/include/assert.hrl").
 
--export([in_peer/2, in_peer/4, start_peer/2, freeze/1, thaw/1]).
+-export([in_peer/2, in_peer/4, start_peer/2, become_distributed/0, freeze/1, thaw/1]).
 -export([await/1, await/2, await_value/2, await_value/3]).
 -export([await_samplers/0]).
 -export([process/0, stop/1, in_process/1, on_every_scheduler/1]).
@@ -49,6 +49,16 @@ start_peer(Module, Options) ->
                                    wait_boot => ?BOOT_MS,
                                    args => maps:get(args, Options, []) ++ ["-pa" | Paths ++ Own]
                                   }).
+
+
+%% Gives this node a name. A node that is started with a name starts epmd.
+-spec become_distributed() -> ok.
+become_distributed() ->
+    nonode@nohost = node(),
+    {ok, Starter, _} = start_peer(?MODULE, #{name => peer:random_name()}),
+    {ok, _} = net_kernel:start([list_to_atom(peer:random_name()), shortnames]),
+    true = is_alive(),
+    peer:stop(Starter).
 
 
 %% Stops all threads of an operating system process, and waits for that. The signal alone stops each thread when

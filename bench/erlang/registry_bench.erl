@@ -30,11 +30,13 @@
                      strict := boolean(),
                      progress := fun(() -> ok)
                     }.
--type section() :: lookup | guarded | limits | breakers | routing | growth | registration | latency | capacity | deaths | losses | soak.
+-type section() :: lookup | guarded | limits | stores | groups | breakers | routing | growth | registration | latency | capacity | deaths | restart | losses | soak.
 
 -define(SECTIONS, [{lookup, lookup_bench},
                    {guarded, backpressure_bench},
                    {limits, keyed_limiter_bench},
+                   {stores, message_store_bench},
+                   {groups, group_bench},
                    {breakers, breaker_bench},
                    {routing, routing_bench},
                    {growth, growth_bench},
@@ -42,6 +44,7 @@
                    {latency, latency_bench},
                    {capacity, capacity_bench},
                    {deaths, death_bench},
+                   {restart, restart_bench},
                    {losses, losses_bench},
                    {soak, soak_bench}]).
 %% Parts that take minutes run only when they are named.

@@ -2,7 +2,8 @@
 %%% receivers.
 %%%
 %%% The depth of a shard is an upper bound that needs no help of the receivers: the messages that the last sample of
-%%% each mailbox found, and all admitted since. A shard at its threshold refuses, independently of other shards.
+%%% each mailbox found, and all admitted since. A message that is sent while its receiver is sampled counts twice until the
+%%% next sample. A shard at its threshold refuses, independently of other shards.
 %%% Receivers that take their messages make room when they are sampled: at once when half of the room is used up, and
 %%% otherwise every `sample_interval_ms' while there is traffic. Only receivers that were sent something since they
 %%% were last seen empty are sampled, so that the cost depends on messages and not on connections.

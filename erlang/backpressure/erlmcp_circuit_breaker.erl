@@ -70,7 +70,7 @@
 %%% == Logs ==
 %%% Each transition is logged once ({@link erlmcp_native_log}), opening as a warning and the others as
 %%% notices: the events `circuit_opened', `circuit_half_open' and `circuit_closed' with the key `breaker', which is
-%%% `node' or `{name, Name}'. Refused calls are not logged.
+%%% `node', `{name, Name}', or `{target, Target}' ({@link erlmcp_target_breaker}). Refused calls are not logged.
 -module(erlmcp_circuit_breaker).
 
 -behaviour(gen_server).
@@ -671,7 +671,7 @@ log_transitions(Transitions) ->
 
 %% @private
 %% Logs the state that a breaker has just entered.
--spec log_transition(node | {name, name()}, state()) -> ok.
+-spec log_transition(node | {name, name()} | {target, erlmcp_target_breaker:target()}, state()) -> ok.
 log_transition(Breaker, open) -> erlmcp_native_log:log(warning, circuit_opened, #{breaker => Breaker});
 log_transition(Breaker, closed) -> erlmcp_native_log:log(notice, circuit_closed, #{breaker => Breaker});
 log_transition(Breaker, half_open) -> erlmcp_native_log:log(notice, circuit_half_open, #{breaker => Breaker}).

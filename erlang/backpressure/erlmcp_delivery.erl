@@ -2,11 +2,7 @@
 %%% Carries out the decision of a native route: sends the message, or returns the refusal, and passes on
 %%% the events that the call has returned.
 %%%
-%%% A message to a connection passes the node's circuit ({@link erlmcp_circuit_breaker}), the admission
-%%% control of its shard ({@link erlmcp_admission_control}) and the token bucket of the connection
-%%% that is charged ({@link erlmcp_token_bucket}), in that order, in one native call with the look-up. A
-%%% refusal is returned to the caller; nothing that was accepted is dropped. With `backpressure' set to
-%%% `off' nothing is refused.
+%%% {@link erlmcp_native} describes the layers that decide.
 -module(erlmcp_delivery).
 
 -export([deliver/2, deliver_all/2, send/2, notify/1]).

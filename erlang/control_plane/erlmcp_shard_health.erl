@@ -25,9 +25,9 @@
 %%% five seconds, so that a spike is no reason (`run_queue_per_scheduler')</td></tr>
 %%% <tr><td>`{scheduler_use_percent, Used, Limit}'</td><td>the mean of the last five seconds</td></tr>
 %%% <tr><td>`{memory_bytes, Used, Limit}'</td><td>the resident memory of the VM</td></tr>
-%%% <tr><td>`{control_plane_down, [Name]}'</td><td>these processes do not run, or have done nothing for
-%%% five seconds. If all are named for longer than a moment, one of them has crashed repeatedly, and the control
-%%% plane was given up</td></tr>
+%%% <tr><td>`{control_plane_down, [Name]}'</td><td>these processes do not run, or, of the control plane, have done
+%%% nothing for five seconds. If all of a supervisor are named for longer than a moment, one of them has crashed repeatedly, and the
+%%% supervisor was given up: of the control plane, or of {@link erlmcp_connection_events}</td></tr>
 %%% </table>
 %%%
 %%% == Limits ==
@@ -83,7 +83,12 @@
 %% Checks in a row that agree before a line is logged.
 -define(LOGGED_AFTER,  3).
 -define(SILENT_MS,     5_000).
--define(CONTROL_PLANE, [erlmcp_control_plane_sup, erlmcp_shard_health, erlmcp_shard_metrics, erlmcp_shard_recovery]).
+-define(CONTROL_PLANE, [erlmcp_control_plane_sup,
+                        erlmcp_shard_health,
+                        erlmcp_shard_metrics,
+                        erlmcp_shard_recovery,
+                        erlmcp_connection_events_sup,
+                        erlmcp_connection_events]).
 
 -record(state, {
           %% The latest first.
@@ -176,7 +181,7 @@ is_silent(erlmcp_shard_metrics) ->
         none -> false;
         AgeMs -> AgeMs > ?SILENT_MS
     end;
-is_silent(_Supervisor) ->
+is_silent(_Other) ->
     false.
 
 

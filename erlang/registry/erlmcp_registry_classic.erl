@@ -18,44 +18,37 @@
 %%% config.
 %%%
 %%% == Crashes ==
-%%% A store with a <em>keeper</em> mirrors registrations and bindings (not messages) into an ETS table whose
-%%% heir is a small process of that name. If the process of the store is killed, the next one takes the table over and
-%%% adopts the entries of living processes. Without a keeper there is no mirror, and every change costs less.
+%%% A store with a <em>keeper</em> has its entries in tables, which survive the process ({@link
+%%% erlmcp_registry_tables}). The tables have everything but the monitors, so the next process serves
+%%% requests at once. It makes the monitors in slices between the requests: it <em>adopts</em> the entries. Each entry
+%%% says which process monitors it, so an entry is adopted once, in its turn or when a request names it. If its
+%%% process has exited by then, it is removed. Without a keeper the entries are in maps
+%%% ({@link erlmcp_registry_maps}), and every request costs less.
 -module(erlmcp_registry_classic).
 
--export([open/1, new/1, close/1, discard/1, unmonitor/2]).
+-export([open/1, new/1, close/1, discard/1, unmonitor/2, delete/1]).
 -export([execute/2, route/2, info/2]).
--export([counts/1, bindings/1]).
+-export([counts/1, bindings/1, is_adopted/1]).
 %% For copying a store
--export([insert/3, remove/3, row/3, bound_to/2, first/1, next/2, has_server/2]).
+-export([insert/3, remove/3, row/3, bound_to/2, first/1, next/2, release/2, has_server/2]).
 
--export_type([state/0, iterator/0]).
+-export_type([state/0, iterator/0, kind/0, holder/0, bindings/0]).
 
 -type server_id() :: term().
 -type transport_id() :: term().
 -type bindings() :: #{transport_id() => server_id()}.
 -type kind() :: server | transport.
--type binding() :: unbound | {bound, server_id()}.
--type row() :: {Key :: {kind(), term()}, pid(), Config :: term(), binding()}.
-
--record(entry, {
-          pid :: pid(),
-          config :: term(),
-          %% One for each registration, not for each process: if a process has several ids, each of its entries
-          %% gets a 'DOWN' of its own, and no entry has to know of the others.
-          monitor :: reference()
-         }).
+%% The process of an entry, its monitor, and the process that made the monitor. Each registration has a monitor, not
+%% each process: if a process has several ids, each of its entries gets a 'DOWN' of its own, and no entry has to
+%% know of the others.
+-type holder() :: {pid(), Monitor :: reference(), MonitoredBy :: pid()}.
 
 -record(state, {
-          servers = #{} :: #{server_id() => #entry{}},
-          transports = #{} :: #{transport_id() => #entry{}},
-          bindings = #{} :: bindings(),
-          %% The inverse of bindings, without empty sets. A broadcast and the removal of a server
-          %% walk through it.
-          members = #{} :: #{server_id() => #{transport_id() => pid()}},
-          mirror = none :: ets:table() | none,
-          keeper = none :: reference() | none,
-          keeper_name = none :: atom(),
+          module :: erlmcp_registry_maps | erlmcp_registry_tables,
+          entries :: erlmcp_registry_maps:entries() | erlmcp_registry_tables:entries(),
+          keeper = none :: #{name := atom(), monitor := reference(), tables := erlmcp_registry_tables:tables()} | none,
+          %% Entries that are still to be adopted.
+          unadopted = done :: iterator() | done,
           %% When the last warning was logged (monotonic ms), and how many were suppressed since.
           warned = never :: integer() | never,
           suppressed = 0 :: non_neg_integer()
@@ -63,77 +56,134 @@
 
 -opaque state() :: #state{}.
 
-%% A snapshot of the entries that are still to be visited, servers first.
--type iterator() :: [{kind(), maps:iterator(term(), #entry{})}].
+%% Entries that are still to be visited, servers first.
+-type iterator() :: erlmcp_registry_tables:iterator() | [{kind(), [Id :: term()]}].
 
-%% Positions in a row of the mirror.
--define(CONFIG,  3).
--define(BINDING, 4).
+%% Calls a function of the entries' module. A call to a module in a variable takes 100 ns longer.
+-define(OF(Module, Call),
+        case Module of
+            erlmcp_registry_maps -> erlmcp_registry_maps:Call;
+            erlmcp_registry_tables -> erlmcp_registry_tables:Call
+        end).
 
+%% A slice of the adoption ends with the first entry after this time.
+-define(SLICE_US,         4_000).
+-define(MONITORS,         1_000).
 -define(WARN_INTERVAL_MS, 1000).
 
 %%% Beginning and end
 
 
-%% @doc An empty store of the calling process, without a mirror. With the name of a keeper: the store of a former
-%% process that used this keeper and was killed.
+%% @doc An empty store of the calling process. With the name of a keeper: the store of a former process that used this
+%% keeper and was killed.
 -spec open(Keeper :: atom()) -> state().
-open(none) -> #state{};
-open(Keeper) -> adopt(open_mirror(Keeper)).
+open(none) ->
+    new(none);
+open(Keeper) ->
+    case erlmcp_registry_tables:claim(Keeper) of
+        {ok, Tables, Monitor} ->
+            State = in_tables(Keeper, Monitor, Tables),
+            adopt(State#state{unadopted = first(State)});
+        none ->
+            new(Keeper)
+    end.
 
 
 %% @doc An empty store of the calling process; what the keeper holds is discarded.
 -spec new(Keeper :: atom()) -> state().
 new(none) ->
-    #state{};
+    #state{module = erlmcp_registry_maps, entries = erlmcp_registry_maps:new()};
 new(Keeper) ->
     ok = discard(Keeper),
-    new_mirror(Keeper).
+    Tables = erlmcp_registry_tables:new_tables(),
+    in_tables(Keeper, erlmcp_registry_tables:start_keeper(Keeper, Tables), Tables).
+
+
+-spec in_tables(Keeper :: atom(), Monitor :: reference(), erlmcp_registry_tables:tables()) -> state().
+in_tables(Keeper, Monitor, Tables) ->
+    #state{
+      module = erlmcp_registry_tables,
+      entries = erlmcp_registry_tables:new(Tables),
+      keeper = #{name => Keeper, monitor => Monitor, tables => Tables}
+     }.
 
 
 %% @doc From now on no process adopts this store. If the calling process goes on, it has to {@link unmonitor/2} all
-%% entries.
+%% entries and then {@link delete/1} the store.
 -spec close(state()) -> ok.
-close(#state{mirror = none}) ->
+close(#state{keeper = none}) ->
     ok;
-close(#state{mirror = Mirror, keeper = Monitor, keeper_name = Name}) ->
+close(#state{keeper = #{name := Keeper, monitor := Monitor}}) ->
     true = demonitor(Monitor, [flush]),
-    try
-        Keeper = whereis(Name),
-        true = unregister(Name),
-        %% A table of a million rows takes long to delete, and this process has requests to serve.
-        true = ets:give_away(Mirror, Keeper, closed),
-        Keeper ! {stop, self()},
-        ok
-    catch
-        %% The keeper was killed.
-        error:badarg -> delete_mirror(Mirror)
-    end.
-
-
-%% @doc Removes the monitors of some entries.
--spec unmonitor(iterator(), Count :: non_neg_integer()) -> iterator().
-unmonitor([], _Count) ->
-    [];
-unmonitor(Iterator, 0) ->
-    Iterator;
-unmonitor([{Kind, Entries} | Others], Count) ->
-    case maps:next(Entries) of
-        none ->
-            unmonitor(Others, Count);
-        {_Id, #entry{monitor = Monitor}, Next} ->
-            true = demonitor(Monitor, [flush]),
-            unmonitor([{Kind, Next} | Others], Count - 1)
-    end.
+    discard(Keeper).
 
 
 %% @doc From now on no process adopts what the keeper holds.
 -spec discard(Keeper :: atom()) -> ok.
 discard(Keeper) ->
-    case whereis(Keeper) of
-        undefined -> ok;
-        _Pid -> close(open_mirror(Keeper))
+    erlmcp_registry_tables:stop_keeper(Keeper).
+
+
+%% @doc Removes the monitors of some entries. Returns `done' if there are no more.
+-spec unmonitor(iterator(), state()) -> iterator() | done.
+unmonitor(Iterator, State) ->
+    unmonitor(?MONITORS, Iterator, State).
+
+
+-spec unmonitor(Count :: non_neg_integer(), iterator(), state()) -> iterator() | done.
+unmonitor(0, Iterator, _State) ->
+    Iterator;
+unmonitor(Count, Iterator, #state{module = Module, entries = Entries} = State) ->
+    case ?OF(Module, step(Iterator)) of
+        none ->
+            done;
+        {Kind, Id, Next} ->
+            true = demonitor_own(?OF(Module, holder(Kind, Id, Entries)), [flush]),
+            unmonitor(Count - 1, Next, State)
     end.
+
+
+%% @doc Deletes the tables of a store, if it has any.
+-spec delete(state()) -> ok.
+delete(#state{module = erlmcp_registry_tables, entries = Entries}) -> erlmcp_registry_tables:drop(Entries);
+delete(#state{module = erlmcp_registry_maps}) -> ok.
+
+
+%%% Adoption
+
+
+%% Adopts entries for some milliseconds, and then sends a message to continue behind those that have arrived.
+-spec adopt(state()) -> state().
+adopt(State) ->
+    adopt(State, now_us() + ?SLICE_US).
+
+
+-spec adopt(state(), DeadlineUs :: integer()) -> state().
+adopt(#state{module = Module, unadopted = Iterator} = State0, DeadlineUs) ->
+    case ?OF(Module, step(Iterator)) of
+        none ->
+            State0#state{unadopted = done};
+        {Kind, Id, Next} ->
+            {_Pid, State} = living(Kind, Id, State0#state{unadopted = Next}),
+            case now_us() >= DeadlineUs of
+                false ->
+                    adopt(State, DeadlineUs);
+                true ->
+                    self() ! {?MODULE, adopt},
+                    State
+            end
+    end.
+
+
+%% @doc Whether no entry of a former process is left to be adopted.
+-spec is_adopted(state()) -> boolean().
+is_adopted(#state{unadopted = Unadopted}) ->
+    Unadopted =:= done.
+
+
+-spec now_us() -> integer().
+now_us() ->
+    erlang:monotonic_time(microsecond).
 
 
 %%% Requests
@@ -141,12 +191,10 @@ discard(Keeper) ->
 
 %% @doc Carries out a request.
 -spec execute(term(), state()) -> {Reply :: term(), state()}.
-execute({find_server, Id}, State0) ->
-    State = reap(server, Id, State0),
-    {find(Id, State#state.servers), State};
-execute({find_transport, Id}, State0) ->
-    State = reap(transport, Id, State0),
-    {find(Id, State#state.transports), State};
+execute({find_server, Id}, State) ->
+    find(server, Id, State);
+execute({find_transport, Id}, State) ->
+    find(transport, Id, State);
 execute({register_server, Id, Pid, Config}, State) when is_pid(Pid) ->
     register(server, Id, Pid, Config, State);
 execute({register_transport, Id, Pid, Config}, State) when is_pid(Pid) ->
@@ -160,37 +208,35 @@ execute({unregister_server, Id}, State) ->
 execute({unregister_transport, Id}, State) ->
     {ok, remove(transport, Id, State)};
 execute({update_server, Id, Config}, State0) ->
-    case reap(server, Id, State0) of
-        #state{servers = #{Id := Entry} = Servers} = State ->
-            mirror_update(State, {server, Id}, {?CONFIG, Config}),
-            {ok, State#state{servers = Servers#{Id := Entry#entry{config = Config}}}};
-        State ->
-            {{error, not_found}, State}
+    case living(server, Id, State0) of
+        {none, State} ->
+            {{error, not_found}, State};
+        {_Pid, #state{module = Module, entries = Entries} = State} ->
+            {ok, State#state{entries = ?OF(Module, set_config(server, Id, Config, Entries))}}
     end;
 execute({bind_transport_to_server, TransportId, ServerId}, State0) ->
-    case reap(transport, TransportId, reap(server, ServerId, State0)) of
-        #state{servers = #{ServerId := _}, transports = #{TransportId := _}} = State ->
-            mirror_update(State, {transport, TransportId}, {?BINDING, {bound, ServerId}}),
-            {ok, bind(TransportId, ServerId, State)};
-        #state{servers = #{ServerId := _}} = State ->
-            {{error, transport_not_found}, State};
-        State ->
-            {{error, server_not_found}, State}
+    {Server, State1} = living(server, ServerId, State0),
+    {Transport, State} = living(transport, TransportId, State1),
+    case {Server, Transport} of
+        {none, _} -> {{error, server_not_found}, State};
+        {_, none} -> {{error, transport_not_found}, State};
+        {_, Pid} -> {ok, bind(TransportId, Pid, ServerId, State)}
     end;
 execute({unbind_transport, TransportId}, State) ->
     {ok, unbind(TransportId, State)};
 execute({get_server_for_transport, TransportId}, State0) ->
-    State = reap_bound(TransportId, State0),
-    case State#state.bindings of
-        #{TransportId := ServerId} when ServerId =/= undefined -> {{ok, ServerId}, State};
+    {_Pid, State1} = living(transport, TransportId, State0),
+    State = reap_target(binding(TransportId, State1), State1),
+    case binding(TransportId, State) of
+        {bound, ServerId} when ServerId =/= undefined -> {{ok, ServerId}, State};
         _ -> {{error, not_found}, State}
     end;
 execute(list_servers, State) ->
-    {list(State#state.servers), State};
+    {list(server, State), State};
 execute(list_transports, State) ->
-    {list(State#state.transports), State};
+    {list(transport, State), State};
 execute(get_all_state, State) ->
-    {{ok, {registry_state, State#state.bindings}}, State};
+    {{ok, {registry_state, bindings(State)}}, State};
 execute({restore_state, {registry_state, Bindings}}, State) when is_map(Bindings) ->
     {ok, restore(Bindings, State)};
 execute({restore_state, _Invalid}, State) ->
@@ -205,44 +251,64 @@ execute(_Request, State) ->
 %% @doc Routes a message that was sent to the process.
 -spec route(Cast :: term(), state()) -> state().
 route({route_to_server, ServerId, TransportId, Message}, State) ->
-    case State#state.servers of
-        #{ServerId := #entry{pid = Pid}} ->
-            sent(erlmcp_delivery:send(Pid, {mcp_message, TransportId, Message}), server, ServerId, State);
+    route(server, ServerId, {mcp_message, TransportId, Message}, State);
+route({route_to_transport, broadcast, ServerId, Message}, State0) ->
+    {Members, State} = members(ServerId, State0),
+    case map_size(Members) of
+        0 ->
+            warn(transport_of, ServerId, State);
         _ ->
-            warn(server, ServerId, State)
-    end;
-route({route_to_transport, broadcast, ServerId, Message}, State) ->
-    case State#state.members of
-        #{ServerId := Members} ->
             Response = {mcp_response, ServerId, Message},
             Send = fun(TransportId, Pid, S) -> sent(erlmcp_delivery:send(Pid, Response), transport, TransportId, S) end,
-            maps:fold(Send, State, Members);
-        _ ->
-            warn(transport_of, ServerId, State)
+            maps:fold(Send, State, Members)
     end;
 route({route_to_transport, TransportId, ServerId, Message}, State) ->
-    case State#state.transports of
-        #{TransportId := #entry{pid = Pid}} ->
-            sent(erlmcp_delivery:send(Pid, {mcp_response, ServerId, Message}), transport, TransportId, State);
-        _ ->
-            warn(transport, TransportId, State)
-    end;
+    route(transport, TransportId, {mcp_response, ServerId, Message}, State);
 route(_Unknown, State) ->
     State.
 
 
+-spec route(kind(), Id :: term(), Message :: term(), state()) -> state().
+route(Kind, Id, Message, #state{module = Module, entries = Entries} = State0) ->
+    case ?OF(Module, target(Kind, Id, Entries)) of
+        none ->
+            case living(Kind, Id, State0) of
+                {none, State} ->
+                    warn(Kind, Id, State);
+                {Pid, State} ->
+                    Kept = State#state{entries = ?OF(Module, keep_target(Kind, Id, Pid, State#state.entries))},
+                    sent(erlmcp_delivery:send(Pid, Message), Kind, Id, Kept)
+            end;
+        Pid ->
+            sent(erlmcp_delivery:send(Pid, Message), Kind, Id, State0)
+    end.
+
+
+%% The transports that are bound to a server. The bindings to a server that exited before it was monitored have ended.
+-spec members(server_id(), state()) -> {#{transport_id() => pid()}, state()}.
+members(ServerId, #state{unadopted = done, module = Module, entries = Entries} = State) ->
+    {Members, Kept} = ?OF(Module, members(ServerId, Entries)),
+    {Members, State#state{entries = Kept}};
+members(ServerId, State0) ->
+    {_Server, #state{module = Module, entries = Entries} = State} = living(server, ServerId, State0),
+    {Members, Kept} = ?OF(Module, members(ServerId, Entries)),
+    {Members, State#state{entries = Kept}}.
+
+
 %% @doc Handles a message that may be the 'DOWN' of a registered process.
 -spec info(Info :: term(), state()) -> state().
-info({{down, Kind, Id}, Monitor, process, _Pid, _Reason}, State) ->
+info({{down, Kind, Id}, Monitor, process, _Pid, _Reason}, #state{module = Module, entries = Entries} = State) ->
     %% The id may have a new process by now, and a demonitor does not remove a 'DOWN' that has arrived
     %% already: the reference tells them apart.
-    case entries(Kind, State) of
-        #{Id := #entry{monitor = Monitor}} -> remove(Kind, Id, State);
+    case ?OF(Module, holder(Kind, Id, Entries)) of
+        {_, Monitor, _} -> remove(Kind, Id, State);
         _ -> State
     end;
-info({'DOWN', Keeper, process, _Pid, _Reason}, #state{keeper = Keeper} = State) ->
-    #state{mirror = Mirror, keeper_name = Name} = State,
-    State#state{keeper = start_keeper(Name, Mirror)};
+info({?MODULE, adopt}, #state{unadopted = [_ | _]} = State) ->
+    adopt(State);
+info({'DOWN', Monitor, process, _Pid, _Reason}, #state{keeper = #{monitor := Monitor} = Keeper} = State) ->
+    #{name := Name, tables := Tables} = Keeper,
+    State#state{keeper = Keeper#{monitor := erlmcp_registry_tables:start_keeper(Name, Tables)}};
 info({transport_data, TransportId, Data}, State) ->
     case execute({get_server_for_transport, TransportId}, State) of
         {{ok, ServerId}, Found} -> route({route_to_server, ServerId, TransportId, Data}, Found);
@@ -253,13 +319,19 @@ info(_Info, State) ->
 
 
 -spec counts(state()) -> #{servers := non_neg_integer(), transports := non_neg_integer()}.
-counts(#state{servers = Servers, transports = Transports}) ->
-    #{servers => map_size(Servers), transports => map_size(Transports)}.
+counts(#state{module = Module, entries = Entries}) ->
+    ?OF(Module, counts(Entries)).
 
 
+%% @doc The bindings, without those that ended with a process before it was adopted.
 -spec bindings(state()) -> bindings().
-bindings(#state{bindings = Bindings}) ->
-    Bindings.
+bindings(#state{unadopted = done, module = Module, entries = Entries}) ->
+    ?OF(Module, bindings(Entries));
+bindings(#state{module = Module, entries = Entries}) ->
+    Exited = fun(Kind) -> [ Id || {Id, {Pid, _Config}} <- ?OF(Module, list(Kind, Entries)), not is_alive(Pid) ] end,
+    Servers = maps:from_keys(Exited(server), exited),
+    Bound = maps:without(Exited(transport), ?OF(Module, bindings(Entries))),
+    maps:filter(fun(_TransportId, ServerId) -> not is_map_key(ServerId, Servers) end, Bound).
 
 
 %%% Copying
@@ -267,167 +339,140 @@ bindings(#state{bindings = Bindings}) ->
 
 %% @doc Inserts a registration of another store under an id that is free here. Its process may have exited.
 -spec insert(kind(), erlmcp_registry_native:row(), state()) -> state().
-insert(Kind, {Id, Pid, Config, Binding}, State) ->
-    Row = {{Kind, Id}, Pid, Config, Binding},
-    true = mirror_insert(State, Row),
-    add(Row, State).
+insert(Kind, {Id, Pid, Config, Binding}, #state{module = Module, entries = Entries} = State) ->
+    State#state{entries = ?OF(Module, insert(Kind, {Id, Config, Binding}, monitored(Kind, Id, Pid), Entries))}.
 
 
-%% @doc For {@link next/2}.
+%% @doc For {@link next/2}. A walk that is not continued to its end has to be released.
 -spec first(state()) -> iterator().
-first(#state{servers = Servers, transports = Transports}) ->
-    [{server, maps:iterator(Servers)}, {transport, maps:iterator(Transports)}].
+first(#state{module = Module, entries = Entries}) ->
+    ?OF(Module, first(Entries)).
 
 
-%% @doc The next entry that was there at {@link first/1} and still exists, with its present values.
+%% @doc The next entry, with its present values. Each that was there at {@link first/1} and still exists comes once;
+%% those registered since may come.
 -spec next(iterator(), state()) -> {kind(), erlmcp_registry_native:row(), iterator()} | none.
-next([], _State) ->
-    none;
-next([{Kind, Iterator} | Others], State) ->
-    case maps:next(Iterator) of
+next(Iterator, #state{module = Module} = State) ->
+    case ?OF(Module, step(Iterator)) of
         none ->
-            next(Others, State);
-        {Id, _Then, Next} ->
+            none;
+        {Kind, Id, Next} ->
             case row(Kind, Id, State) of
-                none -> next([{Kind, Next} | Others], State);
-                Row -> {Kind, Row, [{Kind, Next} | Others]}
+                none -> next(Next, State);
+                Row -> {Kind, Row, Next}
             end
     end.
 
 
+-spec release(iterator(), state()) -> ok.
+release(Iterator, #state{module = Module}) ->
+    ?OF(Module, release(Iterator)).
+
+
 %% @doc An entry, whose process may have exited.
 -spec row(kind(), term(), state()) -> erlmcp_registry_native:row() | none.
-row(Kind, Id, State) ->
-    case entries(Kind, State) of
-        #{Id := #entry{pid = Pid, config = Config}} -> {Id, Pid, Config, binding(Kind, Id, State)};
-        _ -> none
+row(Kind, Id, #state{module = Module, entries = Entries} = State) ->
+    case ?OF(Module, holder(Kind, Id, Entries)) of
+        none -> none;
+        {Pid, _, _} when Kind =:= server -> {Id, Pid, ?OF(Module, config(Kind, Id, Entries)), unbound};
+        {Pid, _, _} -> {Id, Pid, ?OF(Module, config(Kind, Id, Entries)), binding(Id, State)}
     end.
 
 
-%% @doc The transports that are bound to a server, registered or not.
+%% @doc The transports that are bound to a server.
 -spec bound_to(server_id(), state()) -> [transport_id()].
-bound_to(ServerId, #state{members = Members}) ->
-    case Members of
-        #{ServerId := Bound} -> maps:keys(Bound);
-        _ -> []
-    end.
+bound_to(ServerId, #state{module = Module, entries = Entries}) ->
+    ?OF(Module, bound_to(ServerId, Entries)).
 
 
 -spec has_server(server_id(), state()) -> boolean().
-has_server(Id, #state{servers = Servers}) ->
-    is_map_key(Id, Servers).
-
-
--spec binding(kind(), term(), state()) -> binding().
-binding(transport, Id, #state{bindings = Bindings}) when is_map_key(Id, Bindings) -> {bound, map_get(Id, Bindings)};
-binding(_Kind, _Id, _State) -> unbound.
+has_server(Id, #state{module = Module, entries = Entries}) ->
+    ?OF(Module, has(server, Id, Entries)).
 
 
 %%% Entries
 
 
--spec register(kind(), term(), pid(), term(), #state{}) ->
-          {ok | {error, already_registered}, #state{}}.
-register(Kind, Id, Pid, Config, State0) ->
-    State = reap(Kind, Id, State0),
-    case entries(Kind, State) of
-        #{Id := #entry{pid = Pid}} ->
-            {same_pid(), State};
-        #{Id := _} ->
-            {{error, already_registered}, State};
-        _ ->
-            Row = {{Kind, Id}, Pid, Config, configured_binding(Kind, Config)},
-            mirror_insert(State, Row),
-            {ok, add(Row, reap_target(Row, State))}
+-spec find(kind(), term(), state()) -> {{ok, {pid(), Config :: term()}} | {error, not_found}, state()}.
+find(Kind, Id, State0) ->
+    case living(Kind, Id, State0) of
+        {none, State} ->
+            {{error, not_found}, State};
+        {Pid, #state{module = Module, entries = Entries} = State} ->
+            {{ok, {Pid, ?OF(Module, config(Kind, Id, Entries))}}, State}
     end.
 
 
-%% The new entry for a row of the mirror.
--spec add(row(), #state{}) -> #state{}.
-add({{Kind, Id}, Pid, Config, Binding}, State0) ->
-    State = set_entries(Kind, (entries(Kind, State0))#{Id => new_entry(Kind, Id, Pid, Config)}, State0),
-    case Binding of
-        {bound, ServerId} -> bind(Id, ServerId, State);
-        unbound -> State
+-spec register(kind(), term(), pid(), term(), state()) -> {ok | {error, already_registered}, state()}.
+register(Kind, Id, Pid, Config, #state{module = Module, entries = Entries} = State0) ->
+    case ?OF(Module, has(Kind, Id, Entries)) andalso living(Kind, Id, State0) of
+        false -> {ok, enter(Kind, Id, Pid, Config, State0)};
+        {none, State} -> {ok, enter(Kind, Id, Pid, Config, State)};
+        {Pid, State} -> {same_pid(), State};
+        {_Other, State} -> {{error, already_registered}, State}
     end.
 
 
--spec new_entry(kind(), term(), pid(), Config :: term()) -> #entry{}.
-new_entry(Kind, Id, Pid, Config) ->
-    #entry{pid = Pid, config = Config, monitor = monitor(process, Pid, [{tag, {down, Kind, Id}}])}.
+-spec enter(kind(), term(), pid(), term(), state()) -> state().
+enter(transport, Id, Pid, #{server_id := ServerId} = Config, State) when ServerId =/= undefined ->
+    Binding = {bound, ServerId},
+    insert(transport, {Id, Pid, Config, Binding}, reap_target(Binding, State));
+enter(Kind, Id, Pid, Config, State) ->
+    insert(Kind, {Id, Pid, Config, unbound}, State).
+
+
+%% A binding made ahead of a server must not be removed by the 'DOWN' of an earlier server of that id.
+-spec reap_target(erlmcp_registry_native:binding(), state()) -> state().
+reap_target({bound, ServerId}, State) -> element(2, living(server, ServerId, State));
+reap_target(unbound, State) -> State.
 
 
 %% @doc Removes an entry, if there is one of that id.
 -spec remove(kind(), term(), state()) -> state().
-remove(Kind, Id, State0) ->
-    case maps:take(Id, entries(Kind, State0)) of
-        {#entry{monitor = Monitor}, Entries} ->
-            true = demonitor(Monitor),
-            State = case Kind of
-                        server -> unbind_all(Id, State0);
-                        transport -> forget_binding(Id, State0)
-                    end,
-            %% After the bindings: if the registry is killed before this, the mirror has no binding to a server
-            %% that it has lost.
-            mirror_delete(State, {Kind, Id}),
-            set_entries(Kind, Entries, State);
-        error ->
-            %% The bindings of an unknown server stay too: they were made ahead of it.
-            State0
+remove(Kind, Id, #state{module = Module, entries = Entries} = State) ->
+    case ?OF(Module, holder(Kind, Id, Entries)) of
+        %% The bindings of an unknown server stay too: they were made ahead of it.
+        none -> State;
+        Holder -> remove(Kind, Id, Holder, State)
     end.
 
 
-%% Removes an entry whose process has exited, before its 'DOWN' arrives.
--spec reap(kind(), term(), #state{}) -> #state{}.
-reap(Kind, Id, State) ->
-    case entries(Kind, State) of
-        #{Id := #entry{pid = Pid}} ->
+-spec remove(kind(), term(), holder(), state()) -> state().
+remove(Kind, Id, Holder, #state{module = Module, entries = Entries} = State) ->
+    true = demonitor_own(Holder, []),
+    State#state{entries = ?OF(Module, delete(Kind, Id, Entries))}.
+
+
+%% The process of an id, if it is alive. If it has exited, removes the entry, before its 'DOWN' arrives. If this process
+%% does not monitor it yet, adopts it.
+-spec living(kind(), term(), state()) -> {pid() | none, state()}.
+living(Kind, Id, #state{module = Module, entries = Entries} = State) ->
+    case ?OF(Module, holder(Kind, Id, Entries)) of
+        none ->
+            {none, State};
+        {Pid, _Monitor, MonitoredBy} = Holder ->
             case is_alive(Pid) of
-                true -> State;
-                false -> remove(Kind, Id, State)
-            end;
-        _ ->
-            State
+                true when MonitoredBy =:= self() -> {Pid, State};
+                true -> {Pid, State#state{entries = ?OF(Module, set_holder(Kind, Id, monitored(Kind, Id, Pid), Entries))}};
+                false -> {none, remove(Kind, Id, Holder, State)}
+            end
     end.
 
 
-%% A binding made ahead of a server must not be removed by the 'DOWN' of an earlier server of that id.
--spec reap_target(row(), #state{}) -> #state{}.
-reap_target({_Key, _Pid, _Config, {bound, ServerId}}, State) -> reap(server, ServerId, State);
-reap_target({_Key, _Pid, _Config, unbound}, State) -> State.
+-spec monitored(kind(), term(), pid()) -> holder().
+monitored(Kind, Id, Pid) ->
+    {Pid, monitor(process, Pid, [{tag, {down, Kind, Id}}]), self()}.
 
 
--spec reap_bound(transport_id(), #state{}) -> #state{}.
-reap_bound(TransportId, State0) ->
-    State = reap(transport, TransportId, State0),
-    case State#state.bindings of
-        #{TransportId := ServerId} -> reap(server, ServerId, State);
-        _ -> State
-    end.
+%% The monitors of a former process went with it.
+-spec demonitor_own(holder() | none, [flush]) -> true.
+demonitor_own({_Pid, Monitor, MonitoredBy}, Options) when MonitoredBy =:= self() -> demonitor(Monitor, Options);
+demonitor_own(_NotOwn, _Options) -> true.
 
 
--spec find(term(), #{term() => #entry{}}) -> {ok, {pid(), term()}} | {error, not_found}.
-find(Id, Entries) ->
-    case Entries of
-        #{Id := #entry{pid = Pid, config = Config}} -> {ok, {Pid, Config}};
-        _ -> {error, not_found}
-    end.
-
-
--spec list(#{term() => #entry{}}) -> [{Id :: term(), {pid(), Config :: term()}}].
-list(Entries) ->
-    [ {Id, {Pid, Config}}
-      || {Id, #entry{pid = Pid, config = Config}} <- maps:to_list(Entries), is_alive(Pid) ].
-
-
--spec entries(kind(), #state{}) -> #{term() => #entry{}}.
-entries(server, State) -> State#state.servers;
-entries(transport, State) -> State#state.transports.
-
-
--spec set_entries(kind(), #{term() => #entry{}}, #state{}) -> #state{}.
-set_entries(server, Servers, State) -> State#state{servers = Servers};
-set_entries(transport, Transports, State) -> State#state{transports = Transports}.
+-spec list(kind(), state()) -> [{Id :: term(), {pid(), Config :: term()}}].
+list(Kind, #state{module = Module, entries = Entries}) ->
+    [ Entry || {_Id, {Pid, _Config}} = Entry <- ?OF(Module, list(Kind, Entries)), is_alive(Pid) ].
 
 
 -spec same_pid() -> ok | {error, already_registered}.
@@ -446,79 +491,33 @@ is_alive(Pid) ->
 %%% Bindings
 
 
--spec configured_binding(kind(), term()) -> binding().
-configured_binding(transport, #{server_id := ServerId}) when ServerId =/= undefined ->
-    {bound, ServerId};
-configured_binding(_Kind, _Config) ->
-    unbound.
+-spec binding(transport_id(), state()) -> erlmcp_registry_native:binding().
+binding(Id, #state{module = Module, entries = Entries}) ->
+    ?OF(Module, binding(Id, Entries)).
 
 
 %% The transport is registered.
--spec bind(transport_id(), server_id(), #state{}) -> #state{}.
-bind(TransportId, ServerId, State0) ->
-    State = forget_binding(TransportId, State0),
-    #state{transports = #{TransportId := #entry{pid = Pid}}, members = Members} = State,
-    Siblings = maps:get(ServerId, Members, #{}),
-    State#state{
-      bindings = (State#state.bindings)#{TransportId => ServerId},
-      members = Members#{ServerId => Siblings#{TransportId => Pid}}
-     }.
+-spec bind(transport_id(), pid(), server_id(), state()) -> state().
+bind(Id, Pid, ServerId, #state{module = Module, entries = Entries} = State) ->
+    State#state{entries = ?OF(Module, bind(Id, Pid, ServerId, Entries))}.
 
 
--spec unbind(transport_id(), #state{}) -> #state{}.
-unbind(TransportId, State) ->
-    mirror_update(State, {transport, TransportId}, {?BINDING, unbound}),
-    forget_binding(TransportId, State).
+-spec unbind(transport_id(), state()) -> state().
+unbind(Id, #state{module = Module, entries = Entries} = State) ->
+    State#state{entries = ?OF(Module, unbind(Id, Entries))}.
 
 
--spec forget_binding(transport_id(), #state{}) -> #state{}.
-forget_binding(TransportId, #state{members = Members} = State) ->
-    case maps:take(TransportId, State#state.bindings) of
-        {ServerId, Bindings} ->
-            Siblings = maps:remove(TransportId, map_get(ServerId, Members)),
-            State#state{
-              bindings = Bindings,
-              members = case map_size(Siblings) of
-                            0 -> maps:remove(ServerId, Members);
-                            _ -> Members#{ServerId := Siblings}
-                        end
-             };
-        error ->
-            State
-    end.
-
-
--spec unbind_all(server_id(), #state{}) -> #state{}.
-unbind_all(ServerId, State) ->
-    case maps:take(ServerId, State#state.members) of
-        {Siblings, Members} ->
-            Ids = maps:keys(Siblings),
-            lists:foreach(fun(Id) ->
-                                  mirror_update(State, {transport, Id}, {?BINDING, unbound})
-                          end,
-                          Ids),
-            State#state{bindings = maps:without(Ids, State#state.bindings), members = Members};
-        error ->
-            State
-    end.
-
-
--spec restore(bindings(), #state{}) -> #state{}.
-restore(Bindings, State0) ->
-    Unbound = lists:foldl(fun unbind/2, State0, maps:keys(State0#state.bindings)),
+-spec restore(bindings(), state()) -> state().
+restore(Bindings, #state{module = Module, entries = Entries} = State0) ->
     maps:fold(
       fun(TransportId, ServerId, State1) ->
-              case reap(transport, TransportId, reap(server, ServerId, State1)) of
-                  #state{transports = #{TransportId := _}} = State ->
-                      mirror_update(State,
-                                    {transport, TransportId},
-                                    {?BINDING, {bound, ServerId}}),
-                      bind(TransportId, ServerId, State);
-                  State ->
-                      State
+              {_Server, State2} = living(server, ServerId, State1),
+              case living(transport, TransportId, State2) of
+                  {none, State} -> State;
+                  {Pid, State} -> bind(TransportId, Pid, ServerId, State)
               end
       end,
-      Unbound,
+      lists:foldl(fun unbind/2, State0, maps:keys(?OF(Module, bindings(Entries)))),
       Bindings).
 
 
@@ -545,133 +544,4 @@ warn(Event, Target, Id, Details, #state{warned = Warned, suppressed = Suppressed
             State#state{warned = Now, suppressed = 0};
         false ->
             State#state{suppressed = Suppressed + 1}
-    end.
-
-
-%%% The mirror and its keeper
-%%
-%% One row an entry. The registry owns the table, so that a write never depends on another process;
-%% the keeper is its heir, and holds it from the death of one registry to the start of the next.
-
-
--spec mirror_insert(#state{}, row()) -> true.
-mirror_insert(#state{mirror = none}, _Row) -> true;
-mirror_insert(#state{mirror = Mirror}, Row) -> ets:insert(Mirror, Row).
-
-
-%% Changes nothing if there is no such row.
--spec mirror_update(#state{}, {kind(), term()}, {pos_integer(), term()}) -> ok.
-mirror_update(#state{mirror = none}, _Key, _Change) ->
-    ok;
-mirror_update(#state{mirror = Mirror}, Key, Change) ->
-    _ = ets:update_element(Mirror, Key, Change),
-    ok.
-
-
--spec mirror_delete(#state{}, {kind(), term()}) -> true.
-mirror_delete(#state{mirror = none}, _Key) -> true;
-mirror_delete(#state{mirror = Mirror}, Key) -> ets:delete(Mirror, Key).
-
-
--spec delete_mirror(ets:table()) -> ok.
-delete_mirror(Mirror) ->
-    true = ets:delete(Mirror),
-    ok.
-
-
-%% The registrations of the table, as they would be if this process had handled every exit since
-%% its predecessor was killed.
--spec adopt(#state{}) -> #state{}.
-adopt(#state{mirror = Mirror} = State) ->
-    Rows = ets:tab2list(Mirror),
-    %% Whole maps at once, which takes half the time of inserting entry by entry.
-    Bound = [ {Id, Pid, ServerId} || {{transport, Id}, Pid, _, {bound, ServerId}} <- Rows ],
-    Members = maps:groups_from_list(fun({_Id, _Pid, ServerId}) -> ServerId end,
-                                    fun({Id, Pid, _ServerId}) -> {Id, Pid} end,
-                                    Bound),
-    Adopted = State#state{
-                servers = maps:from_list(entries_of(server, Rows)),
-                transports = maps:from_list(entries_of(transport, Rows)),
-                bindings = maps:from_list([ {Id, ServerId} || {Id, _Pid, ServerId} <- Bound ]),
-                members = maps:map(fun(_ServerId, Siblings) -> maps:from_list(Siblings) end, Members)
-               },
-    %% Entries of exited processes last: this removes the bindings to them, and keeps those made ahead of a server.
-    lists:foldl(fun({{Kind, Id}, Pid, _, _}, State1) ->
-                        case is_alive(Pid) of
-                            true -> State1;
-                            false -> remove(Kind, Id, State1)
-                        end
-                end,
-                Adopted,
-                Rows).
-
-
--spec entries_of(kind(), [row()]) -> [{Id :: term(), #entry{}}].
-entries_of(Kind, Rows) ->
-    [ {Id, new_entry(Kind, Id, Pid, Config)} || {{RowKind, Id}, Pid, Config, _} <- Rows, RowKind =:= Kind ].
-
-
-%% The state of a registry without entries yet, and the mirror of its predecessor or an empty one.
--spec open_mirror(atom()) -> #state{}.
-open_mirror(Name) ->
-    case whereis(Name) of
-        undefined ->
-            new_mirror(Name);
-        Keeper ->
-            Monitor = monitor(process, Keeper),
-            Keeper ! {claim, self()},
-            receive
-                {'ETS-TRANSFER', Mirror, Keeper, claimed} ->
-                    #state{mirror = Mirror, keeper = Monitor, keeper_name = Name};
-                {'DOWN', Monitor, process, Keeper, _} ->
-                    new_mirror(Name)
-            end
-    end.
-
-
--spec new_mirror(atom()) -> #state{}.
-new_mirror(Name) ->
-    Mirror = ets:new(?MODULE, [set, protected]),
-    #state{mirror = Mirror, keeper = start_keeper(Name, Mirror), keeper_name = Name}.
-
-
--spec start_keeper(atom(), ets:table()) -> reference().
-start_keeper(Name, Mirror) ->
-    Registry = self(),
-    {Keeper, Monitor} = spawn_monitor(fun() -> keeper(Registry) end),
-    %% Registered by this process: a registry that is started after this one was killed must find the keeper.
-    true = erlang:register(Name, Keeper),
-    true = ets:setopts(Mirror, {heir, Keeper, inherited}),
-    Monitor.
-
-
-%% The runtime transfers the tables of an exited process before it fires the monitors. If no table has
-%% arrived, the registry deleted it in an orderly exit, or exited before this process was its heir.
--spec keeper(pid()) -> ok.
-keeper(Registry) ->
-    Monitor = monitor(process, Registry),
-    receive
-        {'DOWN', Monitor, process, Registry, _} ->
-            receive
-                {'ETS-TRANSFER', Mirror, Registry, inherited} -> hand_over(Mirror)
-            after
-                0 ->
-                    ok
-            end;
-        {stop, Registry} ->
-            ok
-    end.
-
-
-%% The keeper stays the heir of the table, so that the table always has one.
--spec hand_over(ets:table()) -> ok.
-hand_over(Mirror) ->
-    receive
-        {claim, Registry} ->
-            try ets:give_away(Mirror, Registry, claimed) of
-                true -> keeper(Registry)
-            catch
-                %% The claimant has exited too.
-                error:badarg -> hand_over(Mirror)
-            end
     end.

@@ -1,6 +1,6 @@
 %%% @private
 %%% Registrations in native memory, for the modules with the public API ({@link erlmcp_registry},
-%%% {@link erlmcp_shard_registry}) and for the registry's process.
+%%% {@link erlmcp_shard_registry}, {@link erlmcp_group}) and for the registry's process.
 %%%
 %%% Everything runs in the calling process. Nothing here is a server.
 %%%
@@ -15,9 +15,12 @@
 -module(erlmcp_registry_native).
 
 %% Registration
--export([register/5, register/6, register_or_find/4, replace/4, unregister/3, release/3, update_server/3]).
+-export([register/5, register/6, register_or_find/4, replace/4, unregister/3, release/3]).
+-export([update_server/3, update_connection/3]).
+%% Groups
+-export([join/3, leave/3]).
 %% Look-up
--export([find/3, row/3, list/2, list_shard/2, connections_of/2, counts/1]).
+-export([find/3, row/3, list/2, list_shard/2, connections_of/2, groups_of/2, counts/1]).
 %% Bindings
 -export([bind/4, unbind/2, bound_server/2, bindings/1, restore/2]).
 %% Requests and casts of the registry's process
@@ -109,6 +112,26 @@ replace(Registry, Id, Pid, Config) ->
     end.
 
 
+%% @doc Makes a process a member of a group; `ok' also if it is one.
+-spec join(erlmcp_nif:registry(), Group :: term(), pid()) -> ok | {error, registry_full}.
+join(Registry, Group, Pid) ->
+    case monitored(Pid, none, fun(Monitored) -> erlmcp_nif:join_group(Registry, Group, Pid, Monitored) end) of
+        ok -> ok;
+        {already_registered, Pid} -> ok;
+        registry_full -> full(Registry)
+    end.
+
+
+%% @doc Ends the membership of a process in a group.
+-spec leave(erlmcp_nif:registry(), Group :: term(), pid()) -> ok | {error, not_joined}.
+leave(Registry, Group, Pid) ->
+    case erlmcp_nif:leave_group(Registry, Group, Pid) of
+        ok -> ok;
+        {ok, Sentinel} -> end_sentinel(Sentinel);
+        not_joined -> {error, not_joined}
+    end.
+
+
 -spec full(erlmcp_nif:registry()) -> {error, registry_full}.
 full(Registry) ->
     {_Shards, MaxEntries, _MaxIdBytes} = erlmcp_nif:limits(Registry),
@@ -162,7 +185,13 @@ release(Registry, Id, Pid) ->
 %% @doc Replaces the config of a server; its process and its bindings stay.
 -spec update_server(erlmcp_nif:registry(), term(), term()) -> ok | {error, not_found} | diverted.
 update_server(Registry, Id, Config) ->
-    erlmcp_nif:update_server(Registry, Id, Config).
+    erlmcp_nif:update(Registry, server, Id, Config).
+
+
+%% @doc Replaces the capabilities of a connection; its process and its bucket stay.
+-spec update_connection(erlmcp_nif:registry(), term(), term()) -> ok | {error, not_found}.
+update_connection(Registry, Id, Capabilities) ->
+    erlmcp_nif:update(Registry, connection, Id, Capabilities).
 
 
 %%% Look-up
@@ -203,16 +232,28 @@ list_shard(Registry, Shard) ->
     erlmcp_nif:list_shard(Registry, Shard).
 
 
-%% @doc The ids of a local process. The VM knows which native monitors a process has, so nothing is kept for this.
+%% @doc The ids of the connections of a local process.
+-spec connections_of(erlmcp_nif:registry(), pid()) -> [term()].
+connections_of(Registry, Pid) ->
+    watched(Registry, Pid, fun erlmcp_nif:watched_connections/2).
+
+
+%% @doc The groups of a local process.
+-spec groups_of(erlmcp_nif:registry(), pid()) -> [term()].
+groups_of(Registry, Pid) ->
+    watched(Registry, Pid, fun erlmcp_nif:watched_groups/2).
+
+
+%% The VM knows which native monitors a process has, so nothing is kept for this.
 %%
 %% A process that asks for its own monitors is not told of those whose signals it has not received yet. So it has another
 %% process ask.
--spec connections_of(erlmcp_nif:registry(), pid()) -> [term()].
-connections_of(Registry, Pid) when Pid =:= self() ->
+-spec watched(erlmcp_nif:registry(), pid(), fun((erlmcp_nif:registry(), [reference()]) -> [term()])) -> [term()].
+watched(Registry, Pid, Watched) when Pid =:= self() ->
     %% A wrong registry is the caller's error.
     _ = erlmcp_nif:limits(Registry),
     Reference = make_ref(),
-    {Asking, Monitor} = spawn_monitor(fun() -> Pid ! {Reference, connections_of(Registry, Pid)} end),
+    {Asking, Monitor} = spawn_monitor(fun() -> Pid ! {Reference, watched(Registry, Pid, Watched)} end),
     receive
         {Reference, Ids} ->
             true = demonitor(Monitor, [flush]),
@@ -220,9 +261,9 @@ connections_of(Registry, Pid) when Pid =:= self() ->
         {'DOWN', Monitor, process, Asking, Reason} ->
             error(Reason)
     end;
-connections_of(Registry, Pid) ->
+watched(Registry, Pid, Watched) ->
     case process_info(Pid, monitored_by) of
-        {monitored_by, Watches} -> erlmcp_nif:watched_connections(Registry, [ Watch || Watch <- Watches, is_reference(Watch) ]);
+        {monitored_by, Watches} -> Watched(Registry, [ Watch || Watch <- Watches, is_reference(Watch) ]);
         undefined -> []
     end.
 

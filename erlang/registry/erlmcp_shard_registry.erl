@@ -36,6 +36,7 @@
 -export([register_connection/3, register_connection/4]).
 -export([register_or_find_connection/3, register_or_find_connection/4]).
 -export([replace_connection/3, replace_connection/4]).
+-export([update_connection/2, update_connection/3]).
 -export([unregister_connection/1, unregister_connection/2]).
 -export([release_connection/2, release_connection/3]).
 %% Look-up
@@ -46,6 +47,7 @@
 -export([get_shard_id/1, get_shard_id/2]).
 -export([list_connections/1, list_connections/2]).
 -export([fold_connections/2, fold_connections/3]).
+-export([select_connections/1, select_connections/2]).
 %% Counting
 -export([count/0, count/1, count/2, stats/0, stats/1, stats/2]).
 %% OTP `via' names
@@ -74,6 +76,7 @@
                    servers := non_neg_integer(),
                    transports := non_neg_integer(),
                    connections := non_neg_integer(),
+                   memberships := non_neg_integer(),
                    fullest_shard := {shard_id(), non_neg_integer()},
                    emptiest_shard := {shard_id(), non_neg_integer()}
                   }.
@@ -189,9 +192,8 @@ replace_connection(Id, Pid, Capabilities) ->
 %% and it is the caller's choice whether to tell it. `undefined': the id was free.
 %%
 %% One atomic step: a look-up finds the former process or the new one. A list that is made meanwhile may have either,
-%% both or neither of them. Also changes the capabilities of a
-%% connection, with its own process as `Pid'. The connection begins anew: its token bucket is full, and has the limits of
-%% the configuration.
+%% both or neither of them. The connection begins anew: its token bucket is full, and has the limits of
+%% the configuration. {@link update_connection/3} changes capabilities alone.
 -spec replace_connection(registry(), term(), pid(), term()) ->
           {ok, Former :: pid() | undefined} | {error, registry_full}.
 replace_connection(Registry, Id, Pid, Capabilities) when is_pid(Pid) ->
@@ -214,10 +216,28 @@ format_error(_Reason, [{?MODULE, release_connection, [_Registry, _Id, _NoPid], _
     #{3 => "not a pid"};
 format_error(_Reason, [{?MODULE, connections_of, [_Registry, _Other], _Info} | _]) ->
     #{2 => "not a pid of this node"};
+format_error(_Reason, [{?MODULE, select_connections, [_Registry, _MatchSpec], _Info} | _]) ->
+    #{2 => "not a match specification"};
 format_error(_Reason, [{?MODULE, fold_connections, [_Registry, _NoFun, _Acc], _Info} | _]) ->
     #{2 => "not a function of three arguments"};
 format_error(_Reason, _Stacktrace) ->
     #{}.
+
+
+%% @equiv update_connection(default, Id, Capabilities)
+-spec update_connection(term(), term()) -> ok | {error, not_found}.
+update_connection(Id, Capabilities) ->
+    update_connection(default, Id, Capabilities).
+
+
+%% @doc Replaces the capabilities of a connection, in one atomic step. Its process stays, and so does its token bucket with
+%% its tokens and limits.
+%%
+%% Constant time. From the first update on, the bucket is stored apart from the connection: less than 100 bytes, and each
+%% message to this connection takes some 100 ns longer.
+-spec update_connection(registry(), term(), term()) -> ok | {error, not_found}.
+update_connection(Registry, Id, Capabilities) ->
+    erlmcp_registry_native:update_connection(Registry, Id, Capabilities).
 
 
 %% @equiv unregister_connection(default, Id)
@@ -335,20 +355,55 @@ fold_connections(Fun, Acc) ->
 %% proportion to the largest number of connections that there were at one time.
 -spec fold_connections(registry(), fun((Id :: term(), {pid(), Capabilities :: term()}, Acc) -> Acc), Acc) -> Acc.
 fold_connections(Registry, Fun, Acc) when is_function(Fun, 3) ->
-    {Shards, _MaxEntries, _MaxIdBytes} = erlmcp_nif:limits(Registry),
-    lists:foldl(fun(ShardId, ShardAcc) -> fold_shard(Registry, ShardId, 0, Fun, ShardAcc) end, Acc, lists:seq(0, Shards - 1));
+    fold_pages(Registry,
+               fun(Page, PageAcc) ->
+                       lists:foldl(fun({Id, Pid, Capabilities}, RowAcc) -> Fun(Id, {Pid, Capabilities}, RowAcc) end, PageAcc, Page)
+               end,
+               Acc);
 fold_connections(Registry, NoFun, Acc) ->
     error(badarg, [Registry, NoFun, Acc], [{error_info, #{module => ?MODULE}}]).
 
 
--spec fold_shard(registry(), shard_id(), Place, fun((term(), {pid(), term()}, Acc) -> Acc), Acc) -> Acc
+%% @equiv select_connections(default, MatchSpec)
+-spec select_connections(ets:match_spec()) -> [term()].
+select_connections(MatchSpec) ->
+    select_connections(default, MatchSpec).
+
+
+%% @doc What a match specification, as for {@link ets:select/2}, makes of all connections, in no particular order. A connection
+%% is the tuple `{Id, Pid, Capabilities}'. Raises `badarg' for what is no match specification.
+%%
+%% ```
+%% %% The processes of all connections that have tools:
+%% erlmcp_shard_registry:select_connections([{{'_', '$1', #{tools => true}}, [], ['$1']}]).
+%% '''
+%%
+%% Visits all connections, as {@link fold_connections/3} does, with the same consistency and cost; the memory in use depends
+%% only on the result.
+-spec select_connections(registry(), ets:match_spec()) -> [term()].
+select_connections(Registry, MatchSpec) ->
+    try ets:match_spec_compile(MatchSpec) of
+        Compiled ->
+            fold_pages(Registry, fun(Page, Selected) -> ets:match_spec_run(Page, Compiled) ++ Selected end, [])
+    catch
+        error:badarg -> error(badarg, [Registry, MatchSpec], [{error_info, #{module => ?MODULE}}])
+    end.
+
+
+-spec fold_pages(registry(), fun(([{Id :: term(), pid(), Capabilities :: term()}], Acc) -> Acc), Acc) -> Acc.
+fold_pages(Registry, Fun, Acc) ->
+    {Shards, _MaxEntries, _MaxIdBytes} = erlmcp_nif:limits(Registry),
+    lists:foldl(fun(ShardId, ShardAcc) -> fold_shard(Registry, ShardId, 0, Fun, ShardAcc) end, Acc, lists:seq(0, Shards - 1)).
+
+
+-spec fold_shard(registry(), shard_id(), Place, fun(([{term(), pid(), term()}], Acc) -> Acc), Acc) -> Acc
               when Place :: non_neg_integer() | none.
 fold_shard(_Registry, _ShardId, none, _Fun, Acc) ->
     Acc;
 fold_shard(Registry, ShardId, Place, Fun, Acc) ->
     {Page, Next} = erlmcp_nif:page(Registry, connection, ShardId, Place, ?PAGE),
-    PageAcc = lists:foldl(fun({Id, Pid, Capabilities, unbound}, RowAcc) -> Fun(Id, {Pid, Capabilities}, RowAcc) end, Acc, Page),
-    fold_shard(Registry, ShardId, Next, Fun, PageAcc).
+    Rows = [ {Id, Pid, Capabilities} || {Id, Pid, Capabilities, unbound} <- Page ],
+    fold_shard(Registry, ShardId, Next, Fun, Fun(Rows, Acc)).
 
 
 %%% Counting
@@ -381,7 +436,8 @@ stats() ->
     stats(default).
 
 
-%% @doc Bounds and counts of a registry, or the counts of a shard of the default registry.
+%% @doc Bounds and counts of a registry, or the counts of a shard of the default registry. `max_entries' bounds the sum of
+%% `servers', `transports', `connections' and `memberships' (of groups: {@link erlmcp_group}).
 -spec stats(registry() | shard_id()) -> stats() | shard_stats().
 stats(Registry) when ?IS_REGISTRY(Registry) ->
     #{shards := Shards} = Limits = limits(Registry),
@@ -394,6 +450,7 @@ stats(Registry) when ?IS_REGISTRY(Registry) ->
       servers => erlmcp_nif:count(Registry, server),
       transports => erlmcp_nif:count(Registry, transport),
       connections => erlmcp_nif:count(Registry, connection),
+      memberships => erlmcp_nif:count(Registry, member),
       fullest_shard => {Fullest, Most},
       emptiest_shard => {Emptiest, Least}
      };

@@ -335,7 +335,7 @@ command(_Unknown, _From, State) ->
 -spec status(state()) -> map().
 status(#state{store = Store, switch = Switch, last_switch = LastSwitch}) ->
     {Classic, Native} = case Store of
-                            {classic, State} -> {erlmcp_registry_classic:counts(State), not_in_use};
+                            {classic, State} -> {classic_status(State), not_in_use};
                             {native, Registry} -> {not_in_use, erlmcp_registry_native:counts(Registry)}
                         end,
     #{
@@ -349,6 +349,11 @@ status(#state{store = Store, switch = Switch, last_switch = LastSwitch}) ->
       classic => Classic,
       native => Native
      }.
+
+
+-spec classic_status(erlmcp_registry_classic:state()) -> map().
+classic_status(Store) ->
+    (erlmcp_registry_classic:counts(Store))#{adopting => not erlmcp_registry_classic:is_adopted(Store)}.
 
 
 %%% A switch
@@ -440,9 +445,9 @@ flip(Copy, #state{store = {classic, Source}, switch = Switch} = State) ->
 
 %% The source stays in force.
 -spec give_up(error(), erlmcp_rollout_copy:copy(), state()) -> state().
-give_up(Error, Copy, #state{switch = #switch{from = Mode} = Switch} = State) ->
+give_up(Error, Copy, #state{store = Store, switch = #switch{from = Mode} = Switch} = State) ->
     ok = erlmcp_rollout_path:put_in_force(Mode),
-    Target = erlmcp_rollout_copy:target(Copy),
+    Target = erlmcp_rollout_copy:abandon(Copy, source(Store)),
     _ = Target =:= native orelse erlmcp_registry_classic:close(Target),
     Kept = State#state{
              cleaning = erlmcp_rollout_copy:cleaning(Target),
@@ -547,7 +552,9 @@ clear(#state{kind = anonymous}) ->
     ok;
 clear(#state{store = Store}) ->
     case Store of
-        {classic, Classic} -> ok = erlmcp_registry_classic:close(Classic);
+        {classic, Classic} ->
+            ok = erlmcp_registry_classic:close(Classic),
+            ok = erlmcp_registry_classic:delete(Classic);
         {native, exclusive} -> ok = erlmcp_registry_classic:discard(?KEEPER)
     end,
     case erlmcp_registry_native:load_error() of

@@ -56,6 +56,9 @@
 -type mode() :: current | '100x' | {percent, 0..100}.
 -type options() :: #{max_pause_ms => pos_integer() | infinity}.
 -type counts() :: #{servers := non_neg_integer(), transports := non_neg_integer()}.
+-type classic() :: #{servers := non_neg_integer(), transports := non_neg_integer(), adopting := boolean()}.
+%% `adopting': the process does not monitor all entries of its predecessor yet, which was killed. Requests have the same
+%% results as afterwards, except that entries of exited processes of other nodes are still found.
 -type status() :: #{
                     mode := mode(),
                     configured := mode(),
@@ -63,7 +66,7 @@
                     registry_process := pid() | undefined,
                     switching_to => none | mode(),
                     last_switch => none | map(),
-                    classic => not_in_use | counts(),
+                    classic => not_in_use | classic(),
                     native => not_in_use | counts()
                    }.
 

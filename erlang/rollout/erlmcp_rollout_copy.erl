@@ -36,7 +36,7 @@
 %%% </ul>
 -module(erlmcp_rollout_copy).
 
--export([to_classic/1, to_native/1, changed/3, slice/2, info/2, target/1, progress/1]).
+-export([to_classic/1, to_native/1, changed/3, slice/2, info/2, target/1, abandon/2, progress/1]).
 -export([cleaning/1, clean/1]).
 
 -export_type([copy/0, error/0, cleaning/0]).
@@ -62,13 +62,13 @@
 -opaque copy() :: #copy{}.
 
 %% What is left to remove: entries of the native store, or monitors of the pure-Erlang store.
--type cleaning() :: {native, place()} | {classic, erlmcp_registry_classic:iterator()}.
+-type cleaning() :: {native, place()} |
+                    {classic, erlmcp_registry_classic:iterator(), erlmcp_registry_classic:state()}.
 
 %% A slice ends with the first step after this time. A step takes some 100 microseconds with small configs.
 -define(SLICE_US, 4_000).
 -define(PAGE,     256).
 -define(STEP,     64).
--define(MONITORS, 1_000).
 %% Entries that may be renewed while changes are accepted, beyond the number of entries to be copied.
 -define(RENEWALS, 10_000).
 -define(REGISTRY, exclusive).
@@ -186,7 +186,8 @@ to_native(Left, Iterator, Source, #copy{copied = Copied} = Copy) ->
             case is_changed(Kind, Id, Copy) orelse enter(Kind, Row, Source) of
                 true -> to_native(Left - 1, Next, Source, Copy);
                 ok -> to_native(Left - 1, Next, Source, Copy#copy{copied = Copied + 1});
-                {error, Reason} -> {error, {cannot_copy, {Kind, Id}, Reason}, Copy}
+                %% The walk is released where it is.
+                {error, Reason} -> {error, {cannot_copy, {Kind, Id}, Reason}, Copy#copy{from = {classic, Next}}}
             end
     end.
 
@@ -354,6 +355,15 @@ target(#copy{to = Target}) ->
     Target.
 
 
+%% @doc Ends an unfinished copy. Returns its target, which is incomplete.
+-spec abandon(copy(), Source :: erlmcp_registry_classic:state() | none) -> native | erlmcp_registry_classic:state().
+abandon(#copy{from = {classic, Left}, to = native}, Source) ->
+    ok = erlmcp_registry_classic:release(Left, Source),
+    native;
+abandon(#copy{from = {native, _Place}, to = Target}, none) ->
+    Target.
+
+
 -spec progress(copy()) -> {Copied :: non_neg_integer(), Total :: non_neg_integer()}.
 progress(#copy{copied = Copied, total = Total}) ->
     {Copied, Total}.
@@ -365,7 +375,7 @@ progress(#copy{copied = Copied, total = Total}) ->
 %% @doc Starts {@link clean/1}, which removes the contents of a store that is no longer in force.
 -spec cleaning(native | erlmcp_registry_classic:state()) -> cleaning().
 cleaning(native) -> {native, {server, 0, 0}};
-cleaning(Classic) -> {classic, erlmcp_registry_classic:first(Classic)}.
+cleaning(Classic) -> {classic, erlmcp_registry_classic:first(Classic), Classic}.
 
 
 %% @doc Removes for some milliseconds.
@@ -395,10 +405,13 @@ clean_step({native, {Kind, _, _} = Place}) ->
         none -> done;
         _ -> {native, Next}
     end;
-clean_step({classic, Iterator}) ->
-    case erlmcp_registry_classic:unmonitor(Iterator, ?MONITORS) of
-        [] -> done;
-        Left -> {classic, Left}
+clean_step({classic, Iterator, Classic}) ->
+    case erlmcp_registry_classic:unmonitor(Iterator, Classic) of
+        done ->
+            ok = erlmcp_registry_classic:delete(Classic),
+            done;
+        Left ->
+            {classic, Left, Classic}
     end.
 
 

@@ -16,7 +16,8 @@
 %%% half of its maximum charge: only that receiver;</li>
 %%% <li>with every tick (`sample_interval_ms') while the shard is overloaded, or nothing is admitted and some
 %%% receivers have not been seen empty: in turn, as many as there is time for; other ticks only show
-%%% that the manager is alive, since the count of admitted messages is a bound already;</li>
+%%% that the manager is alive, since the count of admitted messages is a bound already, and take the samples
+%%% whose request was lost with its caller;</li>
 %%% <li>when it starts.</li>
 %%% </ul>
 %%%
@@ -271,7 +272,7 @@ sample_if_due(#state{shard = Shard, ticked = {Before, BeforeMs}} = State0) ->
             end,
     case State of
         #state{sampling = #sampling{}} ->
-            ok = erlmcp_nif:sample_skip(Shard),
+            _ = erlmcp_nif:sample_skip(Shard),
             start_timer(pass_over(State));
         #state{has_sampled = false} ->
             %% Another sampler was in the way, and recovery waits for the first sample.
@@ -283,8 +284,11 @@ sample_if_due(#state{shard = Shard, ticked = {Before, BeforeMs}} = State0) ->
         #state{overload = Overload} when Overload =/= none ->
             start_timer(sample(all, State));
         #state{} ->
-            ok = erlmcp_nif:sample_skip(Shard),
-            start_timer(State)
+            case erlmcp_nif:sample_skip(Shard) of
+                %% The caller that was to request them may have been killed.
+                true -> start_timer(sample(asked, State));
+                false -> start_timer(State)
+            end
     end.
 
 

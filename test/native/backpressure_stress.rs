@@ -193,7 +193,7 @@ fn register(registry: &Registry<u64>, namespace: Namespace, bytes: &[u8], addres
         .is_ok()
 }
 
-/// An entry that alternates between own and shared limits always has limits.
+/// An entry that alternates between own and shared limits, and is written anew, always has limits.
 #[test]
 fn an_entry_is_never_without_limits() {
     until_contended(|| {
@@ -225,6 +225,9 @@ fn an_entry_is_never_without_limits() {
                     let changed = registry.set_entry_limits(namespace, &id, limits, &clock);
                     changed.unwrap();
                 }
+                // The entry is written anew, with the same tokens.
+                let written = registry.exchange_lease(namespace, &id, &1, 1);
+                assert_eq!(written, Some(1));
                 changes += 1;
                 done.store(started.elapsed() > TIME / 2, Ordering::Relaxed);
             },
@@ -234,7 +237,7 @@ fn an_entry_is_never_without_limits() {
 }
 
 /// An entry that holds tokens all the time refuses no acquisition while it gets limits of its own and then the
-/// shared ones again; and the tokens and limits that it reports belong together.
+/// shared ones again, and is written anew; and the tokens and limits that it reports belong together.
 #[test]
 fn an_entry_refuses_nobody_while_its_limits_move() {
     until_contended(|| {
@@ -274,6 +277,9 @@ fn an_entry_refuses_nobody_while_its_limits_move() {
                         .set_entry_limits(namespace, &id, limits, &clock)
                         .unwrap();
                 }
+                // The entry is written anew, with the same tokens.
+                let written = registry.exchange_lease(namespace, &id, &1, 1);
+                assert_eq!(written, Some(1));
                 changes += 1;
             },
         );
@@ -281,7 +287,7 @@ fn an_entry_refuses_nobody_while_its_limits_move() {
     });
 }
 
-/// Tokens acquired while an entry gets limits of its own and then the shared ones again are acquired once: the
+/// Tokens acquired while an entry gets limits of its own and then the shared ones again, and is written anew, are acquired once: the
 /// entry never gives more than it held.
 #[test]
 fn an_entry_is_not_overdrawn_while_its_limits_move() {
@@ -315,6 +321,9 @@ fn an_entry_is_not_overdrawn_while_its_limits_move() {
                         .set_entry_limits(namespace, &id, limits, &clock)
                         .unwrap();
                 }
+                // The entry is written anew, with the same tokens.
+                let written = registry.exchange_lease(namespace, &id, &1, 1);
+                assert_eq!(written, Some(1));
                 changes += 1;
             },
         );
@@ -953,7 +962,8 @@ fn every_refusal_is_counted_once() {
         let counts = shards.clone().map(|shard| count(registry.refused(shard)));
         counts.collect()
     };
-    assert_eq!(of(|refused| refused.not_found).iter().sum::<u64>(), 3);
+    let unknown = Namespace::ALL.len() as u64;
+    assert_eq!(of(|refused| refused.not_found).iter().sum::<u64>(), unknown);
     let all = [
         of(|refused| refused.circuit_open),
         of(|refused| refused.shard_overloaded),
@@ -1111,7 +1121,11 @@ fn routes_go_right_while_everything_changes() {
         for (n, name) in (1..48).zip(&names[1..]) {
             let id = registry.id(0, name);
             let mut events = Events::default();
-            for namespace in Namespace::ALL {
+            for namespace in [
+                Namespace::Server,
+                Namespace::Transport,
+                Namespace::Connection,
+            ] {
                 let routed = registry.route(
                     namespace,
                     &id,
@@ -1126,4 +1140,112 @@ fn routes_go_right_while_everything_changes() {
         }
         is_contended
     });
+}
+
+/// While a target's breaker is half open, routes of many threads have at most its limit under way, and those that its
+/// bucket refuses are not.
+#[test]
+fn a_targets_probes_are_bounded_whatever_refuses_them() {
+    const PROBES: u32 = 3;
+    let clock = TscClock::new();
+    let registry: Registry<u64> = Registry::new(registry::Limits::default(), &clock);
+    register(&registry, Namespace::Connection, b"a", 5);
+    registry.set_limits(Some(limits(2, 100_000.0)), &clock);
+    let id = registry.id(0, b"a");
+    let circuit = CircuitBreaker::new(Some(Config::default()), &clock).unwrap();
+    let config = Config {
+        failure_threshold: 1,
+        success_threshold: 1023,
+        timeout_ms: 0,
+        probe_limit: PROBES,
+        ..Config::default()
+    };
+    let breakers = registry.target_breakers();
+    breakers
+        .set(Namespace::Connection, &id, config, &clock)
+        .unwrap();
+    let with = |f: &dyn Fn(&CircuitBreaker)| breakers.with(Namespace::Connection, &id, f).unwrap();
+    let under_way = AtomicU32::new(0);
+    let refused = [const { AtomicU64::new(0) }; 2];
+    until_contended(|| {
+        with(&|breaker| {
+            assert!(breaker.record_failure(&clock));
+            assert!(breaker.check(&clock).is_ok());
+            // No probe of this round is taken for lost.
+            let config = Config {
+                timeout_ms: 3_600_000,
+                ..config
+            };
+            breaker.configure(Some(config), &clock).unwrap();
+            breaker.release_probe();
+        });
+        on_threads(
+            |_| {
+                for _ in 0..if cfg!(miri) { 5 } else { 100 } {
+                    let mut events = Events::default();
+                    match registry.route(
+                        Namespace::Connection,
+                        &id,
+                        Charged::Target,
+                        &circuit,
+                        &clock,
+                        &mut events,
+                    ) {
+                        Ok(_) => {
+                            assert!(under_way.fetch_add(1, Ordering::AcqRel) < PROBES);
+                            thread::yield_now();
+                            under_way.fetch_sub(1, Ordering::AcqRel);
+                            with(&|breaker| assert!(!breaker.record_success(&clock)));
+                        }
+                        Err(Refusal::CircuitOpen) => {
+                            refused[0].fetch_add(1, Ordering::Relaxed);
+                        }
+                        Err(Refusal::RateLimited) => {
+                            refused[1].fetch_add(1, Ordering::Relaxed);
+                        }
+                        Err(other) => panic!("{other:?}"),
+                    }
+                }
+            },
+            || (),
+        );
+        with(&|breaker| {
+            let stats = breaker.stats(&clock);
+            assert_eq!((stats.state, stats.probes), (State::HalfOpen, 0));
+            breaker.configure(Some(config), &clock).unwrap();
+        });
+        refused.iter().all(|n| n.load(Ordering::Relaxed) > 0)
+    });
+}
+
+/// Threads that set and remove the breakers of a few targets: the number is that of the breakers that are left, and a route
+/// finds each that was set before it.
+#[test]
+fn breakers_of_targets_are_counted() {
+    let clock = TscClock::new();
+    let registry: Registry<u64> = Registry::new(registry::Limits::default(), &clock);
+    let breakers = registry.target_breakers();
+    let config = Config::default();
+    on_threads(
+        |thread| {
+            let own = [b'o', thread as u8];
+            let own = registry.id(0, &own);
+            let shared = registry.id(0, b"shared");
+            for round in 0..if cfg!(miri) { 10 } else { 2_000 } {
+                let namespace = Namespace::ALL[round % 3];
+                for id in [&own, &shared] {
+                    breakers.set(namespace, id, config, &clock).unwrap();
+                }
+                assert!(!breakers.is_empty());
+                assert!(breakers.with(namespace, &own, |_| ()).is_some());
+                assert!(breakers.remove(namespace, &own));
+                assert!(!breakers.remove(namespace, &own));
+                breakers.remove(namespace, &shared);
+            }
+        },
+        || (),
+    );
+    let mut left = 0;
+    breakers.for_each(&clock, |_, _, _, _| left += 1);
+    assert_eq!(breakers.len(), left);
 }

@@ -15,13 +15,25 @@ use erlmcp_core::clock::Clock;
 use erlmcp_core::diversion::{Diversion, Diverted};
 use erlmcp_core::gate::Gate;
 use erlmcp_core::keyed_limiter::{KeyedLimiter, KeyedRefusal};
-use erlmcp_core::registry::{self, Decision, EntryLimits, Namespace, Registry};
+use erlmcp_core::message_store::{Bounds, MessageStore, PushError};
+use erlmcp_core::registry::{
+    self, Announcement, Announcements, Change, Decision, Entry, EntryBucket, EntryLimits,
+    Headcount, Interest, Leaving, Namespace, Phase, Registry,
+};
 use erlmcp_core::seqlock::SeqLock;
+use erlmcp_core::sequence::Sequence;
 use erlmcp_core::slots::{OCCUPIED, Slots};
 use erlmcp_core::token_bucket::{Level, Limits, Refused, Terms, TokenBucket};
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 use loom::thread;
+use std::array;
+use std::ops::ControlFlow;
+
+use counted::{Counted, drained};
+
+#[path = "counted.rs"]
+mod counted;
 
 /// Indexes that are held at the same time differ, and keep the words stored at them.
 #[test]
@@ -139,6 +151,51 @@ fn binding_is_decided_once_and_before_the_server_goes() {
         if let Some(theirs) = read {
             assert_eq!(theirs, bound);
         }
+    });
+}
+
+/// The last member leaves while two others join, one of whom leaves again. A group that somebody has joined has not ended, one
+/// that has ended has no member and gets none, and one thread ends it.
+#[test]
+fn a_group_ends_once_and_with_its_last_member() {
+    loom::model(|| {
+        let headcount = Arc::new(Headcount::new());
+        let members = Arc::new(AtomicU64::new(1));
+        let ends = Arc::new(AtomicU64::new(0));
+        let leave = {
+            let (headcount, members, ends) = (
+                Arc::clone(&headcount),
+                Arc::clone(&members),
+                Arc::clone(&ends),
+            );
+            move || {
+                members.fetch_sub(1, Ordering::AcqRel);
+                if headcount.leave() {
+                    ends.fetch_add(1, Ordering::AcqRel);
+                }
+            }
+        };
+        let visitor = {
+            let (headcount, members, leave) =
+                (Arc::clone(&headcount), Arc::clone(&members), leave.clone());
+            thread::spawn(move || {
+                if headcount.enter() {
+                    members.fetch_add(1, Ordering::AcqRel);
+                    assert!(headcount.count() > 0);
+                    leave();
+                }
+            })
+        };
+        let last = thread::spawn(leave);
+        let stays = headcount.enter();
+        if stays {
+            members.fetch_add(1, Ordering::AcqRel);
+            assert!(headcount.count() > 0);
+        }
+        visitor.join().unwrap();
+        last.join().unwrap();
+        assert_eq!(headcount.count(), members.load(Ordering::Acquire));
+        assert_eq!(ends.load(Ordering::Acquire), u64::from(!stays));
     });
 }
 
@@ -392,6 +449,49 @@ fn set(registry: &Registry<u64>, limits: EntryLimits) {
     let id = registry.id(0, b"a");
     let changed = registry.set_entry_limits(Namespace::Connection, &id, limits, &Still);
     changed.unwrap();
+}
+
+/// An entry is written anew while a thread that has found its former value acquires tokens: none is refused, lost or given
+/// twice.
+#[test]
+fn tokens_stay_when_an_entry_is_written_anew() {
+    loom::model(|| {
+        let bucket = Arc::new(EntryBucket::new(limits(8), &Still));
+        let taker = {
+            let bucket = Arc::clone(&bucket);
+            thread::spawn(move || {
+                for _ in 0..2 {
+                    assert!(matches!(bucket.take(1, &Still), Some(Ok(Some(_)))));
+                }
+            })
+        };
+        assert!(matches!(bucket.take_anew(1, &Still), Some(Ok(Some(_)))));
+        taker.join().unwrap();
+        assert_eq!(bucket.take_anew(0, &Still), Some(Ok(Some(5))));
+        assert_eq!(bucket.take(0, &Still), Some(Ok(Some(5))));
+    });
+}
+
+/// An entry gets limits of its own, or the shared ones again, while it is written anew and a token is acquired.
+#[test]
+fn tokens_stay_when_an_entry_is_written_anew_and_its_limits_change() {
+    for was_own in [false, true] {
+        loom::model(move || {
+            let bucket = Arc::new(EntryBucket::new(limits(8), &Still));
+            let own = EntryLimits::Own(Some(limits(8).into()));
+            if was_own {
+                bucket.set(own, &Still).unwrap();
+            }
+            let changer = {
+                let bucket = Arc::clone(&bucket);
+                let limits = if was_own { EntryLimits::Shared } else { own };
+                thread::spawn(move || bucket.set(limits, &Still).unwrap())
+            };
+            assert!(matches!(bucket.take_anew(1, &Still), Some(Ok(Some(_)))));
+            changer.join().unwrap();
+            assert_eq!(bucket.take(0, &Still), Some(Ok(Some(7))));
+        });
+    }
 }
 
 /// An entry gets limits of its own and then the shared ones again, while threads acquire tokens that it holds all
@@ -920,6 +1020,28 @@ fn a_new_threshold_loses_no_wake_up() {
     });
 }
 
+/// The threshold is lowered while a pass ends, which sets when looks are requested next: they are before the shard is full,
+/// by its new threshold.
+#[test]
+fn a_lower_threshold_has_looks_requested() {
+    loom::model(|| {
+        let admission = shard(100);
+        admission.begin_pass(Pass::Asked, 0);
+        let changer = {
+            let admission = Arc::clone(&admission);
+            thread::spawn(move || admission.set_threshold(Threshold::Exactly(8), 0))
+        };
+        let taken = admission.take(true, |_| ());
+        changer.join().unwrap();
+        let is_due = matches!(taken, Taken::Done { is_due: true, .. });
+        let asked = (0..8).any(|_| route(&admission, 1) == Some(true));
+        assert!(
+            asked || is_due,
+            "the shard is full, and nobody has requested looks"
+        );
+    });
+}
+
 /// Without another sample, no more messages are admitted than there is room for, plus one for each further caller
 /// that was between the check and the count. One of them enters overload.
 #[test]
@@ -1218,5 +1340,334 @@ fn call_breaker_counts_rows() {
             if opened { State::Open } else { State::Closed }
         );
         assert!(if opened { row == 2 } else { row <= 1 });
+    });
+}
+
+/// One id of a map, which is one word here: the lease, and whether the insertion was expected. Leases are never used
+/// again.
+struct Announced {
+    announcements: Announcements<u64>,
+    current: AtomicU64,
+    /// By word.
+    phases: [Phase; 6],
+}
+
+impl Announced {
+    /// With this connection, or none (0), registered while nobody had an interest.
+    fn with(lease: u64) -> Arc<Self> {
+        let announcements = Announcements::of_model();
+        // loom does not see that the first interest allocates.
+        announcements.set(Interest::All, true);
+        announcements.set(Interest::All, false);
+        Arc::new(Self {
+            announcements,
+            current: AtomicU64::new(lease * 2),
+            phases: array::from_fn(|word| Phase::new(word % 2 == 1)),
+        })
+    }
+
+    fn announcement(&self, change: Change, word: u64) -> Announcement<u64> {
+        let (address, lease) = (0, word / 2);
+        Announcement {
+            change,
+            shard: 0,
+            kind: 0,
+            bytes: Box::default(),
+            entry: Entry { address, lease },
+        }
+    }
+
+    fn join(&self, word: u64) {
+        self.announcements.join(
+            &self.phases[word as usize],
+            || self.current.load(Ordering::Acquire) == word,
+            || self.announcement(Change::Joined, word),
+        );
+    }
+
+    fn register(&self, lease: u64) {
+        let is_expected = self.announcements.is_expected(0, 0);
+        let word = lease * 2 + u64::from(is_expected);
+        let inserted = self
+            .current
+            .compare_exchange(0, word, Ordering::AcqRel, Ordering::Acquire);
+        if inserted.is_ok() && (is_expected || self.announcements.is_expected_behind(0, 0)) {
+            match self.current.load(Ordering::Acquire) {
+                0 => {}
+                found => self.join(found),
+            }
+        }
+    }
+
+    fn remove(&self) {
+        let word = self.current.load(Ordering::Acquire);
+        if word == 0 {
+            return;
+        }
+        let leaving: Leaving<'_, u64> =
+            self.announcements
+                .leaving(0, 0, &self.phases[word as usize], || self.join(word));
+        let removed = self
+            .current
+            .compare_exchange(word, 0, Ordering::AcqRel, Ordering::Acquire);
+        if removed.is_ok() {
+            self.announcements
+                .left(leaving, 0, 0, || self.announcement(Change::Left, word));
+        }
+    }
+
+    /// Calls `each` with what is ready and is before `until`. Returns the losses and the position.
+    fn read(&self, until: u64, mut each: impl FnMut(Change, u64)) -> (u64, u64) {
+        let progress = self.announcements.read(10, until, |announcement| {
+            each(announcement.change, announcement.entry.lease);
+            ControlFlow::Continue(())
+        });
+        progress.map_or((0, 0), |progress| (progress.lost, progress.position))
+    }
+
+    fn held(&self) -> u64 {
+        self.current.load(Ordering::Acquire) / 2
+    }
+
+    fn set(&self, is_on: bool) -> u64 {
+        self.announcements.set(Interest::All, is_on)
+    }
+}
+
+/// Makes two changes, each in a thread of its own.
+fn changing(
+    announced: &Arc<Announced>,
+    changes: [fn(&Announced); 2],
+) -> Vec<thread::JoinHandle<()>> {
+    let spawned = changes.map(|change| {
+        let announced = Arc::clone(announced);
+        thread::spawn(move || change(&announced))
+    });
+    spawned.into()
+}
+
+/// Subscribes, and looks up the id when all that came before has been read. When the threads have come to their end, the
+/// subscriber knows the state, or of a loss.
+fn subscriber_knows(announced: &Announced, threads: Vec<thread::JoinHandle<()>>) {
+    let since = announced.set(true);
+    let (mut early, position) = announced.read(since, |_, _| {});
+    let mut threads = Some(threads);
+    if position < since {
+        for thread in threads.take().unwrap() {
+            thread.join().unwrap();
+        }
+        early += announced.read(since, |_, _| {}).0;
+    }
+    let mut state = announced.held();
+    for thread in threads.into_iter().flatten() {
+        thread.join().unwrap();
+    }
+    let (late, _) = announced.read(u64::MAX, |change, lease| {
+        state = if change == Change::Joined { lease } else { 0 };
+    });
+    assert!(
+        early + late > 0 || state == announced.held(),
+        "a change was missed"
+    );
+}
+
+/// A subscription begins while a connection leaves and another one joins.
+#[test]
+fn a_subscriber_misses_no_change() {
+    loom::model(|| {
+        let announced = Announced::with(1);
+        let threads = changing(&announced, [|it| it.remove(), |it| it.register(2)]);
+        subscriber_knows(&announced, threads);
+    });
+}
+
+/// A subscription ends and another one begins while a connection joins and leaves: the second subscriber is not told of
+/// a connection that was removed before.
+#[test]
+fn a_subscriber_is_told_of_nothing_out_of_date() {
+    loom::model(|| {
+        let announced = Announced::with(0);
+        announced.set(true);
+        let threads = changing(&announced, [|it| it.register(1), |it| it.remove()]);
+        announced.set(false);
+        subscriber_knows(&announced, threads);
+    });
+}
+
+/// Joins and leaves alternate, and the last one is the state.
+#[test]
+fn changes_are_announced_in_order() {
+    loom::model(|| {
+        let announced = Announced::with(0);
+        announced.set(true);
+        let threads = changing(&announced, [|it| it.register(1), |it| it.remove()]);
+        announced.remove();
+        announced.register(2);
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        let mut state = 0;
+        let (lost, _) = announced.read(u64::MAX, |change, lease| match change {
+            Change::Joined => {
+                assert_eq!(state, 0, "joined twice");
+                state = lease;
+            }
+            Change::Left => {
+                assert_eq!(state, lease, "left without having joined");
+                state = 0;
+            }
+        });
+        assert!(lost > 0 || state == announced.held());
+    });
+}
+
+/// A reader that has found nothing more to read is woken for what is published then.
+#[test]
+fn a_reader_is_woken_for_what_it_has_not_found() {
+    loom::model(|| {
+        let sequence = Arc::new(Sequence::new(2));
+        let producers = [1u8, 2].map(|value| {
+            let sequence = Arc::clone(&sequence);
+            thread::spawn(move || {
+                match sequence.ticket() {
+                    Some(ticket) if value == 1 => ticket.publish(value),
+                    Some(ticket) => drop(ticket),
+                    None => sequence.lose(),
+                }
+                sequence.take_wake()
+            })
+        });
+        let found = sequence.read(5, u64::MAX, |_| ControlFlow::Continue(()));
+        let woken = producers
+            .map(|producer| producer.join().unwrap())
+            .contains(&true);
+        let found = found.unwrap();
+        assert!(found.has_more || woken || found.position == sequence.next());
+    });
+}
+
+/// Without room values are lost. The loss is reported behind those that were published before.
+#[test]
+fn losses_are_reported_in_order() {
+    loom::model(|| {
+        let sequence = Arc::new(Sequence::new(1));
+        let ticket = sequence.ticket().unwrap();
+        let producer = {
+            let sequence = Arc::clone(&sequence);
+            thread::spawn(move || match sequence.ticket() {
+                Some(ticket) => ticket.publish(2u8),
+                None => sequence.lose(),
+            })
+        };
+        let mut values = Vec::new();
+        let mut lost = 0;
+        let mut read = |values: &mut Vec<u8>| {
+            let progress = sequence
+                .read(5, u64::MAX, |value| {
+                    values.push(*value);
+                    ControlFlow::Continue(())
+                })
+                .unwrap();
+            if progress.lost > 0 {
+                assert_eq!(*values, [1]);
+            }
+            lost += progress.lost;
+        };
+        read(&mut values);
+        ticket.publish(1);
+        read(&mut values);
+        producer.join().unwrap();
+        read(&mut values);
+        assert_eq!(values.len() as u64 + lost, 2);
+    });
+}
+
+fn message_store<T>(capacity: u64) -> Arc<MessageStore<Counted<T>>> {
+    let bounds = Bounds {
+        capacity,
+        max_bytes: 100,
+    };
+    Arc::new(MessageStore::new(bounds).unwrap())
+}
+
+/// A consumer drains until the store is empty, and then sleeps. What it has not seen by then, one of the producers wakes
+/// it for.
+#[test]
+fn no_message_stays_in_a_store_unannounced() {
+    loom::model(|| {
+        let store = message_store(10);
+        // The first message wakes: this consumer is awake.
+        assert_eq!(store.push(Counted(0, 1)), Ok(true));
+        let threads = [1, 2].map(|n| {
+            let store = Arc::clone(&store);
+            thread::spawn(move || store.push(Counted(n, 1)).unwrap())
+        });
+        let mut seen = Vec::new();
+        loop {
+            let (messages, is_empty) = drained(&store, 3);
+            seen.extend(messages);
+            if is_empty {
+                break;
+            }
+        }
+        let wakes = threads.map(|thread| thread.join().unwrap());
+        let (late, _) = drained(&store, 10);
+        assert!(
+            late.is_empty() || wakes.contains(&true),
+            "{late:?} came after {seen:?}, and nobody has woken the consumer"
+        );
+        seen.extend(late);
+        seen.sort_unstable();
+        assert_eq!((seen, store.size()), (vec![0, 1, 2], (0, 0)));
+    });
+}
+
+/// Two producers, room for one: one of them is refused, unless the consumer has made room.
+#[test]
+fn a_store_never_holds_more_than_its_capacity() {
+    loom::model(|| {
+        let store = message_store(1);
+        let threads = [1, 2].map(|n| {
+            let store = Arc::clone(&store);
+            thread::spawn(move || store.push(Counted(n, 1)))
+        });
+        let (seen, _) = drained(&store, 1);
+        assert!(store.size().0 <= 1);
+        let stored = threads
+            .map(|thread| thread.join().unwrap())
+            .into_iter()
+            .filter(|pushed| match pushed {
+                Ok(_) => true,
+                Err(error) => {
+                    assert_eq!(*error, PushError::Full);
+                    false
+                }
+            })
+            .count();
+        let (late, _) = drained(&store, 10);
+        assert_eq!(seen.len() + late.len(), stored);
+        assert!((1..=1 + seen.len()).contains(&stored));
+    });
+}
+
+/// A store is closed while two messages come: afterwards it holds none.
+#[test]
+fn a_store_that_is_closed_frees_late_messages() {
+    loom::model(|| {
+        let store = message_store(10);
+        let alive = std::sync::Arc::new(());
+        let threads = [(); 2].map(|()| {
+            let (store, alive) = (Arc::clone(&store), std::sync::Arc::clone(&alive));
+            thread::spawn(move || store.push(Counted(alive, 1)))
+        });
+        store.close();
+        store.empty();
+        for thread in threads {
+            let _ = thread.join().unwrap();
+        }
+        assert_eq!(
+            (std::sync::Arc::strong_count(&alive), store.size()),
+            (1, (0, 0))
+        );
     });
 }

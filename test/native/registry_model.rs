@@ -16,7 +16,7 @@ enum Step {
     Remove(Namespace, u8),
     /// Removal by lease: that of the current registration, or another one.
     RemoveLeased(Namespace, u8, bool),
-    Exchange(u8),
+    Exchange(Namespace, u8),
     Bind(u8, u8, bool),
     Unbind(u8),
     Close,
@@ -41,7 +41,7 @@ impl Model {
             Namespace::Transport => {
                 self.bindings.remove(&id);
             }
-            Namespace::Connection => {}
+            Namespace::Connection | Namespace::Member => {}
         }
         Some(removed)
     }
@@ -75,7 +75,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => (namespaces(), id.clone()).prop_map(|(n, i)| Step::Remove(n, i)),
         2 => (namespaces(), id.clone(), any::<bool>())
             .prop_map(|(n, i, p)| Step::RemoveLeased(n, i, p)),
-        1 => id.clone().prop_map(Step::Exchange),
+        2 => (namespaces(), id.clone()).prop_map(|(n, i)| Step::Exchange(n, i)),
         4 => (id.clone(), id.clone(), any::<bool>()).prop_map(|(t, s, m)| Step::Bind(t, s, m)),
         1 => id.prop_map(Step::Unbind),
         1 => Just(Step::Close),
@@ -214,16 +214,18 @@ fn run(steps: Vec<Step>) {
                     model.remove(namespace, id);
                 }
             }
-            Step::Exchange(id) => {
+            Step::Exchange(namespace, id) => {
                 let (kind, bytes) = id_parts(id);
-                let server = registry.id(kind, &bytes);
-                let key = (Namespace::Server as u8, id);
+                let (key, entry_id) = ((namespace as u8, id), registry.id(kind, &bytes));
                 if let Some((_, former)) = locations.get(&key).copied() {
-                    let is_held = model.has(Namespace::Server, id)
-                        && registry.entry(Namespace::Server, &server).unwrap().lease == former;
-                    let exchanged = registry.exchange_server_lease(&server, &former, former);
+                    let can_change = matches!(namespace, Namespace::Server | Namespace::Connection);
+                    let is_held = can_change
+                        && model.has(namespace, id)
+                        && registry.entry(namespace, &entry_id).unwrap().lease == former;
+                    let exchanged = registry.exchange_lease(namespace, &entry_id, &former, former);
                     assert_eq!(exchanged, is_held.then_some(former));
-                    assert_eq!(registry.exchange_server_lease(&server, &1, 1), None);
+                    let other = registry.exchange_lease(namespace, &entry_id, &1, 1);
+                    assert_eq!(other, None);
                 }
             }
             Step::Bind(transport, server, must_exist) => {
@@ -259,7 +261,7 @@ fn run(steps: Vec<Step>) {
                 model.bindings.clear();
                 model
                     .entries
-                    .retain(|(n, _), _| *n == Namespace::Connection as u8);
+                    .retain(|(n, _), _| *n >= Namespace::Connection as u8);
             }
         }
         compare(&registry, &model);

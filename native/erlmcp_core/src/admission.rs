@@ -45,8 +45,16 @@
 //! has been used up, and not before an eighth as many messages as there were looks. The first message after a pause
 //! requests looks too.
 //!
-//! Exactly one caller is told to request them. It may exit before it does. So as long as looks are due and no
-//! sampler is active, one more caller is told per interval.
+//! A message that is sent between the two readings of a look, of the charge and of the mailbox, counts twice until the
+//! receiver's next look: it cannot be told from one that has come by another way. So a shard may refuse messages that
+//! would fit, for as long.
+//!
+//! Exactly one caller is told to request them. It may exit before it does. So a sampler that is active asks whether
+//! looks are due ([`Admission::is_due`]) once in an interval; and as long as they are due and no sampler is active,
+//! one more caller is told per interval.
+//!
+//! When they are due depends on the threshold. So one that is set or lowered has the next message request them, and the
+//! pass that follows determines when they are due again.
 
 use std::fmt;
 use std::sync::Arc;
@@ -552,7 +560,7 @@ impl Admission {
         };
         self.skip_sample(now_ms);
         let admitted = self.admitted.0.load(Ordering::Acquire);
-        let is_due = admitted >= self.bounds.0.look_at.load(Ordering::Relaxed);
+        let is_due = self.is_due();
         sampler.end = self.receivers.high_water();
         sampler.position.left = match pass {
             Pass::Asked if !is_due => 0,
@@ -728,8 +736,23 @@ impl Admission {
             room.div_ceil(2).max(u64::from(looks / 8))
         };
         let pause = pause.max(1);
-        let is_due = self.ask_at(admitted + pause);
+        let mut is_due = self.ask_at(admitted + pause);
+        // After `ask_at`: if this is the former threshold, `rearm` comes after it, and its count prevails.
+        if self.bounds.0.threshold.load(Ordering::Relaxed) != threshold {
+            is_due = self.ask_at(admitted + 1);
+        }
         room > 0 && is_due
+    }
+
+    /// Has the next message request looks, after the threshold has changed.
+    fn rearm(&self) {
+        // `finish` updates the same word before it loads the threshold again. Either this comes first, and it finds
+        // the new threshold; or the count that it has stored is replaced by the one below.
+        let admitted = self.admitted.0.fetch_add(0, Ordering::AcqRel);
+        self.ask_at(admitted + 1);
+        // A message that is admitted at this moment may have loaded `look_at` before. The next one requests in any
+        // case.
+        self.times.0.told_ms.store(0, Ordering::Relaxed);
     }
 
     /// Whether looks can wait until the depth is at [`ask_level`].
@@ -744,6 +767,11 @@ impl Admission {
         // A read-modify-write of the word that callers count in: a caller that counts later sees `look_at`, and one
         // that counted before is seen here. So one of them detects that the count is reached.
         self.admitted.0.fetch_add(0, Ordering::AcqRel) >= count
+    }
+
+    /// Whether looks are due: no pass has ended since.
+    pub fn is_due(&self) -> bool {
+        self.admitted.0.load(Ordering::Relaxed) >= self.bounds.0.look_at.load(Ordering::Relaxed)
     }
 
     /// Pauses sampling until a message is admitted, which requests a sample. `false` if there is something to look
@@ -885,11 +913,7 @@ impl Admission {
         // A swap and no store: no compare-and-swap of `follow` comes between what it reads and what it writes.
         self.bounds.0.threshold.swap(word, Ordering::AcqRel);
         self.recover();
-        let admitted = self.admitted.0.load(Ordering::Acquire);
-        self.ask_at(admitted + 1);
-        // A message that is admitted at this moment may have loaded `look_at` before. The next one requests in any
-        // case.
-        self.times.0.told_ms.store(0, Ordering::Relaxed);
+        self.rearm();
     }
 
     /// Has an automatic threshold follow the number of receivers. Returns the threshold in force.
@@ -906,7 +930,13 @@ impl Admission {
             Ordering::AcqRel,
             Ordering::Relaxed,
         ) {
-            Ok(_) => followed,
+            Ok(_) => {
+                // Below a higher threshold looks are requested too early, which does no harm.
+                if followed < word {
+                    self.rearm();
+                }
+                followed
+            }
             Err(other) => other,
         }
     }

@@ -28,10 +28,12 @@ pub mod error;
 #[doc(hidden)]
 pub mod gate;
 pub mod keyed_limiter;
+pub mod message_store;
 mod receivers;
 pub mod registry;
 #[doc(hidden)]
 pub mod seqlock;
+pub mod sequence;
 mod shard;
 #[doc(hidden)]
 pub mod slots;

@@ -672,6 +672,11 @@ impl Level {
         Self(AtomicU64::new(0))
     }
 
+    /// A level with this word, or mark.
+    pub(crate) fn with_word(word: u64) -> Self {
+        Self(AtomicU64::new(word))
+    }
+
     /// Loads the word without ordering: to prefetch it, or to test a bit.
     #[inline]
     pub(crate) fn touch(&self) -> u64 {

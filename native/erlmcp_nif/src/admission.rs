@@ -222,14 +222,16 @@ fn sample_report(shard: Term<'_>, number: u64, lengths: Term<'_>) -> NifResult<b
 /// More receivers than a batch has.
 const MAX_REPORTED: usize = 1_024;
 
-/// Instead of a sample: messages admitted since the last one keep counting.
+/// Instead of a sample: messages admitted since the last one keep counting. Returns whether samples are due: no pass
+/// has ended since.
 #[rustler::nif]
-fn sample_skip(shard: Term<'_>) -> NifResult<Atom> {
+fn sample_skip(shard: Term<'_>) -> NifResult<bool> {
     let registry = default_registry();
     let shard = shard_number(registry, shard)?;
     let _ = registry.receivers(shard);
-    registry.admission(shard).skip_sample(clock().now_ms());
-    Ok(atoms::ok())
+    let admission = registry.admission(shard);
+    admission.skip_sample(clock().now_ms());
+    Ok(admission.is_due())
 }
 
 /// No more samples until one is requested. Returns `false` if there are receivers to sample.

@@ -1,4 +1,4 @@
-//! Frees values that take long to free, off the schedulers.
+//! Frees values that take long to free, off the schedulers. Also sends what a killed process cannot send.
 //!
 //! One thread, the reaper, frees the values of a queue. The first caller of [`free`] starts it, and it never
 //! exits. It is not a scheduler, so Erlang processes run while it frees.
@@ -23,9 +23,9 @@
 //! # The library stays loaded
 //!
 //! The thread runs code of this library, so the VM must not unload it. The VM does not unload a library while
-//! a resource with a destructor exists, and the first registry or keyed limiter leaves one for good. Without these
-//! there is nothing to free here. When the VM exits, the thread exits with it, whatever is in the queue: the memory
-//! is returned with all other memory.
+//! a resource with a destructor exists, and the first registry, keyed limiter or message store leaves one for good.
+//! Without these there is nothing to do here. When the VM exits, the thread exits with it, whatever is in the queue:
+//! the memory is returned with all other memory.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -34,6 +34,8 @@ use std::thread::{self, Thread};
 
 use crossbeam_queue::SegQueue;
 use once_cell::race::OnceBox;
+use rustler::env::OwnedEnv;
+use rustler::{Encoder, Env, LocalPid};
 
 static QUEUE: SegQueue<Box<dyn Any + Send>> = SegQueue::new();
 static REAPER: OnceBox<Thread> = OnceBox::new();
@@ -47,6 +49,32 @@ pub(crate) fn free(value: impl Any + Send) {
     match REAPER.get() {
         Some(reaper) => reaper.unpark(),
         None => start(),
+    }
+}
+
+/// Sends a message to a local process, which may have exited.
+///
+/// The VM does not send from a process that was killed while its native function runs on a dirty scheduler. Then the
+/// reaper sends it; without a reaper, because no thread can be spawned, the message is lost.
+pub(crate) fn send<M>(env: Env<'_>, to: LocalPid, message: M)
+where
+    M: Encoder + Send + 'static,
+{
+    if env.send(&to, &message).is_err() {
+        free(Unsent { to, message });
+    }
+}
+
+/// Is sent when it is dropped.
+struct Unsent<M: Encoder> {
+    to: LocalPid,
+    message: M,
+}
+
+impl<M: Encoder> Drop for Unsent<M> {
+    fn drop(&mut self) {
+        // An error: the receiver has exited.
+        let _ = OwnedEnv::new().send_and_clear(&self.to, |env| self.message.encode(env));
     }
 }
 

@@ -1,19 +1,22 @@
-//! The callers of named circuit breakers: the calls that a process is in, and the breakers that it owns.
+//! What ends with a process: the calls of named circuit breakers that it is in, the breakers that it owns, and the
+//! message stores that it consumes.
 //!
 //! # One resource per process
 //!
-//! The first call of a process to a breaker creates a resource that monitors the process. All later calls use the
-//! same one. When the process exits, the VM calls `down`: the calls that it was in count as failures, and its
-//! breakers are removed. The monitor is never removed, since that can crash OTP 25 (see [`crate::watch`]): the
-//! table holds the resource until `down`. A process that has called a breaker once costs some 400 bytes until it
-//! exits.
+//! The first call of a process to a breaker, or its first store, creates a resource that monitors the process. All
+//! later ones use the same resource. When the process exits, the VM calls `down`: the calls that it was in count as
+//! failures, its breakers are removed, and its stores are closed. The monitor is never removed, since that can crash
+//! OTP 25 (see [`crate::watch`]): the table holds the resource until `down`. A process that has called a breaker once
+//! costs some 400 bytes until it exits.
 //!
-//! # The lock is never contended
+//! # The lock is hardly ever contended
 //!
-//! Only the process itself, in a native function, uses its resource; `down` runs after its last instruction. So
-//! no other thread ever holds the lock below, and no thread waits for it.
+//! Only the process itself, in a native function, uses its resource; `down` runs after its last instruction. The one
+//! exception is a process that is killed while its function runs on a dirty scheduler. Then `down` may have to wait
+//! until that function has added its breaker, which takes a few instructions.
 
-use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError, Weak};
+use std::thread;
 
 use ahash::RandomState;
 use erlmcp_core::call_breaker::{Outcome, Permit};
@@ -23,6 +26,7 @@ use papaya::HashMap;
 use rustler::{Encoder, Env, LocalPid, Monitor, Resource, ResourceArc};
 
 use crate::immediate;
+use crate::message_store::{self, Store};
 use crate::named_breaker::{NamedBreaker, remove};
 use crate::vm_clock::VmClock;
 
@@ -34,7 +38,19 @@ struct Held {
     /// The calls that the process is in, the innermost last.
     calls: Vec<Call>,
     owned: Vec<Arc<NamedBreaker>>,
+    stores: Stores,
 }
+
+#[derive(Default)]
+struct Stores {
+    /// Some of them may have been freed.
+    all: Vec<Weak<Store>>,
+    /// The number at which those are removed next: twice as many as were left, so that each store costs constant time.
+    cleaned_at: usize,
+}
+
+/// A process consumes at most so many stores at one time: its exit takes a microsecond for each.
+const MAX_STORES: usize = 1_000;
 
 struct Call {
     named: Arc<NamedBreaker>,
@@ -47,7 +63,12 @@ impl Resource for CallerResource {
     fn down<'a>(&'a self, env: Env<'a>, pid: LocalPid, _monitor: Monitor) {
         let pid = immediate::word(pid.encode(env));
         callers().remove(&pid, &callers().guard());
-        let Held { calls, owned } = std::mem::take(&mut *self.held());
+        let Held {
+            calls,
+            owned,
+            stores,
+        } = std::mem::take(&mut *self.held());
+        message_store::close(stores.all.iter().filter_map(Weak::upgrade));
         for named in owned {
             remove(&named);
         }
@@ -66,10 +87,13 @@ fn callers() -> &'static Callers {
 
 impl CallerResource {
     fn held(&self) -> MutexGuard<'_, Held> {
-        match self.0.try_lock() {
-            Ok(held) => held,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => unreachable!("only the process itself looks"),
+        loop {
+            match self.0.try_lock() {
+                Ok(held) => return held,
+                Err(TryLockError::Poisoned(poisoned)) => return poisoned.into_inner(),
+                // See the module's documentation.
+                Err(TryLockError::WouldBlock) => thread::yield_now(),
+            }
         }
     }
 }
@@ -142,4 +166,21 @@ pub(crate) fn disown(env: Env<'_>, named: &Arc<NamedBreaker>) {
     with_held(env, |held| {
         held.owned.retain(|other| !Arc::ptr_eq(other, named));
     });
+}
+
+/// Makes the calling process the store's consumer. `Some(false)` if it consumes [`MAX_STORES`] others, `None` if it is
+/// exiting.
+pub(crate) fn consume(env: Env<'_>, store: &Arc<Store>) -> Option<bool> {
+    with_held(env, |held| {
+        let Stores { all, cleaned_at } = &mut held.stores;
+        if all.len() >= (*cleaned_at).min(MAX_STORES) {
+            all.retain(|store| store.strong_count() > 0);
+            *cleaned_at = 2 * all.len().max(4);
+        }
+        let has_room = all.len() < MAX_STORES;
+        if has_room {
+            all.push(Arc::downgrade(store));
+        }
+        has_room
+    })
 }

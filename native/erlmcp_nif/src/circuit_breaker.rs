@@ -1,6 +1,6 @@
-//! The node's circuit breaker.
+//! The node's circuit breaker, and the terms of any of its kind.
 
-use erlmcp_core::circuit_breaker::{Config, Permit};
+use erlmcp_core::circuit_breaker::{CircuitBreaker, Config, Permit};
 use rustler::{Atom, Encoder, Env, Error, NifResult, Term};
 
 use crate::atoms;
@@ -56,21 +56,26 @@ fn breaker_set(state: Term<'_>) -> NifResult<Atom> {
     })
 }
 
-/// `off`, or failure threshold, window, success threshold, timeout and probe limit.
+/// A config: failure threshold, window, success threshold, timeout and probe limit.
+pub(crate) fn config_of(term: Term<'_>) -> NifResult<Config> {
+    let (failure_threshold, window_ms, success_threshold, timeout_ms, probe_limit) =
+        term.decode()?;
+    Ok(Config {
+        failure_threshold,
+        window_ms,
+        success_threshold,
+        timeout_ms,
+        probe_limit,
+    })
+}
+
+/// `off`, or a config.
 #[rustler::nif]
 fn breaker_configure(config: Term<'_>) -> NifResult<Atom> {
     let config = if atoms::off() == config {
         None
     } else {
-        let (failure_threshold, window_ms, success_threshold, timeout_ms, probe_limit) =
-            config.decode()?;
-        Some(Config {
-            failure_threshold,
-            window_ms,
-            success_threshold,
-            timeout_ms,
-            probe_limit,
-        })
+        Some(config_of(config)?)
     };
     circuit()
         .configure(config, clock())
@@ -86,9 +91,14 @@ fn breaker_would_allow() -> bool {
 
 #[rustler::nif]
 fn breaker_stats<'a>(env: Env<'a>) -> NifResult<Term<'a>> {
-    let stats = circuit().stats(clock());
+    stats_term(env, circuit())
+}
+
+/// State, counters and config of a breaker.
+pub(crate) fn stats_term<'a>(env: Env<'a>, breaker: &CircuitBreaker) -> NifResult<Term<'a>> {
+    let stats = breaker.stats(clock());
     let off = atoms::off().encode(env);
-    let config = circuit().config().map_or(off, |config| {
+    let config = breaker.config().map_or(off, |config| {
         (
             config.failure_threshold,
             config.window_ms,

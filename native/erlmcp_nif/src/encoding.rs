@@ -86,11 +86,14 @@ pub(crate) enum Zeros {
     Merged,
 }
 
-/// Encodes a term; `badarg` if that takes more than `max_bytes`.
+/// Encodes a term; `badarg` if that takes more than `max_bytes`, or if a part of it has more than 2^32 - 1 bytes or elements.
 pub(crate) fn encode(term: Term<'_>, max_bytes: usize, zeros: Zeros) -> NifResult<Vec<u8>> {
+    // Room for most terms: to grow these would take half as long again.
+    let mut steps = Vec::with_capacity(16);
+    steps.push(Step::Visit(term));
     let mut encoding = Encoding {
-        out: Vec::new(),
-        steps: vec![Step::Visit(term)],
+        out: Vec::with_capacity(128.min(max_bytes)),
+        steps,
         max_bytes,
         // A term that is not nested is bounded by its bytes alone.
         terms_left: TERMS_PER_EXTERNAL + max_bytes / MIN_BYTES_PER_TERM,
@@ -174,14 +177,15 @@ impl<'a> Encoding<'a> {
             TermType::Tuple => {
                 let elements = tuple_elements(term, self.terms_left).ok_or(Error::BadArg)?;
                 self.take(elements.len())?;
-                self.steps
-                    .push(Step::Close(TAG_TUPLE, elements.len() as u32));
+                let count = u32::try_from(elements.len()).map_err(|_| Error::BadArg)?;
+                self.steps.push(Step::Close(TAG_TUPLE, count));
                 self.steps.extend(elements.rev().map(Step::Visit));
             }
             TermType::Map => {
                 let size = term.map_size()?;
                 self.take(2 * size)?;
-                self.steps.push(Step::Close(TAG_MAP, size as u32));
+                let count = u32::try_from(size).map_err(|_| Error::BadArg)?;
+                self.steps.push(Step::Close(TAG_MAP, count));
                 let pairs = MapIterator::new(term).ok_or(Error::BadArg)?;
                 self.steps
                     .extend(pairs.map(|(_, value)| Step::Visit(value)));
@@ -203,7 +207,8 @@ impl<'a> Encoding<'a> {
         match rest.list_get_cell() {
             Ok((head, tail)) => {
                 self.take(1)?;
-                self.steps.push(Step::Rest(tail, count + 1));
+                let count = count.checked_add(1).ok_or(Error::BadArg)?;
+                self.steps.push(Step::Rest(tail, count));
                 self.steps.push(Step::Visit(head));
             }
             Err(_) => {
@@ -223,9 +228,9 @@ impl<'a> Encoding<'a> {
         if bytes.len() > self.max_bytes {
             return Err(Error::BadArg);
         }
+        let count = u32::try_from(bytes.len()).map_err(|_| Error::BadArg)?;
         self.out.push(tag);
-        self.out
-            .extend_from_slice(&(bytes.len() as u32).to_le_bytes());
+        self.out.extend_from_slice(&count.to_le_bytes());
         self.out.extend_from_slice(bytes);
         Ok(())
     }

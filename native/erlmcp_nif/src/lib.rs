@@ -4,6 +4,7 @@
 //! Panics do not cross into the VM: rustler catches them in functions and callbacks.
 
 mod admission;
+mod announcements;
 mod atoms;
 mod background;
 mod backpressure;
@@ -15,12 +16,14 @@ mod id;
 mod immediate;
 mod kept_hash;
 mod keyed_limiter;
+mod message_store;
 mod named_breaker;
 mod page;
 mod registry;
 mod reschedule;
 mod resource;
 mod routing;
+mod target_breaker;
 mod token_bucket;
 mod tuple;
 mod vm_clock;
@@ -34,6 +37,8 @@ fn load(env: Env<'_>, _info: Term<'_>) -> bool {
     env.register::<resource::RegistryResource>().is_ok()
         && env.register::<token_bucket::BucketResource>().is_ok()
         && env.register::<keyed_limiter::LimiterResource>().is_ok()
+        && env.register::<message_store::StoreResource>().is_ok()
+        && env.register::<message_store::MessageResource>().is_ok()
         && env.register::<watch::WatchResource>().is_ok()
         && env.register::<caller::CallerResource>().is_ok()
 }

@@ -13,11 +13,12 @@ use erlmcp_core::registry::{Entry, Id, Limits, Location, Namespace};
 use erlmcp_core::token_bucket;
 use once_cell::race::OnceBox;
 use papaya::HashMap;
-use rustler::{Encoder, Env, NifResult, Resource, ResourceArc, Term};
+use rustler::{Encoder, Env, LocalPid, NifResult, Resource, ResourceArc, Term};
 
 use crate::atoms;
 use crate::background;
 use crate::backpressure::clock;
+use crate::immediate;
 use crate::watch::Lease;
 
 /// A registry, with the number by which watches refer to it.
@@ -27,6 +28,8 @@ pub(crate) struct Registry {
     /// The earliest time, by the node's clock, of the next search of the registry (see
     /// [`Registry::may_search`]).
     next_search_ns: AtomicU64,
+    /// The word of the pid that is woken for announcements; 0 for none. See [`crate::announcements`].
+    reader: AtomicU64,
 }
 
 /// A registry that never had more entries than this is searched in some milliseconds, at every request.
@@ -60,6 +63,7 @@ impl Registry {
                 core: erlmcp_core::registry::Registry::new(limits, clock()),
                 number,
                 next_search_ns: AtomicU64::new(0),
+                reader: AtomicU64::new(0),
             });
             numbers().insert(number, Arc::downgrade(&registry), &guard);
             return registry;
@@ -85,42 +89,95 @@ impl Registry {
         self.next_search_ns.store(end + rest, Ordering::Relaxed);
     }
 
+    // ---- Announcements ----
+
+    /// From now on this process is woken for announcements.
+    pub(crate) fn set_reader(&self, env: Env<'_>) {
+        let word = immediate::word(env.pid().encode(env));
+        self.reader.store(word, Ordering::Release);
+    }
+
+    /// Whether the calling process was the reader, which it is no longer.
+    pub(crate) fn unset_reader(&self, env: Env<'_>) -> bool {
+        let word = immediate::word(env.pid().encode(env));
+        self.reader
+            .compare_exchange(word, 0, Ordering::AcqRel, Ordering::Relaxed)
+            .is_ok()
+    }
+
+    /// Wakes the reader if there is something to read for it. To be called after each change of connections.
+    #[inline]
+    pub(crate) fn wake_reader(&self, env: Env<'_>) {
+        if self.core.announcements().take_wake() {
+            self.send_announced(env);
+        }
+    }
+
+    #[cold]
+    fn send_announced(&self, env: Env<'_>) {
+        let reader = self.reader.load(Ordering::Acquire);
+        if reader == 0 {
+            return;
+        }
+        // SAFETY: `set_reader` stores words of local pids.
+        let pid = unsafe { immediate::term(env, reader) };
+        if let Ok(pid) = pid.decode::<LocalPid>() {
+            // If it has exited, the next reader begins by reading.
+            background::send(env, pid, (atoms::announced(), self.number));
+        }
+    }
+
     // ---- Removal: as in the core, and revokes the configs ----
 
     /// See [`erlmcp_core::registry::Registry::remove`].
-    pub(crate) fn remove(&self, namespace: Namespace, id: &Id<'_>) -> Option<Entry<Lease>> {
-        revoked(self.core.remove(namespace, id))
+    pub(crate) fn remove(
+        &self,
+        env: Env<'_>,
+        namespace: Namespace,
+        id: &Id<'_>,
+    ) -> Option<Entry<Lease>> {
+        self.revoked(env, self.core.remove(namespace, id))
     }
 
     /// See [`erlmcp_core::registry::Registry::remove_exact`].
     pub(crate) fn remove_exact(
         &self,
+        env: Env<'_>,
         namespace: Namespace,
         id: &Id<'_>,
         is_meant: impl Fn(&Lease) -> bool,
     ) -> Option<Entry<Lease>> {
-        revoked(self.core.remove_exact(namespace, id, is_meant))
+        self.revoked(env, self.core.remove_exact(namespace, id, is_meant))
     }
 
     /// See [`erlmcp_core::registry::Registry::remove_leased`].
     pub(crate) fn remove_leased(
         &self,
+        env: Env<'_>,
         location: &Location,
         is_meant: impl Fn(&Lease) -> bool,
     ) -> Option<Entry<Lease>> {
-        revoked(self.core.remove_leased(location, is_meant))
+        self.revoked(env, self.core.remove_leased(location, is_meant))
     }
 
     /// See [`erlmcp_core::registry::Registry::replace_connection`].
     pub(crate) fn replace_connection(
         &self,
+        env: Env<'_>,
         id: Id<'_>,
         shard: u16,
         address: u64,
         lease: impl FnOnce(Location) -> Lease,
     ) -> Result<Option<Entry<Lease>>, RegisterError> {
         let replaced = self.core.replace_connection(id, shard, address, lease);
-        replaced.map(revoked)
+        replaced.map(|former| self.revoked(env, former))
+    }
+
+    /// Revokes the config of a removed entry. The entry's memory stays until the registry's collector frees it, and
+    /// must not keep alive until then what the config refers to.
+    fn revoked(&self, env: Env<'_>, removed: Option<Entry<Lease>>) -> Option<Entry<Lease>> {
+        self.wake_reader(env);
+        removed.inspect(|entry| entry.lease.config.revoke())
     }
 
     /// See [`erlmcp_core::registry::Registry::close`].
@@ -131,10 +188,19 @@ impl Registry {
         });
     }
 
-    /// See [`erlmcp_core::registry::Registry::exchange_server_lease`].
-    pub(crate) fn exchange_server_lease(&self, id: &Id<'_>, former: &Lease, new: Lease) -> bool {
+    /// See [`erlmcp_core::registry::Registry::exchange_lease`].
+    pub(crate) fn exchange_lease(
+        &self,
+        env: Env<'_>,
+        namespace: Namespace,
+        id: &Id<'_>,
+        former: &Lease,
+        new: Lease,
+    ) -> bool {
         // Equal leases may have different configs: the config of the replaced lease is revoked.
-        let replaced = self.core.exchange_server_lease(id, former, new);
+        let replaced = self.core.exchange_lease(namespace, id, former, new);
+        // It may have announced the insertion, or dropped a ticket.
+        self.wake_reader(env);
         replaced.map(|lease| lease.config.revoke()).is_some()
     }
 
@@ -142,12 +208,6 @@ impl Registry {
     pub(crate) fn of_number(number: u32) -> Option<Arc<Self>> {
         numbers().get(&number, &numbers().guard())?.upgrade()
     }
-}
-
-/// Revokes the config of a removed entry. The entry's memory stays until the registry's collector frees it, and
-/// must not keep alive until then what the config refers to.
-fn revoked(removed: Option<Entry<Lease>>) -> Option<Entry<Lease>> {
-    removed.inspect(|entry| entry.lease.config.revoke())
 }
 
 impl Drop for Registry {
@@ -206,7 +266,10 @@ pub(crate) fn release(registry: Arc<Registry>) {
     let Some(registry) = Arc::into_inner(registry) else {
         return;
     };
-    if registry.high_water() > MAX_ENTRIES_FREED_IN_PLACE || IS_FREEING.get() {
+    if registry.high_water() > MAX_ENTRIES_FREED_IN_PLACE
+        || registry.announcements().is_allocated()
+        || IS_FREEING.get()
+    {
         background::free(registry);
         return;
     }
@@ -254,7 +317,7 @@ pub(crate) struct Diverted;
 /// Whether a change that names its registry by `of` is diverted. Checked before the other arguments are
 /// decoded, since another store takes ids that are too long for this one. [`passage`] decides.
 pub(crate) fn diverts_changes(of: Term<'_>, namespace: Namespace) -> bool {
-    namespace != Namespace::Connection
+    namespace.is_of_erlmcp()
         && atoms::default() == of
         && default_registry().diversion().sign().diverts_changes()
 }
@@ -266,7 +329,7 @@ pub(crate) fn passage<'a>(
     namespace: Namespace,
     id: &Id<'_>,
 ) -> Result<Option<Passage<'a>>, Diverted> {
-    if namespace == Namespace::Connection || atoms::default() != of {
+    if !namespace.is_of_erlmcp() || atoms::default() != of {
         return Ok(None);
     }
     registry
@@ -283,7 +346,7 @@ pub(crate) fn unless_diverted<'a, E>(
     namespace: Namespace,
     look_up: impl FnOnce() -> Result<Term<'a>, E>,
 ) -> Result<Term<'a>, E> {
-    if namespace == Namespace::Connection || atoms::default() != of {
+    if !namespace.is_of_erlmcp() || atoms::default() != of {
         return look_up();
     }
     let diversion = default_registry().diversion();

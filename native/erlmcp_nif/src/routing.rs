@@ -8,7 +8,7 @@ use std::panic::catch_unwind;
 
 use erlmcp_core::circuit_breaker::State;
 use erlmcp_core::clock::{Clock, Reading};
-use erlmcp_core::registry::{Charged, Events, Namespace, ROUTED_TOGETHER, Refusal};
+use erlmcp_core::registry::{Charged, Entry, Events, Namespace, ROUTED_TOGETHER, Refusal};
 use rustler::codegen_runtime::{c_int, inventory};
 use rustler::sys::{ErlNifEnv, ErlNifTerm, c_uint, enif_make_badarg, enif_make_list_from_array};
 use rustler::{Encoder, Env, Error, NifResult, Term};
@@ -18,10 +18,13 @@ use crate::backpressure::{circuit, clock};
 use crate::id;
 use crate::immediate;
 use crate::registry::lookup::REMOTE;
-use crate::registry::{MAX_LISTED_ON_NORMAL_SCHEDULER, live_entry, namespace, pid_term};
+use crate::registry::{
+    MAX_LISTED_ON_NORMAL_SCHEDULER, is_alive, live_entry, namespace, pick_of, pid_term, searched,
+};
 use crate::reschedule::{Outcome, Scheduler, reschedulable};
 use crate::resource::{Registry, default_registry};
 use crate::tuple::first_of_pair;
+use crate::watch::Lease;
 
 fn refusal_term(env: Env<'_>, refusal: Refusal) -> Term<'_> {
     match refusal {
@@ -116,7 +119,7 @@ fn forecast<'a>(env: Env<'a>, ns: Term<'a>, id: Term<'a>, payer: Term<'a>) -> Ni
     let charged = if payer.is_empty_list() {
         match target {
             Namespace::Connection => Charged::Target,
-            Namespace::Server | Namespace::Transport => Charged::Nobody,
+            Namespace::Server | Namespace::Transport | Namespace::Member => Charged::Nobody,
         }
     } else {
         let (payer, _) = payer.list_get_cell()?;
@@ -207,7 +210,7 @@ route!(c"route_transport_exclusive", Namespace::Transport, 1, true);
 // ---- One message to many ----
 
 /// Three results: the processes of the transports bound to a server to which the message may be sent; the
-/// reason of refusal for the others, or `none`; and events. With `IS_EXCLUSIVE` it routes whether routes are
+/// reason of refusal for one of the others, or `none`; and events. With `IS_EXCLUSIVE` it routes whether routes are
 /// diverted or not.
 fn route_bound<'a, const IS_EXCLUSIVE: bool>(
     env: Env<'a>,
@@ -225,32 +228,113 @@ fn route_bound<'a, const IS_EXCLUSIVE: bool>(
         }
         // The monitor of a server that has exited may not have fired yet.
         live_entry(env, registry, Namespace::Server, server);
-        let mut pids = Term::list_new_empty(env);
-        let mut refused = None;
-        let mut all_events = Term::list_new_empty(env);
+        let mut all = RoutedAll::new(env);
         registry.route_bound(server, circuit(), clock(), |routed, events| {
-            match routed {
-                Ok(entry) => pids = pids.list_prepend(pid_term(env, entry)),
-                Err(refusal) => refused = Some(refusal),
-            }
-            if events.is_some() {
-                all_events = prepend_events(env, &events, all_events);
-            }
+            all.add(routed, &events);
         });
         // Nothing has been sent yet, and some of the transports may have been moved to another store.
         if !IS_EXCLUSIVE && !registry.diversion().is_still(sign) {
             return Ok(atoms::diverted().encode(env));
         }
-        let refused = refused.map_or(atoms::none().encode(env), |refusal| {
-            refusal_term(env, refusal)
-        });
-        Ok((pids, refused, all_events).encode(env))
+        Ok(all.into_term())
     })
     .ok_or(Error::BadArg)?
 }
 
+/// The result of a message to many, under construction.
+struct RoutedAll<'a> {
+    env: Env<'a>,
+    pids: Term<'a>,
+    refused: Option<Refusal>,
+    events: Term<'a>,
+}
+
+impl<'a> RoutedAll<'a> {
+    fn new(env: Env<'a>) -> Self {
+        Self {
+            env,
+            pids: Term::list_new_empty(env),
+            refused: None,
+            events: Term::list_new_empty(env),
+        }
+    }
+
+    fn add(&mut self, routed: Result<&Entry<Lease>, Refusal>, events: &Events) {
+        match routed {
+            Ok(entry) => self.pids = self.pids.list_prepend(pid_term(self.env, entry)),
+            Err(refusal) => self.refused = Some(refusal),
+        }
+        if events.is_some() {
+            self.events = prepend_events(self.env, events, self.events);
+        }
+    }
+
+    fn into_term(self) -> Term<'a> {
+        let refused = self
+            .refused
+            .map_or(atoms::none().encode(self.env), |refusal| {
+                refusal_term(self.env, refusal)
+            });
+        (self.pids, refused, self.events).encode(self.env)
+    }
+}
+
 reschedulable!(c"route_bound", 1, route_bound::<false>);
 reschedulable!(c"route_bound_exclusive", 1, route_bound::<true>);
+
+/// As [`route_bound`], to the members of a group.
+fn route_group<'a>(env: Env<'a>, [group]: [Term<'a>; 1], scheduler: Scheduler) -> Outcome<'a> {
+    let registry = default_registry();
+    id::with(registry, group, |group| {
+        if u64::from(registry.group_high_water(group)) > MAX_LISTED_ON_NORMAL_SCHEDULER {
+            scheduler.require_dirty()?;
+        }
+        let mut all = RoutedAll::new(env);
+        registry.route_group(group, circuit(), clock(), |routed, events| {
+            all.add(routed, &events);
+        });
+        Ok(all.into_term())
+    })
+    .ok_or(Error::BadArg)?
+}
+
+reschedulable!(c"route_group", 1, route_group);
+
+/// The process of one member of a group, if a message may be sent to it.
+fn route_member<'a>(
+    env: Env<'a>,
+    [group, pick]: [Term<'a>; 2],
+    scheduler: Scheduler,
+) -> Outcome<'a> {
+    let registry = default_registry();
+    let pick = pick_of(registry, pick)?;
+    id::with(registry, group, |group| {
+        let is_alive = |entry: &Entry<Lease>| is_alive(env, entry);
+        searched(scheduler, pick, |search| {
+            registry.route_member(
+                group,
+                search,
+                circuit(),
+                clock(),
+                is_alive,
+                |routed, events| {
+                    let result = match routed {
+                        Ok(entry) => pid_term(env, entry),
+                        Err(refusal) => refusal_term(env, refusal),
+                    };
+                    if events.is_some() {
+                        with_events(env, result, &events)
+                    } else {
+                        result
+                    }
+                },
+            )
+        })
+    })
+    .ok_or(Error::BadArg)?
+}
+
+reschedulable!(c"route_member", 2, route_member);
 
 // ---- Many messages ----
 

@@ -221,7 +221,7 @@ fn shared_limits(env: Env<'_>) -> Term<'_> {
     limits_term(env, default_registry().shared_limits())
 }
 
-/// Sets whether routes take from buckets.
+/// Sets whether routes take from buckets and check the breakers of targets.
 #[rustler::nif]
 fn enforce_limits(is_on: bool) -> Atom {
     default_registry().enforce_limits(is_on);

@@ -87,7 +87,7 @@ impl Resource for WatchResource {
         if word != IDLE
             && let Some(registry) = Registry::of_number(number)
         {
-            registry.remove_leased(&location, |held| held.watch.is(self));
+            registry.remove_leased(env, &location, |held| held.watch.is(self));
             release(registry);
         }
         drain_pool(immediate::word(pid.encode(env)));

@@ -30,6 +30,7 @@ defmodule MixApp do
     limiter = :erlmcp_keyed_limiter.new(capacity: 2, rate_per_second: 0.001)
     {:ok, 1} = :erlmcp_keyed_limiter.consume(limiter, {"client", :search})
     :ok = :erlmcp_circuit_breaker.register_breaker("weather", failure_threshold: 3)
+    :ok = :erlmcp_target_breaker.set({:connection, "client"}, failure_threshold: 3)
     {:ok, 21} = :erlmcp_circuit_breaker.call("weather", fn -> {:ok, 21} end)
     :ok = :erlmcp_shard_registry.register_connection("client", self(), %{tools: true})
     :ok = :erlmcp_shard_manager.route_message("client", :hello)

@@ -47,8 +47,8 @@ use papaya::{Compute, Operation};
 
 use super::entry::{Key, Server, Transport};
 use super::group::{Attempt, Binding, From, Group, Membership};
-use super::stored::{PLACES_UNDER_ONE_GUARD, Stored};
-use super::{Entry, Id, Location, Namespace, Registry};
+use super::stored::Stored;
+use super::{Entry, Id, Namespace, Registry};
 use crate::error::BindError;
 use crate::sync::Ordering;
 
@@ -209,7 +209,7 @@ where
     }
 
     /// As [`Self::for_each_bound`], with the key.
-    pub(super) fn visit_bound(&self, server: &Id<'_>, mut each: impl FnMut(&Key, &Transport<L>)) {
+    pub(super) fn visit_bound(&self, server: &Id<'_>, each: impl FnMut(&Key, &Transport<L>)) {
         let group = {
             let guard = self.servers.guard();
             match self.servers.get(server, &guard) {
@@ -217,30 +217,12 @@ where
                 None => return,
             }
         };
-        let end = group.high_water();
-        for first in (0..end).step_by(PLACES_UNDER_ONE_GUARD) {
-            let last = end.min(first.saturating_add(PLACES_UNDER_ONE_GUARD as u32));
-            let guard = self.transports.guard();
-            for (member, shard, slot) in group.members(first..last) {
-                let Some((key, transport)) = self
-                    .located(Location {
-                        slot,
-                        shard,
-                        namespace: Namespace::Transport,
-                    })
-                    .and_then(|place| place.find(&self.transports, &guard))
-                else {
-                    continue;
-                };
-                // The place may have been given to another transport since.
-                let is_bound = self
-                    .holding(&transport.binding)
-                    .is_some_and(|membership| membership.is(&group, member));
-                if is_bound && transport.is_registered(self) {
-                    each(key, transport);
-                }
-            }
-        }
+        let is_bound = |transport: &Transport<L>, member| {
+            self.holding(&transport.binding)
+                .is_some_and(|membership| membership.is(&group, member))
+        };
+        let namespace = Namespace::Transport;
+        self.visit_roll(&self.transports, namespace, &group.roll, is_bound, each);
     }
 
     /// An upper bound of the transports that [`Self::for_each_bound`] visits.
@@ -248,7 +230,7 @@ where
         let guard = self.servers.guard();
         self.servers
             .get(server, &guard)
-            .map_or(0, |server| server.group().high_water())
+            .map_or(0, |server| server.group().roll.high_water())
     }
 
     // ---- The protocol ----
@@ -353,7 +335,7 @@ where
 
     /// Ends a membership. Only for the thread whose compare-and-swap ended it (or that never made use of it).
     pub(super) fn leave(&self, membership: &Membership) {
-        membership.leave_list();
+        membership.group.roll.leave(membership.slot);
         self.leave_group(&membership.group);
     }
 

@@ -1,8 +1,11 @@
 //! The token buckets of a registry's entries. All share the registry's limits; an entry may be given its own
 //! limits.
 //!
-//! The word of a bucket is a field of its entry. A word from [`OWN`] on is no level but a mark: either the number
-//! in the mark is the key of the entry's bucket in the map of own buckets, or the entry was removed ([`GONE`]).
+//! The word of a bucket is a field of its entry. A word from [`OWN`] on is no level but a mark. The entry was removed
+//! ([`GONE`]), or the mark is a key of the map of [`Apart`]: of a bucket with the entry's own limits, or, from [`MOVED`]
+//! on, of the level that stands for the entry's one. A connection whose value in the map of entries is replaced has such a
+//! level: the former value and the next one have the same mark, so they have the same tokens. That level may be a mark of
+//! an own bucket in turn.
 //!
 //! # Invariants
 //!
@@ -18,7 +21,6 @@
 //!   thread that finds it frozen moves its tokens too.
 
 use std::ops::ControlFlow;
-use std::sync::Arc;
 
 use papaya::{Guard, HashMap};
 
@@ -33,6 +35,9 @@ use crate::token_bucket::{
 
 /// No level: the highest bit of a level is 0.
 const OWN: u64 = u64::MAX << 40;
+const MOVED: u64 = OWN | 1 << 39;
+/// 2^39 changes are not reached.
+const NUMBERS: u64 = GONE - MOVED;
 
 /// Compare-and-swaps that acquisitions may make fail before the move is announced.
 const ATTEMPTS: usize = if cfg!(loom) { 1 } else { 8 };
@@ -79,15 +84,30 @@ impl From<LimitsError> for BucketError {
     }
 }
 
+/// What a mark stands for.
+enum Apart {
+    /// The bucket of an entry with its own limits.
+    Bucket(Box<TokenBucket>),
+    /// The level of an entry.
+    Level(Level),
+}
+
+/// Where a change moves the tokens of a level.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Move {
+    ToOwnLimits,
+    Apart,
+}
+
 pub(super) struct Buckets {
     /// Whether any bucket has limits, and whether they are enforced: [`SHARED_LIMITS`],
     /// [`OWN_LIMITS`], [`ENFORCED`].
     in_use: AtomicU8,
     shared: Limiter,
-    own: HashMap<u64, Arc<TokenBucket>>,
+    own: HashMap<u64, Apart>,
     numbers: AtomicU64,
-    /// The addresses of levels whose tokens are about to move to the entry's own bucket.
-    moves: HashMap<usize, ()>,
+    /// The addresses of levels whose tokens are about to move.
+    moves: HashMap<usize, Move>,
     /// Changes that have an entry in `moves`. Beside `in_use`, whose cache line routes have loaded before.
     moving: AtomicU32,
 }
@@ -137,7 +157,7 @@ impl Buckets {
         judge: impl Fn(&Limiter, &Level) -> Option<R>,
     ) -> Option<R> {
         loop {
-            if !self.is_moving(level)
+            if self.moving(level).is_none()
                 && let Some(verdict) = judge(&self.shared, level)
             {
                 return Some(verdict);
@@ -148,17 +168,34 @@ impl Buckets {
         }
     }
 
-    /// Whether a change has announced a move to the entry's own bucket. One load if there is no announcement.
+    /// The move that a change has announced. One load if there is no announcement.
     #[inline]
-    fn is_moving(&self, level: &Level) -> bool {
+    fn moving(&self, level: &Level) -> Option<Move> {
         // Relaxed: an acquisition that does not see it makes the change lose once more.
-        self.moving.load(Ordering::Relaxed) > 0 && self.is_announced(level)
+        if self.moving.load(Ordering::Relaxed) > 0 {
+            self.announced(level)
+        } else {
+            None
+        }
     }
 
     #[cold]
-    fn is_announced(&self, level: &Level) -> bool {
+    fn announced(&self, level: &Level) -> Option<Move> {
         self.moves
-            .contains_key(&address(level), &self.moves.guard())
+            .get(&address(level), &self.moves.guard())
+            .copied()
+    }
+
+    /// The level that stands for that of an entry: itself unless it was moved. `None` if the entry was removed.
+    fn standing<'l>(&self, level: &'l Level, guard: &'l impl Guard) -> Option<&'l Level> {
+        match level.word().load(Ordering::Acquire) {
+            GONE => None,
+            mark if mark >= MOVED => match self.own.get(&mark, guard) {
+                Some(Apart::Level(level)) => Some(level),
+                _ => None,
+            },
+            _ => Some(level),
+        }
     }
 
     /// Breaks with the verdict by the entry's own bucket, with `None` if the entry was removed. Continues if the entry
@@ -171,15 +208,27 @@ impl Buckets {
         judge: impl Fn(&Limiter, &Level) -> Option<R>,
     ) -> ControlFlow<Option<R>> {
         let guard = self.own.guard();
-        let word = level.word().load(Ordering::Acquire);
-        if word == GONE {
+        let Some(level) = self.standing(level, &guard) else {
             return ControlFlow::Break(None);
-        }
-        if word < OWN {
-            if self.is_moving(level) {
-                self.finish_own(level, word, clock);
+        };
+        let word = level.word().load(Ordering::Acquire);
+        match word {
+            GONE => return ControlFlow::Break(None),
+            MOVED.. => return ControlFlow::Continue(()),
+            OWN.. => {}
+            _ => {
+                match self.moving(level) {
+                    Some(Move::ToOwnLimits) => self.finish_own(level, word, clock),
+                    Some(Move::Apart) => self.finish_apart(level, word),
+                    // The entry's level was moved to this one.
+                    None => {
+                        if let Some(verdict) = judge(&self.shared, level) {
+                            return ControlFlow::Break(Some(verdict));
+                        }
+                    }
+                }
+                return ControlFlow::Continue(());
             }
-            return ControlFlow::Continue(());
         }
         let Some(bucket) = self.bucket(level, word, &guard) else {
             return ControlFlow::Continue(());
@@ -197,7 +246,7 @@ impl Buckets {
     /// Acquires one token; `false` if there is none.
     #[inline]
     pub(super) fn admits(&self, level: &Level, clock: &impl Clock) -> bool {
-        if !self.is_moving(level)
+        if self.moving(level).is_none()
             && let Some(is_admitted) = self.shared.admits(level, clock)
         {
             return is_admitted;
@@ -219,20 +268,24 @@ impl Buckets {
         level: &Level,
         mark: u64,
         guard: &'g impl Guard,
-    ) -> Option<&'g Arc<TokenBucket>> {
-        let bucket = self.own.get(&mark, guard);
+    ) -> Option<&'g TokenBucket> {
+        let bucket = match self.own.get(&mark, guard) {
+            Some(Apart::Bucket(bucket)) => Some(bucket),
+            _ => None,
+        };
         if bucket.is_none() {
             // A read-modify-write reads the newest word, so no later load returns the mark again. `papaya` promises
             // as much, but by nothing that loom sees.
             level.word().fetch_or(0, Ordering::AcqRel);
         }
-        bucket
+        bucket.map(Box::as_ref)
     }
 
     /// `None` if the entry was removed.
     pub(super) fn state(&self, level: &Level, clock: &impl Clock) -> Option<BucketState> {
         let guard = self.own.guard();
         loop {
+            let level = self.standing(level, &guard)?;
             let word = level.word().load(Ordering::Acquire);
             if word == GONE {
                 return None;
@@ -297,15 +350,19 @@ impl Buckets {
         let guard = self.own.guard();
         let shared = self.shared.last_limits().unwrap_or_default();
         let limits = change.unwrap_or_default().over(shared);
-        let mut prepared: Option<(u64, Arc<TokenBucket>)> = None;
+        let mut prepared = None;
         let mut attempts = 0;
         let mut announced = None;
         loop {
+            let Some(level) = self.standing(level, &guard) else {
+                if let Some((mark, _)) = prepared {
+                    self.own.remove(&mark, &guard);
+                }
+                return Err(BucketError::NotFound);
+            };
             if attempts >= ATTEMPTS {
                 // Before the load: a thread that changes the word after it began before the announcement.
-                announced
-                    .get_or_insert_with(|| Announced::of(self, level))
-                    .renew();
+                Announced::renew(&mut announced, self, level, Move::ToOwnLimits);
             }
             let held = level.word().load(Ordering::Acquire);
             if held >= OWN {
@@ -328,11 +385,11 @@ impl Buckets {
                 }
             }
             let (mark, bucket) = match &prepared {
-                Some(prepared) => prepared,
-                None => prepared.insert(self.prepared(limits?, change.is_none(), clock)),
+                Some(prepared) => *prepared,
+                None => *prepared.insert(self.prepared(limits?, change.is_none(), clock, &guard)),
             };
             attempts += 1;
-            if self.replace(level, held, *mark, bucket, clock) {
+            if self.replace(level, held, mark, bucket, clock) {
                 return Ok(());
             }
         }
@@ -352,22 +409,30 @@ impl Buckets {
     }
 
     /// An empty bucket in the map, under a mark that nothing refers to.
-    fn prepared(
+    fn prepared<'g>(
         &self,
         limits: Limits,
         is_off: bool,
         clock: &impl Clock,
-    ) -> (u64, Arc<TokenBucket>) {
+        guard: &'g impl Guard,
+    ) -> (u64, &'g TokenBucket) {
         self.in_use.fetch_or(OWN_LIMITS, Ordering::Relaxed);
-        let bucket = Arc::new(TokenBucket::holding(0, limits, clock));
+        let bucket = TokenBucket::holding(0, limits, clock);
         if is_off {
             bucket.set_limits(None, clock);
         }
-        // Below GONE: 2^40 changes are not reached.
-        let mark = OWN + self.numbers.fetch_add(1, Ordering::Relaxed) % (GONE - OWN);
-        self.own
-            .insert(mark, Arc::clone(&bucket), &self.own.guard());
-        (mark, bucket)
+        let mark = OWN + self.number();
+        match self
+            .own
+            .get_or_insert(mark, Apart::Bucket(Box::new(bucket)), guard)
+        {
+            Apart::Bucket(bucket) => (mark, bucket),
+            Apart::Level(_) => unreachable!("a mark of an own bucket"),
+        }
+    }
+
+    fn number(&self) -> u64 {
+        self.numbers.fetch_add(1, Ordering::Relaxed) % NUMBERS
     }
 
     /// Moves the tokens of the level `held` to a prepared bucket.
@@ -389,11 +454,44 @@ impl Buckets {
     /// Helps a change that has announced a move: gives the entry a bucket with its present shared limits, which
     /// that change then finds and changes.
     fn finish_own(&self, level: &Level, held: u64, clock: &impl Clock) {
+        let guard = self.own.guard();
         let limits = self.shared.last_limits().unwrap_or_default();
-        let (mark, bucket) = self.prepared(limits, self.shared.is_off(), clock);
-        if !self.replace(level, held, mark, &bucket, clock) {
+        let (mark, bucket) = self.prepared(limits, self.shared.is_off(), clock, &guard);
+        if !self.replace(level, held, mark, bucket, clock) {
             // Lost to an acquisition, to that change, or to another thread that helps.
-            self.own.remove(&mark, &self.own.guard());
+            self.own.remove(&mark, &guard);
+        }
+    }
+
+    /// Moves the level of an entry apart, and returns its mark, for a second value of the same entry; `None` if the entry
+    /// was removed. Acquisitions go on. Retries as [`Self::set_own`] does.
+    pub(super) fn move_apart(&self, level: &Level) -> Option<u64> {
+        let mut attempts = 0;
+        let mut announced = None;
+        loop {
+            if attempts >= ATTEMPTS {
+                Announced::renew(&mut announced, self, level, Move::Apart);
+            }
+            match level.word().load(Ordering::Acquire) {
+                GONE => return None,
+                mark if mark >= MOVED => return Some(mark),
+                held => self.finish_apart(level, held),
+            }
+            attempts += 1;
+        }
+    }
+
+    /// Tries once to move a level apart that has this word: a level, or the mark of an own bucket, which stays where it is.
+    fn finish_apart(&self, level: &Level, held: u64) {
+        let guard = self.own.guard();
+        let mark = MOVED + self.number();
+        self.own
+            .insert(mark, Apart::Level(Level::with_word(held)), &guard);
+        let moved = level
+            .word()
+            .compare_exchange(held, mark, Ordering::AcqRel, Ordering::Acquire);
+        if moved.is_err() {
+            self.own.remove(&mark, &guard);
         }
     }
 
@@ -401,6 +499,9 @@ impl Buckets {
     fn share(&self, level: &Level, clock: &impl Clock) -> Result<(), BucketError> {
         let guard = self.own.guard();
         loop {
+            let Some(level) = self.standing(level, &guard) else {
+                return Err(BucketError::NotFound);
+            };
             let mark = level.word().load(Ordering::Acquire);
             if mark == GONE {
                 return Err(BucketError::NotFound);
@@ -438,13 +539,54 @@ impl Buckets {
         is_moved
     }
 
-    /// Frees the own bucket, if any, of an entry that was removed.
+    /// Frees what an entry that was removed has apart.
     pub(super) fn left(&self, level: &Level) {
         // Of the threads that replace a mark, one gets it.
         let mark = level.word().swap(GONE, Ordering::AcqRel);
-        if mark >= OWN {
-            self.own.remove(&mark, &self.own.guard());
+        if (OWN..GONE).contains(&mark)
+            && let Some(Apart::Level(level)) = self.own.remove(&mark, &self.own.guard())
+        {
+            self.left(level);
         }
+    }
+}
+
+/// An entry's bucket, for models. loom does not see the map of entries, and would take a level that one thread finds there for
+/// one that another thread is still making.
+#[cfg(loom)]
+pub struct EntryBucket {
+    buckets: Buckets,
+    level: Level,
+}
+
+#[cfg(loom)]
+impl EntryBucket {
+    /// A full bucket with these shared limits.
+    pub fn new(limits: Limits, clock: &impl Clock) -> Self {
+        let buckets = Buckets::new(clock);
+        buckets.set_shared(Some(limits), clock);
+        let level = buckets.full();
+        Self { buckets, level }
+    }
+
+    /// As a thread that has found the entry's first value.
+    pub fn take(&self, tokens: u64, clock: &impl Clock) -> Option<Result<Option<u64>, Refused>> {
+        self.buckets.take(&self.level, clock, tokens)
+    }
+
+    /// Changes the limits.
+    pub fn set(&self, limits: EntryLimits, clock: &impl Clock) -> Result<(), BucketError> {
+        self.buckets.set(&self.level, limits, clock)
+    }
+
+    /// Writes the entry anew, and acquires tokens from its second value.
+    pub fn take_anew(
+        &self,
+        tokens: u64,
+        clock: &impl Clock,
+    ) -> Option<Result<Option<u64>, Refused>> {
+        let second = Level::with_word(self.buckets.move_apart(&self.level)?);
+        self.buckets.take(&second, clock, tokens)
     }
 }
 
@@ -460,18 +602,15 @@ struct Announced<'a> {
 }
 
 impl<'a> Announced<'a> {
-    fn of(buckets: &'a Buckets, level: &Level) -> Self {
-        buckets.moving.fetch_add(1, Ordering::AcqRel);
+    /// The first of two changes of one entry to complete removes the announcement of both, so each renews its own before
+    /// each attempt.
+    fn renew(this: &mut Option<Self>, buckets: &'a Buckets, level: &Level, to: Move) {
         let address = address(level);
-        let announced = Self { buckets, address };
-        announced.renew();
-        announced
-    }
-
-    /// The first of two changes of one entry to complete removes the announcement of both.
-    fn renew(&self) {
-        let moves = &self.buckets.moves;
-        moves.insert(self.address, (), &moves.guard());
+        if this.as_ref().is_none_or(|this| this.address != address) {
+            buckets.moving.fetch_add(1, Ordering::AcqRel);
+            *this = Some(Self { buckets, address });
+        }
+        buckets.moves.insert(address, to, &buckets.moves.guard());
     }
 }
 
@@ -492,7 +631,7 @@ where
         self.buckets.set_shared(limits, clock);
     }
 
-    /// Whether routes acquire from buckets. Limits and tokens are kept.
+    /// Whether routes acquire from buckets, and check the breakers of targets. Limits, tokens and breakers are kept.
     pub fn enforce_limits(&self, is_on: bool) {
         if is_on {
             self.buckets.in_use.fetch_or(ENFORCED, Ordering::Relaxed);
@@ -608,7 +747,7 @@ mod tests {
     fn shared_limits_say_nothing_of_a_mark() {
         let clock = FakeClock::at_ns(0);
         let limits = Limits::new(10, 1.0).unwrap();
-        for mark in [OWN, OWN + 1, GONE] {
+        for mark in [OWN, OWN + 1, MOVED, MOVED + 1, GONE] {
             let level = Level::full();
             level.word().store(mark, Ordering::Relaxed);
             for limits in [None, Some(limits)] {
@@ -641,16 +780,18 @@ mod tests {
             };
             assert_eq!(buckets.take(&level, &clock, 4), Some(Ok(held(6))));
 
-            let announced = Announced::of(&buckets, &level);
+            let mut announced = None;
+            Announced::renew(&mut announced, &buckets, &level, Move::ToOwnLimits);
             assert_eq!(buckets.state(&level, &clock), state(6));
             assert_eq!(buckets.take(&level, &clock, 1), Some(Ok(held(5))));
             drop(announced);
-            assert!(!buckets.is_moving(&level));
+            assert_eq!(buckets.moving(&level), None);
             let mark = level.word().load(Ordering::Relaxed);
-            assert!((OWN..GONE).contains(&mark));
+            assert!((OWN..MOVED).contains(&mark));
 
             let guard = buckets.own.guard();
-            buckets.own.get(&mark, &guard).unwrap().freeze(&clock);
+            buckets.bucket(&level, mark, &guard).unwrap().freeze(&clock);
+            drop(guard);
             assert_eq!(buckets.state(&level, &clock), state(5));
             assert!(buckets.admits(&level, &clock));
             assert!(level.word().load(Ordering::Relaxed) < OWN);

@@ -1,4 +1,4 @@
-//! What the maps hold: keys, which include the place of their entry, and the entries of the three namespaces.
+//! What the maps hold: keys, which include the place of their entry, and the entries of the namespaces.
 
 use std::fmt;
 use std::hash::{BuildHasher, Hash, Hasher};
@@ -8,7 +8,9 @@ use ahash::{AHasher, RandomState};
 use papaya::{Equivalent, Guard, HashMap};
 
 use super::Namespace;
+use super::announcements::Phase;
 use super::group::{Binding, Group};
+use super::process_group::Joined;
 use crate::slots::OCCUPIED;
 use crate::sync::AtomicU32;
 use crate::token_bucket::Level;
@@ -131,6 +133,9 @@ impl KeyBytes {
     }
 }
 
+/// Namespaces take 2 bits, shards 10.
+const PLACE_BITS: u16 = 0xfff;
+
 /// The slot of a key that is in no shard's list.
 const NO_SLOT: u32 = u32::MAX;
 
@@ -138,24 +143,30 @@ const NO_SLOT: u32 = u32::MAX;
 /// it saves time, and would be used only when a table grows.
 pub(super) struct Key {
     slot: u32,
-    shard: u16,
+    /// The lower bits of [`Location::to_bits`]: namespace and shard.
+    place: u16,
     kind: u8,
-    namespace: Namespace,
+    /// Used by connections alone. It occupies what is spared by `place`.
+    phase: Phase,
     bytes: KeyBytes,
 }
 
 impl Key {
     pub(super) fn new(id: Id<'_>, location: Location) -> Self {
+        Self::with_phase(id, location, Phase::new(false))
+    }
+
+    pub(super) fn with_phase(id: Id<'_>, location: Location, phase: Phase) -> Self {
         Self {
             slot: location.slot,
-            shard: location.shard,
+            place: location.to_bits() as u16 & PLACE_BITS,
             kind: id.kind,
-            namespace: location.namespace,
+            phase,
             bytes: KeyBytes::new(id.bytes),
         }
     }
 
-    /// A key for a server id that is not registered.
+    /// A key for an id that is not registered: of a server, of a group, or of a target with a breaker.
     pub(super) fn without_location(id: Id<'_>) -> Self {
         Self::new(
             id,
@@ -175,8 +186,12 @@ impl Key {
         self.bytes.as_slice()
     }
 
+    pub(super) fn phase(&self) -> &Phase {
+        &self.phase
+    }
+
     pub(super) fn shard(&self) -> u16 {
-        self.shard
+        self.location().shard
     }
 
     /// The record's index, which admission control keeps beside the id.
@@ -187,8 +202,7 @@ impl Key {
     pub(super) fn location(&self) -> Location {
         Location {
             slot: self.slot,
-            shard: self.shard,
-            namespace: self.namespace,
+            ..Location::from_bits(u64::from(self.place))
         }
     }
 }
@@ -379,4 +393,10 @@ pub(super) struct Transport<L> {
     pub(super) binding: Binding,
     /// Allocated apart, since each change of the binding writes the value anew.
     pub(super) level: Arc<Level>,
+}
+
+/// A membership of a process in a group.
+pub(super) struct Member<L> {
+    pub(super) entry: Entry<L>,
+    pub(super) joined: Joined,
 }

@@ -10,46 +10,67 @@ use super::entry::{Key, Location};
 use crate::slots::{OCCUPIED, Slots};
 use crate::sync::{AtomicU8, Ordering, fence};
 
+/// The places of the members of a group. Allocated for the first member: a server may have none.
+///
+/// It may name entries that are not, or no longer, members: a reader checks each one.
+pub(super) struct Roll(OnceBox<Slots>);
+
+impl Roll {
+    pub(super) fn new() -> Self {
+        Self(OnceBox::new())
+    }
+
+    /// Inserts the place of an entry, and returns its index.
+    pub(super) fn enter(&self, location: Location) -> u32 {
+        let word = u64::from(location.shard) << 49 | OCCUPIED | u64::from(location.slot);
+        self.0.get_or_init(|| Box::new(Slots::new())).insert(word)
+    }
+
+    /// Frees an index. Only for the thread that ended the membership, once.
+    pub(super) fn leave(&self, index: u32) {
+        if let Some(slots) = self.0.get() {
+            slots.remove(index);
+        }
+    }
+
+    /// The shard, and the slot in the shard, of the entry at an index.
+    pub(super) fn get(&self, index: u32) -> Option<(u16, u32)> {
+        let word = self.0.get()?.get(index)?;
+        Some(((word >> 49) as u16, word as u32))
+    }
+
+    /// The occupied ones of these indexes.
+    pub(super) fn within(&self, indexes: Range<u32>) -> impl Iterator<Item = (u32, u16, u32)> + '_ {
+        indexes.filter_map(|index| self.get(index).map(|(shard, slot)| (index, shard, slot)))
+    }
+
+    /// Number of indexes: the most members at one time.
+    pub(super) fn high_water(&self) -> u32 {
+        self.0.get().map_or(0, Slots::high_water)
+    }
+}
+
 /// One life of a server id.
 pub(super) struct Group {
     /// The server's id; its location means nothing.
     pub(super) server: Key,
-    /// Allocated at the first binding: a server may have none.
-    members: OnceBox<Slots>,
+    /// The transports that may be bound.
+    pub(super) roll: Roll,
 }
 
 impl Group {
     pub(super) fn new(server: Key) -> Arc<Self> {
         Arc::new(Self {
             server,
-            members: OnceBox::new(),
+            roll: Roll::new(),
         })
     }
 
     pub(super) fn enter(self: &Arc<Self>, transport: Location) -> Membership {
-        let word = u64::from(transport.shard) << 49 | OCCUPIED | u64::from(transport.slot);
         Membership {
             group: Arc::clone(self),
-            slot: self
-                .members
-                .get_or_init(|| Box::new(Slots::new()))
-                .insert(word),
+            slot: self.roll.enter(transport),
         }
-    }
-
-    /// The places of the transports that may be bound, for a range of membership slots: membership slot, shard, and
-    /// slot in the shard.
-    pub(super) fn members(&self, slots: Range<u32>) -> impl Iterator<Item = (u32, u16, u32)> + '_ {
-        self.members
-            .get()
-            .into_iter()
-            .flat_map(move |members| members.within(slots.clone()))
-            .map(|(slot, word)| (slot, (word >> 49) as u16, word as u32))
-    }
-
-    /// Number of membership slots.
-    pub(super) fn high_water(&self) -> u32 {
-        self.members.get().map_or(0, Slots::high_water)
     }
 }
 
@@ -63,13 +84,6 @@ pub(super) struct Membership {
 impl Membership {
     pub(super) fn is(&self, group: &Arc<Group>, slot: u32) -> bool {
         self.slot == slot && Arc::ptr_eq(&self.group, group)
-    }
-
-    /// Removes the place from the list. Only for the thread that ended the membership, once.
-    pub(super) fn leave_list(&self) {
-        if let Some(members) = self.group.members.get() {
-            members.remove(self.slot);
-        }
     }
 }
 

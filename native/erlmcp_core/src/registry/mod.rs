@@ -1,11 +1,11 @@
-//! The registry: three namespaces of ids, and bindings of transports to servers.
+//! The registry: namespaces of ids, bindings of transports to servers, and groups of processes.
 //!
 //! # Structure
 //!
 //! One `papaya` map per namespace, from [`Id`] to an entry: a look-up hashes the id once, keyed at random, and
 //! touches the table and the entry. For each shard and namespace a [`crate::slots::Slots`] holds the hashes of the
 //! entries, so that listing a shard costs in proportion to the shard. Bindings are described in the module
-//! `bindings`.
+//! `bindings`, groups in `process_group`.
 //!
 //! A registration carries a *lease* `L`. Equal leases are the same registration. So a removal can name the
 //! registration that it means ([`Registry::remove_leased`]) and never removes another one of the same id.
@@ -36,13 +36,16 @@
 //! Removed entries are freed some operations later (`papaya` reclaims in batches), so their leases are dropped
 //! late. No guarantee depends on when a lease is dropped.
 
+mod announcements;
 mod bindings;
 mod buckets;
 mod entry;
 mod group;
+mod process_group;
 mod registration;
 mod routing;
 mod stored;
+mod target_breakers;
 
 use std::fmt;
 use std::ops::{ControlFlow, Range};
@@ -52,15 +55,27 @@ use ahash::RandomState;
 use papaya::HashMap;
 use seize::Collector;
 
+pub use announcements::{Announcement, Announcements, Change, Interest};
+#[doc(hidden)]
+pub use announcements::{Leaving, Phase};
 use buckets::Buckets;
+#[cfg(loom)]
+pub use buckets::EntryBucket;
 pub use buckets::{BucketError, BucketState, EntryLimits};
 pub(crate) use entry::IdHashing;
-use entry::{Connection, Key, Located, Server, Transport};
+use entry::{Connection, Key, Located, Member, Server, Transport};
 pub use entry::{Entry, Id, Location};
 #[doc(hidden)]
 pub use group::Decision;
+#[doc(hidden)]
+pub use process_group::Headcount;
+use process_group::ProcessGroup;
+pub use process_group::{MemberId, Pick, Search, TooSparse};
 pub use routing::{Charged, Events, Forecast, ROUTED_TOGETHER, Refusal};
 use stored::with_map;
+pub use target_breakers::{
+    MAX_FAILURE_THRESHOLD, MAX_TARGET_BREAKERS, TargetBreakerError, TargetBreakers,
+};
 
 use crate::admission::{Admission, Sampling, Threshold, UNSEEN};
 use crate::churn::Churn;
@@ -73,7 +88,7 @@ use crate::shard::Shard;
 use crate::slots::Slots;
 use crate::sync::{AtomicU64, Ordering};
 
-/// The three kinds of ids. The same id may be registered in each.
+/// The kinds of ids. The same id may be registered in each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Namespace {
@@ -83,12 +98,24 @@ pub enum Namespace {
     Transport = 1,
     /// Plain connections.
     Connection = 2,
+    /// Memberships of processes in groups: see [`MemberId`].
+    Member = 3,
 }
 
 impl Namespace {
-    pub(crate) const COUNT: usize = 3;
+    pub(crate) const COUNT: usize = 4;
     /// All of them, in the order of their discriminants.
-    pub const ALL: [Self; Self::COUNT] = [Self::Server, Self::Transport, Self::Connection];
+    pub const ALL: [Self; Self::COUNT] = [
+        Self::Server,
+        Self::Transport,
+        Self::Connection,
+        Self::Member,
+    ];
+
+    /// Whether the ids are those of erlmcp, which another store may have instead of this one: servers and transports.
+    pub fn is_of_erlmcp(self) -> bool {
+        matches!(self, Self::Server | Self::Transport)
+    }
 }
 
 /// The bounds of a registry, fixed when it is made.
@@ -171,6 +198,8 @@ pub struct Registry<L> {
     servers: Map<Server<L>>,
     transports: Map<Transport<L>>,
     connections: Map<Connection<L>>,
+    members: Map<Member<L>>,
+    groups: Map<Arc<ProcessGroup>>,
     churn: Churn,
     shards: Box<[Shard]>,
     buckets: Buckets,
@@ -181,6 +210,8 @@ pub struct Registry<L> {
     /// Closed while servers and transports cannot be registered.
     gate: Gate,
     diversion: Diversion,
+    announcements: Announcements<L>,
+    target_breakers: TargetBreakers,
 }
 
 impl<L> Registry<L>
@@ -199,6 +230,10 @@ where
             servers: map(&collector, &hashing),
             transports: map(&collector, &hashing),
             connections: map(&collector, &hashing),
+            members: map(&collector, &hashing),
+            groups: map(&collector, &hashing),
+            announcements: Announcements::new(limits.shards, hashing.clone()),
+            target_breakers: TargetBreakers::new(&collector, &hashing),
             hashing,
             churn: Churn::new(),
             shards: (0..limits.shards).map(|_| Shard::new(&collector)).collect(),
@@ -214,6 +249,11 @@ where
     /// The diversion of calls on servers, transports and bindings. The registry does not check it: its callers do.
     pub fn diversion(&self) -> &Diversion {
         &self.diversion
+    }
+
+    /// The circuit breakers of single targets of routes.
+    pub fn target_breakers(&self) -> &TargetBreakers {
+        &self.target_breakers
     }
 
     /// The bounds of the registry.
@@ -251,9 +291,9 @@ where
         }
     }
 
-    /// Whether [`Self::complete_resizes`] should be called before `id` is registered, or a transport that is bound
-    /// to it. Then `id` has been registered and removed so often that the resizes of the maps would not complete by
-    /// themselves.
+    /// Whether [`Self::complete_resizes`] should be called before `id` is registered, a transport that is bound to it,
+    /// or a member of it. Then `id` has been registered and removed so often that the resizes of the maps would not
+    /// complete by themselves.
     #[inline]
     pub fn is_churned(&self, id: &Id<'_>) -> bool {
         self.churn
@@ -266,6 +306,8 @@ where
         self.churn.complete_resize(&self.servers);
         self.churn.complete_resize(&self.transports);
         self.churn.complete_resize(&self.connections);
+        self.churn.complete_resize(&self.members);
+        self.churn.complete_resize(&self.groups);
     }
 
     // ---- Look-up ----

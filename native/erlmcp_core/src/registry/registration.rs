@@ -2,11 +2,13 @@
 //! except a registration with an automatic binding (see the module `bindings`).
 
 use std::hash::Hash;
+use std::ptr;
 use std::sync::Arc;
 
 use papaya::{Compute, Equivalent, Operation};
 
-use super::entry::{Connection, Key, Server, Transport};
+use super::announcements::{Leaving, Phase};
+use super::entry::{Connection, Key, Member, Server, Transport};
 use super::group::{Attempt, Binding, From, Group};
 use super::stored::{Stored, with_map};
 use super::{Entry, Id, Location, Namespace, Registry};
@@ -19,13 +21,13 @@ where
     L: Clone + PartialEq + Send + Sync + 'static,
 {
     /// Registers `id` for `address` in `shard`, and for a transport makes the automatic binding to the server named
-    /// by `bind_to`, whether that is registered or not. `lease` creates the lease of the entry; it is called at
-    /// most once, after the first checks have passed.
+    /// by `bind_to`, whether that is registered or not. A member ([`super::MemberId`]) joins its group. `lease` creates the
+    /// lease of the entry; it is called at most once, after the first checks have passed.
     ///
     /// On an error the lease, if it was created, belongs to the caller. After `Ok` it belongs to the caller that
     /// removes the entry, which may have happened by then.
     ///
-    /// `bind_to` is ignored for servers and connections. `shard` must be less than the number of shards.
+    /// `bind_to` is ignored in other namespaces. `shard` must be less than the number of shards.
     pub fn register(
         &self,
         namespace: Namespace,
@@ -38,7 +40,7 @@ where
         if let Some(address) = self.address(namespace, &id) {
             return Err(RegisterError::AlreadyRegistered { address });
         }
-        if namespace != Namespace::Connection && self.gate.is_closed() {
+        if namespace.is_of_erlmcp() && self.gate.is_closed() {
             return Err(RegisterError::Closed);
         }
         if self.reserved.0.fetch_add(1, Ordering::Relaxed) >= self.limits.max_entries {
@@ -74,11 +76,17 @@ where
                     entry,
                     level: self.buckets.full(),
                 };
+                let is_expected = self.announcements.is_expected(shard, id.hash);
+                let key = Key::with_phase(id, location, Phase::new(is_expected));
                 self.connections
-                    .try_insert(Key::new(id, location), connection, &guard)
-                    .map(|_| true)
+                    .try_insert(key, connection, &guard)
+                    .map(|_| {
+                        self.joined(&id, shard, is_expected);
+                        true
+                    })
                     .map_err(|occupied| occupied.current.entry.address)
             }
+            Namespace::Member => self.insert_member(id, location, entry).map(|()| true),
         };
         match stands {
             Ok(true) => Ok(()),
@@ -120,36 +128,64 @@ where
             level: self.buckets.full(),
         };
         let guard = self.connections.guard();
+        let is_expected = self.announcements.is_expected(shard, id.hash);
+        let key = || Key::with_phase(id, location, Phase::new(is_expected));
         // First by `try_insert`, as in `insert_server`: only that helps a resize.
         if has_room
             && self
                 .connections
-                .try_insert(Key::new(id, location), connection(), &guard)
+                .try_insert(key(), connection(), &guard)
                 .is_ok()
         {
+            self.joined(&id, shard, is_expected);
             return Ok(None);
         }
-        let replaced = self.connections.compute(
-            Key::new(id, location),
-            |current| match current {
-                None if !has_room => Operation::Abort(()),
-                _ => Operation::Insert(connection()),
-            },
-            &guard,
-        );
-        match replaced {
-            Compute::Updated {
-                old: (key, former), ..
-            } => {
-                self.buckets.left(&former.level);
-                self.release_place(key.location());
-                Ok(Some(former.entry.clone()))
+        loop {
+            // What is replaced is announced. So it must be known before, if anybody may have an interest in it.
+            let former = self
+                .announcements
+                .are_expected()
+                .then(|| self.connections.get_key_value(&id, &guard));
+            let leaving = match former {
+                Some(Some((key, former))) => self.leaving(key, former, &guard),
+                _ => Leaving::Unexpected,
+            };
+            let is_former = |current: Option<&Key>| match former {
+                Some(former) => {
+                    current.map(ptr::from_ref) == former.map(|(key, _)| ptr::from_ref(key))
+                }
+                None => true,
+            };
+            let replaced = self.connections.compute(
+                key(),
+                |current| match current {
+                    _ if !is_former(current.map(|(key, _)| key)) => Operation::Abort(Ok(())),
+                    None if !has_room => Operation::Abort(Err(RegisterError::RegistryFull)),
+                    _ => Operation::Insert(connection()),
+                },
+                &guard,
+            );
+            match replaced {
+                Compute::Updated {
+                    old: (key, former), ..
+                } => {
+                    self.left(leaving, key, former);
+                    self.joined(&id, shard, is_expected);
+                    self.buckets.left(&former.level);
+                    self.release_place(key.location());
+                    return Ok(Some(former.entry.clone()));
+                }
+                Compute::Aborted(Err(full)) => {
+                    self.release_place(location);
+                    return Err(full);
+                }
+                // Lost to a concurrent change of this id.
+                Compute::Aborted(Ok(())) => {}
+                Compute::Inserted(..) | Compute::Removed(..) => {
+                    self.joined(&id, shard, is_expected);
+                    return Ok(None);
+                }
             }
-            Compute::Aborted(()) => {
-                self.release_place(location);
-                Err(RegisterError::RegistryFull)
-            }
-            Compute::Inserted(..) | Compute::Removed(..) => Ok(None),
         }
     }
 
@@ -262,6 +298,19 @@ where
         }
     }
 
+    /// Returns the address of the present member.
+    fn insert_member(&self, id: Id<'_>, location: Location, entry: Entry<L>) -> Result<(), u64> {
+        let joined = self.join_process_group(&self.group_of(&id), location);
+        let guard = self.members.guard();
+        self.members
+            .try_insert(Key::new(id, location), Member { entry, joined }, &guard)
+            .map(|_| ())
+            .map_err(|occupied| {
+                self.leave_process_group(&occupied.not_inserted.joined);
+                occupied.current.entry.address
+            })
+    }
+
     /// The place of an entry that is about to be inserted, which counts from now on.
     fn acquire_place(&self, namespace: Namespace, id: &Id<'_>, shard: u16) -> Location {
         let counts = &self.shards[usize::from(shard)];
@@ -329,6 +378,9 @@ where
     where
         Q: Equivalent<Key> + Hash,
     {
+        if namespace == Namespace::Connection {
+            return self.remove_connection(query, is_meant);
+        }
         with_map!(self, namespace, |map| {
             self.remove_from(map, query, |key, _, entry| is_meant(key, &entry.lease))
         })
@@ -352,9 +404,51 @@ where
 
     // ---- Change ----
 
-    /// Replaces `former`, the lease of the server registered under `id`, by `new`, which must have the same
-    /// location. Address and bindings stay. Returns the former lease, if it was equal to `former`.
-    pub fn exchange_server_lease(&self, id: &Id<'_>, former: &L, new: L) -> Option<L> {
+    /// Replaces `former`, the lease of the server or connection registered under `id`, by `new`, which must have the same
+    /// location. Returns the former lease, if it was equal to `former`.
+    ///
+    /// Address, place and bindings stay, and so do the token bucket and its tokens: a message that is routed meanwhile is
+    /// charged to them.
+    pub fn exchange_lease(
+        &self,
+        namespace: Namespace,
+        id: &Id<'_>,
+        former: &L,
+        new: L,
+    ) -> Option<L> {
+        match namespace {
+            Namespace::Server => self.exchange_server_lease(id, former, new),
+            Namespace::Connection => self.exchange_connection_lease(id, former, new),
+            Namespace::Transport | Namespace::Member => None,
+        }
+    }
+
+    fn exchange_connection_lease(&self, id: &Id<'_>, former: &L, new: L) -> Option<L> {
+        let guard = self.connections.guard();
+        let (key, held) = self.connections.get_key_value(id, &guard)?;
+        if held.entry.lease != *former {
+            return None;
+        }
+        let mark = self.buckets.move_apart(&held.level)?;
+        let exchanged = self.connections.compute(
+            self.next_key(*id, key, held, &guard),
+            |current| match current {
+                // No entry is freed under this guard, so the same address is the same entry.
+                Some((_, current)) if ptr::eq(current, held) => Operation::Insert(Connection {
+                    entry: Entry {
+                        address: held.entry.address,
+                        lease: new.clone(),
+                    },
+                    level: Level::with_word(mark),
+                }),
+                _ => Operation::Abort(()),
+            },
+            &guard,
+        );
+        matches!(exchanged, Compute::Updated { .. }).then(|| held.entry.lease.clone())
+    }
+
+    fn exchange_server_lease(&self, id: &Id<'_>, former: &L, new: L) -> Option<L> {
         let guard = self.servers.guard();
         let (key, _) = self.servers.get_key_value(id, &guard)?;
         let location = key.location();

@@ -1,12 +1,14 @@
 //! The guarded look-up: the address for a message, if circuit breaker, shard and token bucket admit it.
 //!
-//! The layers are checked in this order: the circuit breaker (a load), the depth of the shard (two loads), the
-//! token bucket (one compare-and-swap). Then the message is counted in its shard. A layer that is off costs one
-//! load. If a later layer refuses a message, the earlier ones keep no trace of it.
+//! The layers are checked in this order: the target's own circuit breaker, where there are any (see the module
+//! `target_breakers`), the circuit breaker of all messages (a load), the depth of the shard (two loads), the token
+//! bucket (one compare-and-swap). Then the message is counted in its shard. A layer that is off costs one load. If a
+//! later layer refuses a message, the earlier ones keep no trace of it.
 
 use std::hint::black_box;
 
 use super::entry::{Connection, Key};
+use super::process_group::{Search, TooSparse};
 use super::stored::{Stored, with_map};
 use super::{Entry, Id, Namespace, Registry};
 use crate::circuit_breaker::{CircuitBreaker, Permit, State};
@@ -30,7 +32,7 @@ pub enum Charged<'a> {
 pub enum Refusal {
     /// The target is not registered.
     NotFound = 0,
-    /// The circuit is open.
+    /// The circuit is open, or the target's own.
     CircuitOpen = 1,
     /// The target's shard has its threshold of messages queued.
     ShardOverloaded = 2,
@@ -43,7 +45,7 @@ pub enum Refusal {
 pub struct Forecast {
     /// Why it would be refused; `None` if it would be admitted.
     pub refusal: Option<Refusal>,
-    /// Milliseconds until every layer would admit it, as far as can be known: an open circuit is half open, the
+    /// Milliseconds until every layer would admit it, as far as can be known: open circuits are half open, the
     /// shard is sampled, the bucket holds a token. 0 if it would be admitted, or the target is not registered.
     pub wait_ms: u64,
 }
@@ -189,18 +191,109 @@ where
     ) {
         self.visit_bound(server, |key, transport| {
             let mut events = Events::default();
-            let target = Target {
-                address: transport.entry.address,
-                key,
-                level: None,
-            };
-            let passed = self.pass(target, Charged::Nobody, circuit, clock, &mut events);
-            each(passed.map(|_| &transport.entry), events);
+            let passed = self.pass_uncharged(key, &transport.entry, circuit, clock, &mut events);
+            each(passed, events);
         });
+    }
+
+    /// Routes a message to every member of a group. Calls `each` with the entries that it may be sent to, or why not.
+    /// Costs as [`Self::for_each_member`] does.
+    pub fn route_group(
+        &self,
+        group: &Id<'_>,
+        circuit: &CircuitBreaker,
+        clock: &impl Clock,
+        mut each: impl FnMut(Result<&Entry<L>, Refusal>, Events),
+    ) {
+        self.visit_members(group, |key, member| {
+            let mut events = Events::default();
+            let passed = self.pass_uncharged(key, &member.entry, circuit, clock, &mut events);
+            each(passed, events);
+        });
+    }
+
+    /// Routes a message to one member of a group, as [`Self::pick`] does. `routed` gets the entry that it may be sent to, or
+    /// why not.
+    pub fn route_member<R>(
+        &self,
+        group: &Id<'_>,
+        search: Search,
+        circuit: &CircuitBreaker,
+        clock: &impl Clock,
+        is_live: impl Fn(&Entry<L>) -> bool,
+        mut routed: impl FnMut(Result<&Entry<L>, Refusal>, Events) -> R,
+    ) -> Result<R, TooSparse> {
+        let picked = self.pick_member(group, search, is_live, |key, member| {
+            let mut events = Events::default();
+            let passed = self.pass_uncharged(key, &member.entry, circuit, clock, &mut events);
+            routed(passed, events)
+        })?;
+        Ok(match picked {
+            Some(result) => result,
+            None => routed(Err(self.not_found(group)), Events::default()),
+        })
+    }
+
+    /// As [`Self::pass`], with no bucket to charge.
+    fn pass_uncharged<'e>(
+        &self,
+        key: &Key,
+        entry: &'e Entry<L>,
+        circuit: &CircuitBreaker,
+        clock: &impl Clock,
+        events: &mut Events,
+    ) -> Result<&'e Entry<L>, Refusal> {
+        let target = Target {
+            address: entry.address,
+            key,
+            level: None,
+        };
+        self.pass(target, Charged::Nobody, circuit, clock, events)
+            .map(|_| entry)
     }
 
     #[inline(always)]
     fn pass(
+        &self,
+        target: Target<'_>,
+        charged: Charged<'_>,
+        circuit: &CircuitBreaker,
+        clock: &impl Clock,
+        events: &mut Events,
+    ) -> Result<u64, Refusal> {
+        if !self.target_breakers.is_empty() {
+            return self.pass_target_breaker(target, charged, circuit, clock, events);
+        }
+        self.pass_layers(target, charged, circuit, clock, events)
+    }
+
+    /// A route without breakers of targets takes a tenth longer where this is inlined into it.
+    #[cold]
+    fn pass_target_breaker(
+        &self,
+        target: Target<'_>,
+        charged: Charged<'_>,
+        circuit: &CircuitBreaker,
+        clock: &impl Clock,
+        events: &mut Events,
+    ) -> Result<u64, Refusal> {
+        if !self.enforces_limits() {
+            return self.pass_layers(target, charged, circuit, clock, events);
+        }
+        let location = target.key.location();
+        let id = self.id_of(target.key);
+        self.target_breakers
+            .guarded(location.namespace, &id, clock, || {
+                self.pass_layers(target, charged, circuit, clock, events)
+            })
+            .unwrap_or_else(|| {
+                let shard = &self.shards[usize::from(location.shard)];
+                Err(refused(shard, Refusal::CircuitOpen))
+            })
+    }
+
+    #[inline(always)]
+    fn pass_layers(
         &self,
         target: Target<'_>,
         charged: Charged<'_>,
@@ -293,8 +386,18 @@ where
                 wait_ms: 0,
             };
         };
+        let target_breaker_ms = match self.enforces_limits() {
+            true => self
+                .target_breakers
+                .with(namespace, id, |breaker| breaker.wait_ms(clock)),
+            false => None,
+        }
+        .unwrap_or(0);
         let layers = [
-            (Refusal::CircuitOpen, circuit.wait_ms(clock)),
+            (
+                Refusal::CircuitOpen,
+                circuit.wait_ms(clock).max(target_breaker_ms),
+            ),
             (Refusal::ShardOverloaded, admission_ms),
             (
                 Refusal::RateLimited,

@@ -1,12 +1,12 @@
-//! What the values of the three maps have in common, and the functions that are generic over them.
+//! What the values of the maps have in common, and the functions that are generic over them.
 
 use std::hash::Hash;
 use std::ops::{ControlFlow, Range};
 
 use papaya::Equivalent;
 
-use super::entry::{Connection, Key, Location, Server, Transport};
-use super::group::{Binding, Decision, From};
+use super::entry::{Connection, Key, Location, Member, Server, Transport};
+use super::group::{Binding, Decision, From, Roll};
 use super::{Entry, Id, Map, Namespace, Registry};
 use crate::token_bucket::Level;
 
@@ -25,6 +25,10 @@ macro_rules! with_map {
             }
             $crate::registry::Namespace::Transport => {
                 let $map = &$registry.transports;
+                $call
+            }
+            $crate::registry::Namespace::Member => {
+                let $map = &$registry.members;
                 $call
             }
         }
@@ -54,10 +58,16 @@ pub(super) trait Stored<L>: Send + Sized + 'static {
     fn entry(&self) -> Option<&Entry<L>>;
 
     /// Whether the value is a registration. May decide an attempt to bind.
-    fn is_registered(&self, registry: &Registry<L>) -> bool;
+    #[inline]
+    fn is_registered(&self, _registry: &Registry<L>) -> bool {
+        true
+    }
 
-    /// The token bucket; servers have none.
-    fn level(&self) -> Option<&Level>;
+    /// The token bucket, if there is one.
+    #[inline]
+    fn level(&self) -> Option<&Level> {
+        None
+    }
 
     /// Releases what belongs to the value. Called once, after its removal.
     fn release(&self, registry: &Registry<L>);
@@ -70,11 +80,6 @@ where
     #[inline]
     fn entry(&self) -> Option<&Entry<L>> {
         Some(&self.entry)
-    }
-
-    #[inline]
-    fn is_registered(&self, _registry: &Registry<L>) -> bool {
-        true
     }
 
     #[inline]
@@ -102,11 +107,6 @@ where
     #[inline]
     fn is_registered(&self, _registry: &Registry<L>) -> bool {
         matches!(self, Self::Registered { .. })
-    }
-
-    #[inline]
-    fn level(&self) -> Option<&Level> {
-        None
     }
 
     fn release(&self, _registry: &Registry<L>) {
@@ -144,6 +144,20 @@ where
             registry.leave(&membership);
         }
         registry.buckets.left(&self.level);
+    }
+}
+
+impl<L> Stored<L> for Member<L>
+where
+    L: Clone + PartialEq + Send + Sync + 'static,
+{
+    #[inline]
+    fn entry(&self) -> Option<&Entry<L>> {
+        Some(&self.entry)
+    }
+
+    fn release(&self, registry: &Registry<L>) {
+        registry.leave_process_group(&self.joined);
     }
 }
 
@@ -211,6 +225,43 @@ where
             }
         }
         ControlFlow::Continue(())
+    }
+
+    /// Calls `each` with the registrations on a roll that `belongs` accepts, which gets the value and its index on the
+    /// roll. One that is on the roll throughout is seen exactly once.
+    pub(super) fn visit_roll<V: Stored<L>>(
+        &self,
+        map: &Map<V>,
+        namespace: Namespace,
+        roll: &Roll,
+        belongs: impl Fn(&V, u32) -> bool,
+        mut each: impl FnMut(&Key, &V),
+    ) {
+        let end = roll.high_water();
+        for first in (0..end).step_by(PLACES_UNDER_ONE_GUARD) {
+            let last = end.min(first.saturating_add(PLACES_UNDER_ONE_GUARD as u32));
+            let guard = map.guard();
+            for (from, to) in batches(first..last) {
+                let mut found = [None; FOUND_TOGETHER];
+                for ((index, shard, slot), found) in roll.within(from..to).zip(&mut found) {
+                    let location = Location {
+                        slot,
+                        shard,
+                        namespace,
+                    };
+                    *found = self
+                        .located(location)
+                        .and_then(|place| place.find(map, &guard))
+                        .map(|(key, value)| (index, key, value));
+                }
+                for (index, key, value) in found.into_iter().flatten() {
+                    // The place may have been given to another entry since.
+                    if belongs(value, index) && value.is_registered(self) {
+                        each(key, value);
+                    }
+                }
+            }
+        }
     }
 
     /// Removes the registration that `query` finds, if it is the one meant.

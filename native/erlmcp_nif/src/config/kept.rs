@@ -29,7 +29,11 @@ pub(super) struct Kept {
 
 pub(super) enum Content {
     Compact(Box<[u8]>),
-    Shared(SharedTerm),
+    Shared {
+        term: SharedTerm,
+        /// Whether a part of it may keep something else alive, such as a registry.
+        may_refer: bool,
+    },
     /// Not in the table; belongs to one registration.
     Revocable(Revocable),
     /// Not in the table; belongs to one registration.
@@ -49,11 +53,17 @@ impl Kept {
 
     /// Whether the table finds it by its content.
     pub(super) fn is_in_table(&self) -> bool {
-        matches!(self.content, Content::Compact(_) | Content::Shared(_))
+        matches!(self.content, Content::Compact(_) | Content::Shared { .. })
     }
 
     pub(super) fn may_refer(&self) -> bool {
-        matches!(&self.content, Content::Shared(shared) if shared.may_refer)
+        matches!(
+            self.content,
+            Content::Shared {
+                may_refer: true,
+                ..
+            }
+        )
     }
 
     /// Adds a user. Another user must exist meanwhile.
@@ -89,11 +99,9 @@ impl Drop for Kept {
 }
 
 /// A term in an environment that is no longer written to.
-pub(super) struct SharedTerm {
+pub(crate) struct SharedTerm {
     env: OwnedEnv,
     term: ErlNifTerm,
-    /// Whether a part of it may keep something else alive, such as a registry.
-    may_refer: bool,
 }
 
 // SAFETY: after its construction the environment is only read: `enif_make_copy` and
@@ -102,14 +110,10 @@ pub(super) struct SharedTerm {
 unsafe impl Sync for SharedTerm {}
 
 impl SharedTerm {
-    pub(super) fn new(term: Term<'_>, may_refer: bool) -> Self {
+    pub(crate) fn new(term: Term<'_>) -> Self {
         let env = OwnedEnv::new();
         let term = env.run(|own| term.in_env(own).as_c_arg());
-        Self {
-            env,
-            term,
-            may_refer,
-        }
+        Self { env, term }
     }
 
     pub(super) fn is(&self, term: Term<'_>) -> bool {
@@ -120,7 +124,7 @@ impl SharedTerm {
         })
     }
 
-    pub(super) fn copy<'a>(&self, env: Env<'a>) -> Term<'a> {
+    pub(crate) fn copy<'a>(&self, env: Env<'a>) -> Term<'a> {
         self.env.run(|own| {
             // SAFETY: as in `is`.
             unsafe { Term::new(own, self.term) }.in_env(env)

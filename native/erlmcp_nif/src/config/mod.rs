@@ -32,14 +32,14 @@ use rustler::{Encoder, Env, LocalPid, Term};
 
 use self::kept::{Content, Kept};
 use self::table::table;
-use self::weight::{Weighed, weigh};
 use crate::atoms;
 use crate::encoding;
 use crate::immediate;
 use crate::reschedule::{Scheduler, Stopped, TooHeavy};
 
+pub(crate) use self::kept::SharedTerm;
 pub(crate) use self::table::distinct;
-pub(crate) use self::weight::BYTES_PER_WEIGHT;
+pub(crate) use self::weight::{BYTES_PER_WEIGHT, Weighed, weigh};
 
 /// A term of this weight takes half a millisecond: weighing, hashing and copying take some 50 ns per term
 /// together.
@@ -143,7 +143,7 @@ impl Config {
         match self.view().map(|kept| &kept.content) {
             Ok(Content::Revocable(revocable)) => revocable.revoke(),
             Ok(Content::Remote(remote)) => remote.config.revoke(),
-            Ok(Content::Compact(_) | Content::Shared(_)) | Err(_) => {}
+            Ok(Content::Compact(_) | Content::Shared { .. }) | Err(_) => {}
         }
     }
 
@@ -176,7 +176,7 @@ impl Config {
         }
         Ok(Some(match &kept.content {
             Content::Compact(bytes) => encoding::decode(env, bytes)?,
-            Content::Shared(shared) => shared.copy(env),
+            Content::Shared { term, .. } => term.copy(env),
             Content::Revocable(revocable) => match revocable.get() {
                 Some(config) => return config.load(env, scheduler),
                 None => return Ok(None),

@@ -92,7 +92,10 @@ impl Table {
             },
             weight,
             scheduler,
-            || Content::Shared(SharedTerm::new(term, may_refer)),
+            || Content::Shared {
+                term: SharedTerm::new(term),
+                may_refer,
+            },
         )
     }
 
@@ -158,7 +161,7 @@ impl PartialEq for Stored {
         self.0.hash == other.0.hash
             && match (&self.0.content, &other.0.content) {
                 (Content::Compact(a), Content::Compact(b)) => a == b,
-                (Content::Shared(a), Content::Shared(b)) => a == b,
+                (Content::Shared { term: a, .. }, Content::Shared { term: b, .. }) => a == b,
                 _ => false,
             }
     }
@@ -177,7 +180,7 @@ impl Equivalent<Stored> for Query<'_> {
         self.hash == stored.0.hash
             && match (&self.wanted, &stored.0.content) {
                 (Wanted::Compact(wanted), Content::Compact(bytes)) => **wanted == **bytes,
-                (Wanted::Shared(wanted), Content::Shared(shared)) => shared.is(*wanted),
+                (Wanted::Shared(wanted), Content::Shared { term, .. }) => term.is(*wanted),
                 _ => false,
             }
     }

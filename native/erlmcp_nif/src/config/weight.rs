@@ -8,21 +8,21 @@ use crate::tuple::tuple_elements;
 /// Bytes of a binary that weigh as much as one more term.
 pub(crate) const BYTES_PER_WEIGHT: usize = 16;
 
-pub(super) struct Weighed {
-    pub(super) weight: usize,
+pub(crate) struct Weighed {
+    pub(crate) weight: usize,
     /// Made of atoms, numbers, binaries, local pids, lists, tuples and maps only: the encoding
     /// loses nothing of these.
-    pub(super) is_plain: bool,
+    pub(crate) is_plain: bool,
 }
 
 impl Weighed {
-    /// Adds a term whose size only its external format tells.
-    fn add_opaque(&mut self, term: Term<'_>, scheduler: Scheduler) -> Option<()> {
+    /// Adds a term whose size only its external format tells, with so many bytes of it for each unit of weight.
+    fn add_opaque(&mut self, term: Term<'_>, scheduler: Scheduler, bytes: usize) -> Option<()> {
         if scheduler == Scheduler::Normal {
             return None;
         }
         self.is_plain = false;
-        self.weight += term.to_binary().len() / BYTES_PER_WEIGHT;
+        self.weight += term.to_binary().len() / bytes;
         Some(())
     }
 }
@@ -33,21 +33,23 @@ impl Weighed {
 /// It is a copy as large as the term. So a normal scheduler gives up on these terms, and a dirty one makes the
 /// copy. A binary that does not begin at a byte boundary is copied by any inspection, and cannot be recognized
 /// beforehand: it alone costs in proportion to its size.
-pub(super) fn weigh(term: Term<'_>, max: usize, scheduler: Scheduler) -> Option<Weighed> {
+pub(crate) fn weigh(term: Term<'_>, max: usize, scheduler: Scheduler) -> Option<Weighed> {
     let mut weighed = Weighed {
         weight: 0,
         is_plain: true,
     };
-    let mut left = vec![term];
+    // Room for most terms.
+    let mut left = Vec::with_capacity(16);
+    left.push(term);
     while let Some(term) = left.pop() {
         weighed.weight += 1;
         match term.get_type() {
             TermType::Atom | TermType::Float => {}
             TermType::Integer if term.decode::<i64>().is_ok() => {}
-            TermType::Integer => weighed.add_opaque(term, scheduler)?,
+            TermType::Integer => weighed.add_opaque(term, scheduler, BYTES_PER_WEIGHT)?,
             TermType::Binary => match Binary::from_term(term) {
                 Ok(binary) => weighed.weight += binary.len() / BYTES_PER_WEIGHT,
-                Err(_) => weighed.add_opaque(term, scheduler)?,
+                Err(_) => weighed.add_opaque(term, scheduler, BYTES_PER_WEIGHT)?,
             },
             TermType::List => {
                 if let Ok((head, tail)) = term.list_get_cell() {
@@ -67,7 +69,8 @@ pub(super) fn weigh(term: Term<'_>, max: usize, scheduler: Scheduler) -> Option<
             }
             TermType::Pid => weighed.is_plain &= term.decode::<LocalPid>().is_ok(),
             TermType::Port | TermType::Ref => weighed.is_plain = false,
-            TermType::Fun | TermType::Unknown => weighed.add_opaque(term, scheduler)?,
+            // What a fun has captured may have one byte for each term: a list of bytes.
+            TermType::Fun | TermType::Unknown => weighed.add_opaque(term, scheduler, 1)?,
         }
         if weighed.weight + left.len() > max {
             return None;

@@ -2,13 +2,14 @@
 
 use std::ops::ControlFlow;
 
-use erlmcp_core::registry::{Entry, Id, Namespace};
+use erlmcp_core::registry::{Entry, Id, MemberId, Namespace};
 use rustler::{Env, Error, NifResult, Term};
 
 use super::{
     MAX_LISTED_ON_NORMAL_SCHEDULER, MAX_WALKED_ON_NORMAL_SCHEDULER, encode_id, is_alive, namespace,
     pid_term, shard_number, shard_of,
 };
+use crate::atoms;
 use crate::config::{self, MAX_WEIGHT_ON_NORMAL_SCHEDULER};
 use crate::id;
 use crate::reschedule::{Outcome, Scheduler, Stopped, reschedulable};
@@ -114,11 +115,12 @@ fn list_shard<'a>(env: Env<'a>, [of, shard]: [Term<'a>; 2], scheduler: Scheduler
 
 reschedulable!(c"list_shard", 2, list_shard);
 
-/// The ids of the connections that belong to these watches, which are references among others.
+/// The ids of the connections, or of the groups, whose entries belong to these watches, which are references among others.
 ///
-/// A connection that is there throughout is found once: its watch belongs to it all the time.
-fn watched_connections<'a>(
+/// One that is there throughout is found once: its watch belongs to it all the time.
+fn watched<'a>(
     env: Env<'a>,
+    namespace: Namespace,
     [of, watches]: [Term<'a>; 2],
     scheduler: Scheduler,
 ) -> Outcome<'a> {
@@ -137,7 +139,7 @@ fn watched_connections<'a>(
         let Some((number, location)) = watch.entry() else {
             continue;
         };
-        if number != registry.number() || location.namespace() != Namespace::Connection {
+        if number != registry.number() || location.namespace() != namespace {
             continue;
         }
         let found = registry.with_entry_at(location, |id, entry| {
@@ -146,7 +148,11 @@ fn watched_connections<'a>(
                 scheduler.require_dirty()?;
             }
             let is_meant = entry.lease.watch.is(watch);
-            let decoded = is_meant.then(|| id::decode(env, id.kind(), id.bytes()));
+            let bytes = match namespace {
+                Namespace::Member => MemberId::group_bytes(&id),
+                _ => id.bytes(),
+            };
+            let decoded = is_meant.then(|| id::decode(env, id.kind(), bytes));
             Ok::<_, Stopped>(decoded.transpose()?)
         });
         if let Some(id) = found.transpose()?.flatten() {
@@ -159,11 +165,22 @@ fn watched_connections<'a>(
     Ok(ids)
 }
 
-reschedulable!(c"watched_connections", 2, watched_connections);
+reschedulable!(c"watched_connections", 2, |env, arguments, scheduler| {
+    watched(env, Namespace::Connection, arguments, scheduler)
+});
+reschedulable!(c"watched_groups", 2, |env, arguments, scheduler| {
+    watched(env, Namespace::Member, arguments, scheduler)
+});
 
+/// The entries of a namespace, or with the atom `member` the memberships in groups.
 #[rustler::nif]
 fn count(of: Term<'_>, ns: Term<'_>) -> NifResult<u64> {
-    Ok(registry(of)?.count(namespace(ns)?))
+    let namespace = if atoms::member() == ns {
+        Namespace::Member
+    } else {
+        namespace(ns)?
+    };
+    Ok(registry(of)?.count(namespace))
 }
 
 #[rustler::nif]

@@ -1,6 +1,7 @@
 //! The functions on registries, and what they share.
 
 mod bindings;
+mod group;
 mod listing;
 pub(crate) mod lookup;
 mod registration;
@@ -10,6 +11,7 @@ use erlmcp_core::registry::{Entry, Id, Limits, Namespace};
 use rustler::{Atom, Encoder, Env, Error, LocalPid, NifResult, ResourceArc, Term};
 
 pub(crate) use bindings::live_binding;
+pub(crate) use group::{pick_of, searched};
 
 use crate::atoms;
 use crate::id::{self, EncodedId};
@@ -41,12 +43,12 @@ pub(crate) fn namespace(term: Term<'_>) -> NifResult<Namespace> {
 }
 
 #[inline]
-fn encode_id<'a>(registry: &Registry, term: Term<'a>) -> NifResult<EncodedId<'a>> {
+pub(crate) fn encode_id<'a>(registry: &Registry, term: Term<'a>) -> NifResult<EncodedId<'a>> {
     id::encode(term, registry.limits().max_id_bytes())
 }
 
 #[inline]
-fn as_id<'a>(registry: &Registry, encoded: &'a EncodedId<'_>) -> Id<'a> {
+pub(crate) fn as_id<'a>(registry: &Registry, encoded: &'a EncodedId<'_>) -> Id<'a> {
     registry.id(encoded.kind, encoded.bytes())
 }
 
@@ -101,7 +103,7 @@ pub(crate) fn live_entry(
         if is_alive(env, &entry) {
             return Some(entry);
         }
-        registry.remove_exact(namespace, id, |held| *held == entry.lease);
+        registry.remove_exact(env, namespace, id, |held| *held == entry.lease);
     }
 }
 

@@ -7,6 +7,7 @@ use erlmcp_core::error::RegisterError;
 use erlmcp_core::registry::{Entry, Id, Namespace};
 use rustler::{Encoder, Env, Error, LocalPid, NifResult, Term};
 
+use super::group::member_id;
 use super::lookup::REMOTE;
 use super::{
     MAX_LISTED_ON_NORMAL_SCHEDULER, as_id, encode_id, is_alive, live_entry, namespace, not_found,
@@ -60,7 +61,7 @@ fn remove_exited(
                 if is_alive(env, entry) {
                     alive += 1;
                 } else {
-                    registry.remove_exact(namespace, &id, |held| *held == entry.lease);
+                    registry.remove_exact(env, namespace, &id, |held| *held == entry.lease);
                 }
             });
         }
@@ -106,22 +107,31 @@ fn taken<'a>(
     })
 }
 
+/// For [`Namespace::Member`] the id is that of the group, and the process is in the shard of its pid.
 fn register<'a>(
     env: Env<'a>,
-    [of, ns, id_term, pid, monitored, config_term]: [Term<'a>; 6],
+    namespace: Namespace,
+    [of, id_term, pid, monitored, config_term]: [Term<'a>; 5],
     if_taken: IfTaken,
     scheduler: Scheduler,
 ) -> Outcome<'a> {
     let registry = registry(of)?;
-    let namespace = namespace(ns)?;
     if diverts_changes(of, namespace) {
         return Ok(atoms::diverted().encode(env));
     }
     let encoded = encode_id(registry, id_term)?;
-    let id = as_id(registry, &encoded);
     if !pid.is_pid() || !monitored.is_pid() {
         return Err(Error::BadArg.into());
     }
+    let member;
+    let (id, group, hashed) = match namespace {
+        Namespace::Member => {
+            let group = as_id(registry, &encoded);
+            member = member_id(&group, pid)?;
+            (registry.id(member.kind(), member.bytes()), Some(group), pid)
+        }
+        _ => (as_id(registry, &encoded), None, id_term),
+    };
     let is_local = pid.decode::<LocalPid>().is_ok();
     let address = if is_local {
         immediate::word(pid)
@@ -132,7 +142,8 @@ fn register<'a>(
         .map(|server| encode_id(registry, server))
         .transpose()?;
     let bind_to = bind_to.as_ref().map(|server| as_id(registry, server));
-    if registry.is_churned(&id) || bind_to.is_some_and(|server| registry.is_churned(&server)) {
+    let is_churned = |id: Option<Id<'_>>| id.is_some_and(|id| registry.is_churned(&id));
+    if is_churned(Some(id)) || is_churned(bind_to) || is_churned(group) {
         scheduler.require_dirty()?;
         registry.complete_resizes();
     }
@@ -150,7 +161,7 @@ fn register<'a>(
     let gone = |env| match if_taken {
         // As if registered and removed at once.
         IfTaken::Refuse | IfTaken::Find => Ok(atoms::ok().encode(env)),
-        IfTaken::Replace => Ok(replaced(env, registry.remove(namespace, &id))),
+        IfTaken::Replace => Ok(replaced(env, registry.remove(env, namespace, &id))),
     };
     let Ok(monitored) = monitored.decode::<LocalPid>() else {
         // A process of an earlier incarnation of this node.
@@ -167,7 +178,7 @@ fn register<'a>(
         return gone(env);
     };
     let lease = Lease { watch, config };
-    let shard = shard_of(registry, id_term);
+    let shard = shard_of(registry, hashed);
     let mut searches = 0;
     loop {
         let placed = |location| {
@@ -178,12 +189,13 @@ fn register<'a>(
             IfTaken::Refuse | IfTaken::Find => registry
                 .register(namespace, id, shard, address, bind_to, placed)
                 .map(|()| None),
-            IfTaken::Replace => registry.replace_connection(id, shard, address, placed),
+            IfTaken::Replace => registry.replace_connection(env, id, shard, address, placed),
         };
+        registry.wake_reader(env);
         let refused = match registered {
             Ok(former) => {
                 if lease.watch.has_ended() {
-                    registry.remove_exact(namespace, &id, |held| *held == lease);
+                    registry.remove_exact(env, namespace, &id, |held| *held == lease);
                 }
                 return Ok(replaced(env, former));
             }
@@ -229,29 +241,29 @@ fn register<'a>(
     }
 }
 
-/// As [`register`], of a connection.
-fn register_connection<'a>(
-    env: Env<'a>,
-    [of, id, pid, monitored, config]: [Term<'a>; 5],
-    if_taken: IfTaken,
-    scheduler: Scheduler,
-) -> Outcome<'a> {
-    let connection = atoms::connection().encode(env);
-    let arguments = [of, connection, id, pid, monitored, config];
-    register(env, arguments, if_taken, scheduler)
-}
-
-reschedulable!(c"register", 6, |env, arguments, scheduler| register(
-    env,
-    arguments,
-    IfTaken::Refuse,
-    scheduler
-));
+reschedulable!(c"register", 6, |env, arguments, scheduler| {
+    let [of, ns, id, pid, monitored, config] = arguments;
+    let arguments = [of, id, pid, monitored, config];
+    register(env, namespace(ns)?, arguments, IfTaken::Refuse, scheduler)
+});
 reschedulable!(c"register_or_find", 5, |env, arguments, scheduler| {
-    register_connection(env, arguments, IfTaken::Find, scheduler)
+    let namespace = Namespace::Connection;
+    register(env, namespace, arguments, IfTaken::Find, scheduler)
 });
 reschedulable!(c"replace", 5, |env, arguments, scheduler| {
-    register_connection(env, arguments, IfTaken::Replace, scheduler)
+    let namespace = Namespace::Connection;
+    register(env, namespace, arguments, IfTaken::Replace, scheduler)
+});
+reschedulable!(c"join_group", 4, |env, arguments, scheduler| {
+    let [of, group, pid, monitored] = arguments;
+    let arguments = [of, group, pid, monitored, atoms::none().encode(env)];
+    register(
+        env,
+        Namespace::Member,
+        arguments,
+        IfTaken::Refuse,
+        scheduler,
+    )
 });
 
 /// The result of a registration that has taken the place of `former`.
@@ -276,10 +288,36 @@ fn unregister<'a>(env: Env<'a>, of: Term<'a>, ns: Term<'a>, id: Term<'a>) -> Nif
     let Ok(_passage) = passage(of, registry, namespace, &id) else {
         return Ok(atoms::diverted().encode(env));
     };
-    let entry = registry.remove(namespace, &id);
-    Ok(match entry.as_ref().and_then(removed) {
+    let entry = registry.remove(env, namespace, &id);
+    Ok(unregistered(env, entry.as_ref()))
+}
+
+/// `ok`, with the sentinel to stop if the entry had one.
+fn unregistered<'a>(env: Env<'a>, entry: Option<&Entry<Lease>>) -> Term<'a> {
+    match entry.and_then(removed) {
         Some(sentinel) => (atoms::ok(), sentinel).encode(env),
         None => atoms::ok().encode(env),
+    }
+}
+
+/// Removes a process from a group: `ok`, with the sentinel to stop if it had one, or `not_joined`.
+#[rustler::nif]
+fn leave_group<'a>(
+    env: Env<'a>,
+    of: Term<'a>,
+    group: Term<'a>,
+    pid: Term<'a>,
+) -> NifResult<Term<'a>> {
+    let registry = registry(of)?;
+    let encoded = encode_id(registry, group)?;
+    if !pid.is_pid() {
+        return Err(Error::BadArg);
+    }
+    let member = member_id(&as_id(registry, &encoded), pid)?;
+    let id = registry.id(member.kind(), member.bytes());
+    Ok(match registry.remove(env, Namespace::Member, &id) {
+        Some(entry) => unregistered(env, Some(&entry)),
+        None => atoms::not_joined().encode(env),
     })
 }
 
@@ -299,52 +337,54 @@ fn release<'a>(env: Env<'a>, of: Term<'a>, id: Term<'a>, pid: Term<'a>) -> NifRe
         .entry(Namespace::Connection, &id)
         .filter(|entry| pid_term(env, entry) == pid)
         .and_then(|entry| {
-            registry.remove_exact(Namespace::Connection, &id, |held| *held == entry.lease)
+            registry.remove_exact(env, Namespace::Connection, &id, |held| *held == entry.lease)
         });
     Ok(match removed_entry {
         None => atoms::not_held().encode(env),
-        Some(entry) => match removed(&entry) {
-            Some(sentinel) => (atoms::ok(), sentinel).encode(env),
-            None => atoms::ok().encode(env),
-        },
+        Some(entry) => unregistered(env, Some(&entry)),
     })
 }
 
-fn update_server<'a>(
+/// Replaces the config of a server or a connection.
+fn update<'a>(
     env: Env<'a>,
-    [of, id, config]: [Term<'a>; 3],
+    [of, ns, id, config]: [Term<'a>; 4],
     scheduler: Scheduler,
 ) -> Outcome<'a> {
     let registry = registry(of)?;
-    if diverts_changes(of, Namespace::Server) {
+    let namespace = namespace(ns)?;
+    if !matches!(namespace, Namespace::Server | Namespace::Connection) {
+        return Err(Error::BadArg.into());
+    }
+    if diverts_changes(of, namespace) {
         return Ok(atoms::diverted().encode(env));
     }
     let encoded = encode_id(registry, id)?;
     let id = as_id(registry, &encoded);
-    let config = Config::keep(config, scheduler)?.of_entry();
-    let Ok(_passage) = passage(of, registry, Namespace::Server, &id) else {
+    let kept = Config::keep(config, scheduler)?;
+    let Ok(_passage) = passage(of, registry, namespace, &id) else {
         return Ok(atoms::diverted().encode(env));
     };
     loop {
-        let Some(entry) = live_entry(env, registry, Namespace::Server, &id) else {
+        let Some(entry) = live_entry(env, registry, namespace, &id) else {
             return Ok(not_found(env));
         };
         let former = &entry.lease;
+        // A config in the form of an entry belongs to one lease, and each attempt makes another one.
+        let config = kept.clone().of_entry();
         let config = match former.config.remote() {
-            Some(remote) => config
-                .clone()
-                .of_remote(pid_term(env, &entry), remote.sentinel),
-            None => config.clone(),
+            Some(remote) => config.of_remote(pid_term(env, &entry), remote.sentinel),
+            None => config,
         };
         let new = Lease {
             watch: former.watch.clone(),
             config,
         };
-        if registry.exchange_server_lease(&id, former, new) {
+        if registry.exchange_lease(env, namespace, &id, former, new) {
             return Ok(atoms::ok().encode(env));
         }
-        // Lost to a concurrent change of this server.
+        // Lost to a concurrent change of this id.
     }
 }
 
-reschedulable!(c"update_server", 3, update_server);
+reschedulable!(c"update", 4, update);

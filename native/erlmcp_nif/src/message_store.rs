@@ -1,0 +1,333 @@
+//! Message stores as resources, and the messages in them.
+//!
+//! The consumer of a store is the process that has made it. Its exit closes the store (see [`crate::caller`]), and the
+//! messages are freed off the schedulers.
+//!
+//! # How a message is kept
+//!
+//! A message of atoms, numbers, binaries, local pids, lists, tuples and maps is encoded ([`crate::encoding`]), binaries
+//! included: so a part of a large binary is copied, and does not keep the whole. Any other message (with references,
+//! ports, funs, bit strings or large integers) is copied into an environment of its own, which keeps alive what
+//! it refers to. That takes about 2.5 KB more.
+
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+
+use erlmcp_core::message_store::{Bounds, Bytes, MessageStore, PushError};
+use once_cell::race::OnceBox;
+use papaya::HashMap;
+use rustler::schedule::consume_timeslice;
+use rustler::{Encoder, Env, Error, LocalPid, NifResult, Resource, ResourceArc, Term};
+
+use crate::config::{BYTES_PER_WEIGHT, MAX_WEIGHT_ON_NORMAL_SCHEDULER, SharedTerm, Weighed, weigh};
+use crate::encoding::{self, Zeros};
+use crate::reschedule::{Outcome, Scheduler, reschedulable};
+use crate::resource::keep_library;
+use crate::{atoms, background, caller};
+
+/// A message of this weight takes some 50 µs to free.
+const MAX_WEIGHT_FREED_IN_PLACE: usize = 1_000;
+
+/// Stores with more messages than this are freed off the schedulers.
+const MAX_LEN_FREED_IN_PLACE: u64 = 8;
+
+/// A message of more weight is pushed and decoded on a dirty scheduler. A drain may decode twice as much, or a little
+/// more: it stops when it has decoded this much.
+const MAX_WEIGHT_IN_PLACE: usize = MAX_WEIGHT_ON_NORMAL_SCHEDULER / 2;
+
+/// The weight of removing a message and beginning to decode it, whatever it is.
+const WEIGHT_PER_MESSAGE: usize = 4;
+
+pub(crate) struct Message {
+    /// Its terms, and the sixteenth part of the bytes of its binaries.
+    weight: usize,
+    content: Content,
+}
+
+enum Content {
+    Encoded(Box<[u8]>),
+    Copied(SharedTerm),
+    /// Of a message that is freed elsewhere.
+    Moved,
+}
+
+impl Message {
+    fn new(term: Term<'_>, Weighed { weight, is_plain }: Weighed) -> NifResult<Self> {
+        let content = if is_plain {
+            // Its weight is the bound.
+            let bytes = encoding::encode(term, isize::MAX as usize, Zeros::Exact)?;
+            Content::Encoded(bytes.into())
+        } else {
+            Content::Copied(SharedTerm::new(term))
+        };
+        Ok(Self { weight, content })
+    }
+
+    fn load<'a>(&self, env: Env<'a>) -> NifResult<Term<'a>> {
+        match &self.content {
+            Content::Encoded(bytes) => encoding::decode(env, bytes),
+            Content::Copied(term) => Ok(term.copy(env)),
+            Content::Moved => Err(Error::BadArg),
+        }
+    }
+
+    fn is_heavy(&self) -> bool {
+        self.weight > MAX_WEIGHT_IN_PLACE
+    }
+}
+
+impl Bytes for Message {
+    fn bytes(&self) -> u64 {
+        bytes(self.weight)
+    }
+}
+
+/// What a message of this weight counts.
+fn bytes(weight: usize) -> u64 {
+    (weight * BYTES_PER_WEIGHT) as u64
+}
+
+impl Drop for Message {
+    fn drop(&mut self) {
+        if self.weight > MAX_WEIGHT_FREED_IN_PLACE {
+            background::free(std::mem::replace(&mut self.content, Content::Moved));
+        }
+    }
+}
+
+/// A message that is decoded on a dirty scheduler.
+pub(crate) struct MessageResource(Message);
+
+impl Resource for MessageResource {}
+
+pub(crate) struct Store {
+    messages: MessageStore<Message>,
+    consumer: LocalPid,
+    number: u64,
+}
+
+/// These stores refuse all pushes from now on. Their messages are freed later, all in one go: each wake-up of the
+/// reaper is a system call.
+pub(crate) fn close(stores: impl Iterator<Item = Arc<Store>>) {
+    let closed: Vec<_> = stores
+        .map(|store| {
+            store.messages.close();
+            Emptied(store)
+        })
+        .collect();
+    if !closed.is_empty() {
+        background::free(closed);
+    }
+}
+
+/// Empties the store when it is dropped, whoever else holds it.
+struct Emptied(Arc<Store>);
+
+impl Drop for Emptied {
+    fn drop(&mut self) {
+        self.0.messages.empty();
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        stores().remove(&self.number, &stores().guard());
+    }
+}
+
+pub(crate) struct StoreResource(Option<Arc<Store>>);
+
+impl Resource for StoreResource {}
+
+impl Drop for StoreResource {
+    fn drop(&mut self) {
+        if let Some(store) = self.0.take()
+            && store.messages.size().0 > MAX_LEN_FREED_IN_PLACE
+        {
+            background::free(store);
+        }
+    }
+}
+
+/// All stores, by number.
+fn stores() -> &'static HashMap<u64, Weak<Store>> {
+    static STORES: OnceBox<HashMap<u64, Weak<Store>>> = OnceBox::new();
+    STORES.get_or_init(Box::default)
+}
+
+fn store<'a>(term: Term<'a>) -> NifResult<&'a Arc<Store>> {
+    term.try_get_resource::<StoreResource>()
+        .and_then(|resource| resource.0.as_ref())
+        .ok_or(Error::BadArg)
+}
+
+/// An empty store whose consumer is the calling process; or `too_many_stores`.
+#[rustler::nif]
+fn message_store_new<'a>(env: Env<'a>, capacity: u64, max_bytes: u64) -> NifResult<Term<'a>> {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let bounds = Bounds {
+        capacity,
+        max_bytes,
+    };
+    let messages = MessageStore::new(bounds).ok_or(Error::BadArg)?;
+    // The reaper frees messages.
+    keep_library();
+    let store = Arc::new(Store {
+        messages,
+        consumer: env.pid(),
+        number: NEXT.fetch_add(1, Ordering::Relaxed),
+    });
+    // An exiting process gets no result.
+    if caller::consume(env, &store) == Some(false) {
+        return Ok(atoms::too_many_stores().encode(env));
+    }
+    stores().insert(store.number, Arc::downgrade(&store), &stores().guard());
+    Ok(ResourceArc::new(StoreResource(Some(store))).encode(env))
+}
+
+/// Charges the calling process for the work, so that it is scheduled out as if it had been Erlang's.
+fn charge(env: Env<'_>, weight: usize) {
+    let percent =
+        1 + 99 * weight.min(MAX_WEIGHT_ON_NORMAL_SCHEDULER) / MAX_WEIGHT_ON_NORMAL_SCHEDULER;
+    // The result says whether the time is used up. The VM acts on it when the call returns.
+    let _ = consume_timeslice(env, percent as i32);
+}
+
+fn refusal_term(env: Env<'_>, error: PushError) -> Term<'_> {
+    match error {
+        PushError::Full => atoms::full(),
+        PushError::TooLarge => atoms::message_too_large(),
+        PushError::Closed => atoms::closed(),
+    }
+    .encode(env)
+}
+
+/// Adds a message, and wakes the consumer if the store was empty when it last drained it: `ok`, `full`,
+/// `message_too_large` or
+/// `closed`.
+///
+/// The consumer is woken here and not in Erlang: a caller that is killed between the two would leave it asleep.
+fn message_store_push<'a>(
+    env: Env<'a>,
+    [of, message]: [Term<'a>; 2],
+    scheduler: Scheduler,
+) -> Outcome<'a> {
+    let store = store(of)?;
+    // A message has at least one term.
+    if let Err(error) = store.messages.check(bytes(1)) {
+        return Ok(refusal_term(env, error));
+    }
+    let bound = store.messages.bounds().max_bytes as usize / BYTES_PER_WEIGHT;
+    let max = match scheduler {
+        Scheduler::Normal => bound.min(MAX_WEIGHT_IN_PLACE),
+        Scheduler::Dirty => bound,
+    };
+    let Some(weighed) = weigh(message, max, scheduler) else {
+        scheduler.require_dirty()?;
+        return Ok(refusal_term(env, PushError::TooLarge));
+    };
+    // Before the copy.
+    if let Err(error) = store.messages.check(bytes(weighed.weight)) {
+        return Ok(refusal_term(env, error));
+    }
+    if scheduler == Scheduler::Normal {
+        charge(env, weighed.weight);
+    }
+    match store.messages.push(Message::new(message, weighed)?) {
+        Ok(wakes) => {
+            if wakes {
+                let of: ResourceArc<StoreResource> = of.decode()?;
+                let message = (atoms::erlmcp_message_store(), atoms::ready(), of);
+                background::send(env, store.consumer, message);
+            }
+            Ok(atoms::ok().encode(env))
+        }
+        Err(error) => Ok(refusal_term(env, error)),
+    }
+}
+
+reschedulable!(c"message_store_push", 2, message_store_push);
+
+/// Up to `max` messages, oldest first, with what is left: `{empty, Messages}`, `{more, Messages}`, or `{Message,
+/// Messages}` with a next message that [`message_store_open`] decodes. `not_consumer` for another process.
+#[rustler::nif]
+fn message_store_drain<'a>(env: Env<'a>, of: Term<'a>, max: u64) -> NifResult<Term<'a>> {
+    let store = store(of)?;
+    if store.consumer != env.pid() {
+        return Ok(atoms::not_consumer().encode(env));
+    }
+    // As many as there are, up to the weight: no reallocation saves a tenth of the time.
+    let most = (MAX_WEIGHT_IN_PLACE / WEIGHT_PER_MESSAGE) as u64;
+    let expected = max.min(store.messages.size().0).min(most);
+    let mut messages = Vec::with_capacity(expected as usize);
+    let mut heavy = None;
+    let mut failed = None;
+    let mut weight = 0;
+    let is_empty = store.messages.drain(max as usize, |message| {
+        if message.is_heavy() {
+            heavy = Some(message);
+            return ControlFlow::Break(());
+        }
+        weight += message.weight + WEIGHT_PER_MESSAGE;
+        match message.load(env) {
+            Ok(term) => messages.push(term),
+            Err(error) => {
+                failed = Some(error);
+                return ControlFlow::Break(());
+            }
+        }
+        match weight > MAX_WEIGHT_IN_PLACE {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
+    });
+    charge(env, weight);
+    // The messages before it must not be lost with it.
+    if let Some(error) = failed.filter(|_| messages.is_empty()) {
+        return Err(error);
+    }
+    let rest = match heavy {
+        Some(message) => ResourceArc::new(MessageResource(message)).encode(env),
+        None if is_empty => atoms::empty().encode(env),
+        None => atoms::more().encode(env),
+    };
+    Ok((rest, messages).encode(env))
+}
+
+/// The message that [`message_store_drain`] has left undecoded.
+#[rustler::nif(schedule = "DirtyCpu")]
+fn message_store_open<'a>(env: Env<'a>, message: Term<'a>) -> NifResult<Term<'a>> {
+    message
+        .try_get_resource::<MessageResource>()
+        .ok_or(Error::BadArg)?
+        .0
+        .load(env)
+}
+
+/// `{Len, Bytes, Capacity, MaxBytes, Consumer, IsClosed}`
+#[rustler::nif]
+fn message_store_info<'a>(env: Env<'a>, of: Term<'a>) -> NifResult<Term<'a>> {
+    let store = store(of)?;
+    let (len, bytes) = store.messages.size();
+    let Bounds {
+        capacity,
+        max_bytes,
+    } = store.messages.bounds();
+    let is_closed = store.messages.is_closed();
+    Ok((len, bytes, capacity, max_bytes, store.consumer, is_closed).encode(env))
+}
+
+/// `{Stores, Messages, Bytes}` of all stores.
+#[rustler::nif(schedule = "DirtyCpu")]
+fn message_stores(env: Env<'_>) -> Term<'_> {
+    let guard = stores().guard();
+    let sizes = stores()
+        .iter(&guard)
+        .filter_map(|(_, store)| Some(store.upgrade()?.messages.size()));
+    sizes
+        .fold((0, 0, 0), |(stores, messages, held), (len, bytes)| {
+            (stores + 1, messages + len, held + bytes)
+        })
+        .encode(env)
+}
