@@ -5,13 +5,14 @@
 -include_lib("stdlib/include/assert.hrl").
 
 -export([all/0, suite/0, init_per_suite/1, end_per_suite/1]).
--export([calls_are_short_among_a_million_entries/1,
+-export([long_calls_are_noticed/1,
+         calls_are_short_among_a_million_entries/1,
          growth_to_a_million_entries_is_gradual/1,
          listing_where_many_entries_were_is_short/1,
          listing_servers_among_dangling_names_is_short/1]).
 
 %% Called in peer nodes
--export([in_growth/0, million/0, shrunk_lists/0, dangling_lists/0]).
+-export([long_call/0, in_growth/0, million/0, shrunk_lists/0, dangling_lists/0]).
 
 -import(nif_calls, [fill/4, in_peer/4, pick/1, quickest/1, short/2, shortest/1, sleeper/0, time_us/1]).
 -import(nif_specs, [specs/0]).
@@ -27,7 +28,8 @@ suite() ->
 
 
 all() ->
-    [calls_are_short_among_a_million_entries,
+    [long_calls_are_noticed,
+     calls_are_short_among_a_million_entries,
      growth_to_a_million_entries_is_gradual,
      listing_where_many_entries_were_is_short,
      listing_servers_among_dangling_names_is_short].
@@ -40,6 +42,21 @@ init_per_suite(Config) ->
 
 end_per_suite(_Config) ->
     ok.
+
+
+%%% The measure
+
+
+%% A comparison of binaries yields to no other process in any release of Erlang/OTP.
+long_calls_are_noticed(_Config) ->
+    [{compare, Us}] = in_peer(nif_calls, in_measured, [?MODULE, long_call], []),
+    ?assert(Us > ?LIMIT_US, Us).
+
+
+long_call() ->
+    Bytes = 64 bsl 20,
+    [First, Second] = [ binary:copy(<<0>>, Bytes) || _ <- [1, 2] ],
+    [{compare, quickest(fun() -> First =:= Second end)}].
 
 
 %%% No call above a millisecond
@@ -62,6 +79,13 @@ million() ->
                          Pid,
                          #{server_id => if N =< 400 -> <<1:32>>; true -> <<2:32>> end})
       || N <- lists:seq(1, 50_000) ],
+    %% One group has more places without a member than are searched on a normal scheduler, and one has as many members as are
+    %% listed there.
+    Members = [ sleeper() || _ <- lists:seq(1, 25_000) ],
+    [ ok = ?NIF:join_group(R, <<1:32>>, Member, Member) || R <- [Registry, default], Member <- Members ],
+    [ ok = ?NIF:join_group(R, <<2:32>>, Member, Member) || R <- [Registry, default], Member <- lists:sublist(Members, 500) ],
+    [ exit(Member, kill) || Member <- tl(lists:reverse(Members)), Member =/= hd(Members) ],
+    test_support:await_value(2, fun() -> ?NIF:group_count(Registry, <<1:32>>) end),
     _ = rand:seed(exsss, {1, 2, 3}),
     Ids = list_to_tuple([ <<(rand:uniform(1_000_000)):32>> || _ <- lists:seq(1, 500) ] ++
                         [ <<N:32>> || N <- lists:seq(1, 100) ] ++
@@ -70,13 +94,18 @@ million() ->
     Pools = #{
               registry => {Registry},
               namespace => list_to_tuple(?NAMESPACES),
+              pick => {round_robin, random, [key]},
               term => Ids,
               pid => {Pid},
               number => {0, 1, 17, 63},
               boolean => {true, false},
               bucket => {?NIF:bucket_new({1000, 1.0e4})},
               limiter => {Limiter},
+              message_store => {?NIF:message_store_new(1_000_000, 1 bsl 30)},
+              interest => {all, {shard, 17}, {id, <<17:32>>}},
               limits => {infinity, {1000, 1.0e4}},
+              breaker_config => {{5, 10_000, 2, 30_000, 2}},
+              breaker_change => {success, failure, open, closed},
               named_breaker_config => {{5, 2, 60_000, 10, 0.5, 2}}
              },
     %% Sixteen keys of the greatest cost.
@@ -108,13 +137,15 @@ full_limiter(Keys) ->
 
 
 is_dirty(Name) ->
-    lists:suffix("_dirty", atom_to_list(Name)) orelse lists:member(Name, [close, bindings, page]).
+    lists:suffix("_dirty", atom_to_list(Name)) orelse lists:member(Name, [close, bindings, page, announcements_detach, target_breakers, message_store_open, message_stores]).
 
 
 %% A list of a million entries takes a second.
 repetitions(list) -> 10;
 repetitions(list_shard) -> 100;
 repetitions(bound_transports) -> 200;
+repetitions(group_members) -> 200;
+repetitions(route_group) -> 200;
 repetitions(_Name) -> 2000.
 
 
