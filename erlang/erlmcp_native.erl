@@ -43,9 +43,11 @@
                    binding => {ok, Server :: term()} | {error, not_found},
                    bucket => erlmcp_token_bucket:state(),
                    target_breaker => erlmcp_circuit_breaker:state(),
+                   %% Of a connection.
+                   delivery => mailbox | {batch, pos_integer()} | {store, erlmcp_message_store:info()},
                    sends => ok | {error, rate_limited}
                   }.
--type layer() :: registry | circuit | admission | token_bucket | none.
+-type layer() :: registry | circuit | admission | token_bucket | message_store | none.
 -type explain_error() :: {id_too_long, MaxIdBytes :: pos_integer()} |
                          {native_library, erlmcp_nif:load_error()} |
                          registry_busy.
@@ -446,7 +448,16 @@ details(transport, Id, #{registry := Registry} = Entry) ->
 details(connection, Id, Entry) ->
     case erlmcp_token_bucket:get_state(connection, Id) of
         {error, not_found} -> removed(connection, Entry);
-        Bucket -> with_forecast(connection, Id, Entry#{bucket => Bucket})
+        Bucket -> with_forecast(connection, Id, with_delivery(Id, Entry#{bucket => Bucket}))
+    end.
+
+
+-spec with_delivery(term(), map()) -> map().
+with_delivery(Id, Entry) ->
+    case erlmcp_shard_manager:delivery(Id) of
+        {ok, {store, Store}} -> Entry#{delivery => {store, erlmcp_message_store:info(Store)}};
+        {ok, Delivery} -> Entry#{delivery => Delivery};
+        {error, not_found} -> Entry
     end.
 
 
@@ -472,10 +483,11 @@ removed(Namespace, Entry) ->
     not_registered(Namespace, maps:with([registry, routed_by, shard], Entry)).
 
 
--spec layer(circuit_open | shard_overloaded | rate_limited) -> layer().
+-spec layer(circuit_open | shard_overloaded | rate_limited | store_full) -> layer().
 layer(circuit_open) -> circuit;
 layer(shard_overloaded) -> admission;
-layer(rate_limited) -> token_bucket.
+layer(rate_limited) -> token_bucket;
+layer(store_full) -> message_store.
 
 
 %% The bucket that a transport's messages to servers are charged to, if any; only the native registry has

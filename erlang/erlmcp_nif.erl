@@ -33,6 +33,7 @@
 -export([announcements_read/2]).
 %% Routing
 -export([route_connection/1, route_server/2, route_transport/1, route_batch/1]).
+-export([route_by_lease/2, set_delivery/2, delivery/1]).
 -export([route_server_exclusive/2, route_transport_exclusive/1]).
 -export([route_bound/1, route_bound_exclusive/1]).
 -export([route_group/1, route_member/2]).
@@ -124,6 +125,9 @@
        route_server_exclusive/2,
        route_transport_exclusive/1,
        route_batch/1,
+       route_by_lease/2,
+       set_delivery/2,
+       delivery/1,
        route_bound/1,
        route_bound_exclusive/1,
        route_group/1,
@@ -211,10 +215,12 @@
 
 -type interest() :: all | {shard, non_neg_integer()} | {id, Id :: term()}.
 -type announcement() :: {joined | left, Id :: term(), pid(), Shard :: non_neg_integer()}.
--type refusal() :: undefined | circuit_open | shard_overloaded | rate_limited.
+-type refusal() :: undefined | circuit_open | shard_overloaded | rate_limited | store_full.
 -type event() :: {sample | overloaded, Shard :: non_neg_integer()} | {circuit, circuit_state()}.
 -type route() :: pid() | refusal().
 -type routed() :: route() | {route(), [event()]}.
+%% A store with a capacity and bytes.
+-type delivery() :: mailbox | {batch, Messages :: pos_integer()} | {store, pos_integer(), pos_integer()}.
 -type bucket() :: reference().
 -type limits() :: infinity | {Capacity :: pos_integer(), RatePerSecond :: float()}.
 %% `undefined' keeps the value.
@@ -538,8 +544,9 @@ announcements_read(_Registry, _Until) -> ?NOT_LOADED.
 %% Without the library nothing is routed here: everything is `diverted'.
 
 
-%% The process of a connection, if a message may be sent to it; charges the connection's bucket.
--spec route_connection(term()) -> routed().
+%% The process of a connection, if a message may be sent to it; charges the connection's bucket. `stored': the message is to
+%% be routed by {@link route_by_lease/2}.
+-spec route_connection(term()) -> routed() | stored.
 route_connection(_Id) -> ?NOT_LOADED.
 
 
@@ -562,10 +569,27 @@ route_server_exclusive(_Server, _Transport) -> ?NOT_LOADED.
 route_transport_exclusive(_Id) -> ?NOT_LOADED.
 
 
-%% The results of {@link route_connection/1} for the first messages of the list, some hundreds, and the rest of
-%% the list. An id that is too long is `undefined' here.
--spec route_batch([{Id :: term(), Message :: term()}]) -> {[routed()], Rest :: [{term(), term()}]}.
+%% The results of {@link route_connection/1} for the first messages of the list, some hundreds, the rest of the list, and the
+%% lists to send for the messages whose result is `batched', after the others. An id that is too long is `undefined' here.
+-spec route_batch([{Id :: term(), Message :: term()}]) ->
+          {[Routed | {Routed, [event()]}], Rest :: [{term(), term()}], [{pid(), Messages :: [term()]}]}
+              when Routed :: route() | stored | batched.
 route_batch(_Messages) -> ?NOT_LOADED.
+
+
+%% Routes a message to a connection that may have a message store, and stores it if it has. The process, if it has none.
+-spec route_by_lease(Id :: term(), Message :: term()) -> Result | {Result, [event()]}
+              when Result :: route() | ok | message_too_large.
+route_by_lease(_Id, _Message) -> ?NOT_LOADED.
+
+
+%% How messages get to a connection of the calling process. The store, where it gets one.
+-spec set_delivery(Id :: term(), delivery()) -> ok | message_store() | not_held | too_many_stores.
+set_delivery(_Id, _Delivery) -> ?NOT_LOADED.
+
+
+-spec delivery(Id :: term()) -> mailbox | {batch, Messages :: pos_integer()} | {store, message_store()} | not_found.
+delivery(_Id) -> ?NOT_LOADED.
 
 
 %% The processes of the transports bound to a server to which a message may be sent, and the reason of refusal for
@@ -793,7 +817,8 @@ admission_is_unwatched(_Shard) -> ?NOT_LOADED.
           {NotFound :: non_neg_integer(),
            CircuitOpen :: non_neg_integer(),
            ShardOverloaded :: non_neg_integer(),
-           RateLimited :: non_neg_integer()}.
+           RateLimited :: non_neg_integer(),
+           StoreFull :: non_neg_integer()}.
 refused(_Shard) -> ?NOT_LOADED.
 
 

@@ -486,6 +486,7 @@ pools(#{own := Own, closing := Closing, heavy := Heavy}) ->
               boolean => {true, false},
               limiter => {?NIF:limiter_new({1000, 1.0e4}, 100), ?NIF:limiter_new({1, 1.0e9}, 3), ?NIF:limiter_new(infinity, 1)},
               message_store => {?NIF:message_store_new(10, 10_000), ?NIF:message_store_new(100, 1 bsl 24), ?NIF:message_store_new(1, 16)},
+              delivery => {mailbox, {batch, 2}, {batch, 256}, {store, 3, 1000}, {store, 100, 1 bsl 24}},
               stored_message => {stored_message(lists:seq(1, 20_000)), stored_message([ make_ref() || _ <- lists:seq(1, 20_000) ])},
               bucket => {?NIF:bucket_new({1000, 1.0e4}), ?NIF:bucket_new({1, 1.0e9}), ?NIF:bucket_new(infinity)},
               limits => {infinity, shared, {1, 1.0e9}, {1000, 1.0e4}, {100, 1.0}},

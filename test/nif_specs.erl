@@ -38,6 +38,7 @@ kind({user_type, _, bucket, []}) -> bucket;
 kind({user_type, _, limiter, []}) -> limiter;
 kind({user_type, _, message_store, []}) -> message_store;
 kind({user_type, _, stored_message, []}) -> stored_message;
+kind({user_type, _, delivery, []}) -> delivery;
 kind({user_type, _, pick, []}) -> pick;
 kind({user_type, _, interest, []}) -> interest;
 kind({user_type, _, breaker_config, []}) -> breaker_config;

@@ -86,10 +86,13 @@ million() ->
     [ ok = ?NIF:join_group(R, <<2:32>>, Member, Member) || R <- [Registry, default], Member <- lists:sublist(Members, 500) ],
     [ exit(Member, kill) || Member <- tl(lists:reverse(Members)), Member =/= hd(Members) ],
     test_support:await_value(2, fun() -> ?NIF:group_count(Registry, <<1:32>>) end),
+    %% Those of the caller.
+    [ ok = ?NIF:register(default, connection, {own, N}, self(), self(), []) || N <- lists:seq(1, 100) ],
     _ = rand:seed(exsss, {1, 2, 3}),
     Ids = list_to_tuple([ <<(rand:uniform(1_000_000)):32>> || _ <- lists:seq(1, 500) ] ++
                         [ <<N:32>> || N <- lists:seq(1, 100) ] ++
-                        [ {new, N} || N <- lists:seq(1, 400) ]),
+                        [ {new, N} || N <- lists:seq(1, 400) ] ++
+                        [ {own, N} || N <- lists:seq(1, 100) ]),
     Limiter = full_limiter(300_000),
     Pools = #{
               registry => {Registry},
@@ -102,6 +105,7 @@ million() ->
               bucket => {?NIF:bucket_new({1000, 1.0e4})},
               limiter => {Limiter},
               message_store => {?NIF:message_store_new(1_000_000, 1 bsl 30)},
+              delivery => {mailbox, {batch, 256}, {store, 1_000_000, 1 bsl 30}},
               interest => {all, {shard, 17}, {id, <<17:32>>}},
               limits => {infinity, {1000, 1.0e4}},
               breaker_config => {{5, 10_000, 2, 30_000, 2}},

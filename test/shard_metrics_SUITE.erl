@@ -118,7 +118,7 @@ complete(_Config) ->
     ?assert(abs(erlang:system_time(millisecond) - AtMs) < ?DEADLINE_MS, AtMs),
     ?assert(IntervalMs >= 900, IntervalMs),
     _ = [ ?assertEqual([p50, p95, p99], lists:sort(maps:keys(Percentiles))) || Percentiles <- [Messages, Refusals, Latency] ],
-    _ = [ ?assertEqual([circuit_open, not_found, rate_limited, shard_overloaded], lists:sort(maps:keys(ByReason)))
+    _ = [ ?assertEqual([circuit_open, not_found, rate_limited, shard_overloaded, store_full], lists:sort(maps:keys(ByReason)))
           || ByReason <- [RefusalRates, Refused] ].
 
 
@@ -126,7 +126,7 @@ idle(_Config) ->
     [Metrics] = measurements(1),
     ?assertMatch(#{
                    messages_per_second := 0,
-                   refusals_per_second := #{not_found := 0, circuit_open := 0, shard_overloaded := 0, rate_limited := 0},
+                   refusals_per_second := #{not_found := 0, circuit_open := 0, shard_overloaded := 0, rate_limited := 0, store_full := 0},
                    latency_us := #{p50 := 0, p95 := 0, p99 := 0}
                   },
                  Metrics),
@@ -449,8 +449,8 @@ results_and_refusals_of(Fun) ->
 %% Read from the shards themselves.
 refused() ->
     Counts = [ tuple_to_list(erlmcp_nif:refused(Shard)) || Shard <- shards() ],
-    Sums = [ lists:sum([ lists:nth(N, OfShard) || OfShard <- Counts ]) || N <- [1, 2, 3, 4] ],
-    maps:from_list(lists:zip([not_found, circuit_open, shard_overloaded, rate_limited], Sums)).
+    Sums = [ lists:sum([ lists:nth(N, OfShard) || OfShard <- Counts ]) || N <- [1, 2, 3, 4, 5] ],
+    maps:from_list(lists:zip([not_found, circuit_open, shard_overloaded, rate_limited, store_full], Sums)).
 
 
 shards() ->

@@ -300,7 +300,7 @@ route_batches([]) ->
 route_batch([]) ->
     ok;
 route_batch(Messages) ->
-    {Routed, Rest} = erlmcp_nif:route_batch(Messages),
+    {Routed, Rest, []} = erlmcp_nif:route_batch(Messages),
     _ = [ erlmcp_delivery:notify(Events) || {_Route, Events} <- Routed ],
     route_batch(Rest).
 

@@ -7,18 +7,24 @@
 
 -export([deliver/2, deliver_all/2, send/2, notify/1]).
 
--export_type([reason/0, unsent/0]).
+-export_type([reason/0, undelivered/0, unsent/0]).
 
--type reason() :: not_found | circuit_open | shard_overloaded | rate_limited | unsent().
+-type reason() :: not_found | circuit_open | shard_overloaded | rate_limited | undelivered() | unsent().
+%% A message to a connection with a message store.
+-type undelivered() :: store_full | message_too_large.
 %% A message to a process of another node.
 -type unsent() :: noconnection | busy.
 
 
 %% @doc Sends a message to the target that a native call returned, and passes on the events of that call.
-%% On the hot path the result is only a pid of this node, which callers test for themselves.
--spec deliver(erlmcp_nif:routed(), term()) -> ok | {error, reason()}.
+%% On the hot path the result is only a pid of this node, which callers test for themselves. `ok' and `batched': the message
+%% is in a message store, or in a list that the caller sends.
+-spec deliver(Routed | {Routed, [erlmcp_nif:event()]}, term()) -> ok | {error, reason()}
+              when Routed :: erlmcp_nif:route() | ok | batched | message_too_large.
 deliver(Pid, Message) when is_pid(Pid) ->
     send(Pid, Message);
+deliver(Delivered, _Message) when Delivered =:= ok; Delivered =:= batched ->
+    ok;
 deliver({Route, Events}, Message) ->
     Result = deliver(Route, Message),
     ok = notify(Events),
@@ -55,7 +61,7 @@ deliver_all({Pids, Refused, Events}, Message) ->
 
 
 %% What a route returns for a message that was not admitted.
--spec refused(erlmcp_nif:refusal()) -> {error, reason()}.
+-spec refused(erlmcp_nif:refusal() | message_too_large) -> {error, reason()}.
 refused(undefined) -> {error, not_found};
 refused(Reason) -> {error, Reason}.
 

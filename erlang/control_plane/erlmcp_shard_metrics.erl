@@ -23,7 +23,8 @@
                       not_found := non_neg_integer(),
                       circuit_open := non_neg_integer(),
                       shard_overloaded := non_neg_integer(),
-                      rate_limited := non_neg_integer()
+                      rate_limited := non_neg_integer(),
+                      store_full := non_neg_integer()
                      }.
 -type metrics() :: #{
                      measured_at_ms := integer(),
@@ -44,7 +45,7 @@
 -define(INTERVAL_MS, 1_000).
 %% Seconds over which the percentiles of rates are computed.
 -define(WINDOW,  60).
--define(REASONS, [not_found, circuit_open, shard_overloaded, rate_limited]).
+-define(REASONS, [not_found, circuit_open, shard_overloaded, rate_limited, store_full]).
 
 %% The counters at one moment: messages admitted by each shard, and refused for each reason.
 -record(counters, {
@@ -150,7 +151,7 @@ read_counters() ->
     #counters{
       at_us = erlang:monotonic_time(microsecond),
       admitted = [ {Shard, admitted(Shard)} || Shard <- Ids ],
-      refused = lists:foldl(fun(Shard, Sums) -> add(tuple_to_list(erlmcp_nif:refused(Shard)), Sums) end, [0, 0, 0, 0], Ids)
+      refused = lists:foldl(fun(Shard, Sums) -> add(tuple_to_list(erlmcp_nif:refused(Shard)), Sums) end, [ 0 || _ <- ?REASONS ], Ids)
      }.
 
 

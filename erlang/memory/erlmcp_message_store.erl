@@ -48,6 +48,7 @@
 -module(erlmcp_message_store).
 
 -export([new/1, push/2, drain/2, len/1, info/1, totals/0]).
+-export([of_connection/2]).
 %% Explanations of errors
 -export([format_error/2]).
 
@@ -83,37 +84,59 @@
 new(Capacity) when is_integer(Capacity) ->
     new(#{capacity => Capacity});
 new(Options) ->
-    case erlmcp_native_config:to_map(Options) of
-        #{} = Map ->
-            ok = maps:foreach(fun check_option/2, Map),
-            new(maps:get(capacity, Map, ?DEFAULT_CAPACITY), maps:get(max_bytes, Map, ?DEFAULT_MAX_BYTES));
-        _ ->
-            error(badarg, [Options], [{error_info, #{module => ?MODULE}}])
+    case bounds(Options) of
+        {Capacity, MaxBytes} -> made(fun() -> erlmcp_nif:message_store_new(Capacity, MaxBytes) end);
+        error -> error(badarg, [Options], [{error_info, #{module => ?MODULE}}])
     end.
 
 
--spec new(pos_integer(), pos_integer()) -> store().
-new(Capacity, MaxBytes) ->
-    case erlmcp_nif:message_store_new(Capacity, MaxBytes) of
+%% @private
+%% The store of a connection of the calling process, which gets its messages: a new one, or the one that it has, with these
+%% bounds.
+-spec of_connection(Id :: term(), pos_integer() | options()) -> store() | not_held.
+of_connection(Id, Options) ->
+    case bounds(Options) of
+        {Capacity, MaxBytes} -> made(fun() -> erlmcp_nif:set_delivery(Id, {store, Capacity, MaxBytes}) end);
+        error -> error({bad_option, store, Options, "a capacity or " ++ erlmcp_native_config:map_expected()})
+    end.
+
+
+-spec bounds(term()) -> {Capacity :: pos_integer(), MaxBytes :: pos_integer()} | error.
+bounds(Capacity) when is_integer(Capacity) ->
+    bounds(#{capacity => Capacity});
+bounds(Options) ->
+    case erlmcp_native_config:to_map(Options) of
+        #{} = Map ->
+            ok = maps:foreach(fun check_option/2, Map),
+            {maps:get(capacity, Map, ?DEFAULT_CAPACITY), maps:get(max_bytes, Map, ?DEFAULT_MAX_BYTES)};
+        _ ->
+            error
+    end.
+
+
+-spec made(fun(() -> Result | too_many_stores)) -> Result when Result :: store() | not_held.
+made(Make) ->
+    case Make() of
         too_many_stores ->
             true = garbage_collect(),
-            new_after_collection(Capacity, MaxBytes, ?FREED_MS);
-        Store ->
-            Store
+            made_after_collection(Make, ?FREED_MS);
+        Result ->
+            Result
     end.
 
 
 %% The VM frees what the collection has found a little later.
--spec new_after_collection(pos_integer(), pos_integer(), LeftMs :: non_neg_integer()) -> store().
-new_after_collection(Capacity, MaxBytes, LeftMs) ->
-    case erlmcp_nif:message_store_new(Capacity, MaxBytes) of
+-spec made_after_collection(fun(() -> Result | too_many_stores), LeftMs :: non_neg_integer()) -> Result
+              when Result :: store() | not_held.
+made_after_collection(Make, LeftMs) ->
+    case Make() of
         too_many_stores when LeftMs =:= 0 ->
             error(system_limit);
         too_many_stores ->
             ok = timer:sleep(1),
-            new_after_collection(Capacity, MaxBytes, LeftMs - 1);
-        Store ->
-            Store
+            made_after_collection(Make, LeftMs - 1);
+        Result ->
+            Result
     end.
 
 

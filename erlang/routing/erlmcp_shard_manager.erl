@@ -46,6 +46,7 @@
 
 %% Routing
 -export([route_message/2, route_message/3, route_batch/1]).
+-export([set_delivery/2, delivery/1]).
 -export([get_stats/1]).
 %% Process
 -export([start_link/1]).
@@ -105,9 +106,17 @@ route_message(Id, Message) ->
         Pid when is_pid(Pid), node(Pid) =:= node() ->
             Pid ! Message,
             ok;
+        stored ->
+            route_by_lease(Id, Message);
         Other ->
             erlmcp_delivery:deliver(Other, Message)
     end.
+
+
+%% To a connection with a message store.
+-spec route_by_lease(Id :: term(), Message :: term()) -> ok | {error, erlmcp_delivery:reason()}.
+route_by_lease(Id, Message) ->
+    erlmcp_delivery:deliver(erlmcp_nif:route_by_lease(Id, Message), Message).
 
 
 %% @doc As {@link route_message/2}, for a connection of a certain shard, given by its id or its manager.
@@ -151,20 +160,90 @@ is_batch(End) -> End =:= [].
 slices([]) ->
     [];
 slices(Messages) ->
-    {Routed, Rest} = erlmcp_nif:route_batch(Messages),
-    deliver_all(Routed, Messages, Rest).
+    {Routed, Rest, Lists} = erlmcp_nif:route_batch(Messages),
+    deliver_all(Routed, Messages, Rest, Lists).
 
 
--spec deliver_all([erlmcp_nif:routed()], [{term(), term()}], Rest :: [{term(), term()}]) ->
-          [ok | {error, erlmcp_delivery:reason()}].
-deliver_all([Pid | Routed], [{_Id, Message} | Messages], Rest) when is_pid(Pid), node(Pid) =:= node() ->
+-spec deliver_all([Routed | {Routed, [erlmcp_nif:event()]}], [{term(), term()}], Rest :: [{term(), term()}], [{pid(), [term()]}]) ->
+          [ok | {error, erlmcp_delivery:reason()}]
+              when Routed :: erlmcp_nif:route() | stored | batched.
+deliver_all([Pid | Routed], [{_Id, Message} | Messages], Rest, Lists) when is_pid(Pid), node(Pid) =:= node() ->
     Pid ! Message,
-    [ok | deliver_all(Routed, Messages, Rest)];
-deliver_all([Other | Routed], [{_Id, Message} | Messages], Rest) ->
+    [ok | deliver_all(Routed, Messages, Rest, Lists)];
+deliver_all([batched | Routed], [_Message | Messages], Rest, Lists) ->
+    [ok | deliver_all(Routed, Messages, Rest, Lists)];
+deliver_all([stored | Routed], [{Id, Message} | Messages], Rest, Lists) ->
+    Result = route_by_lease(Id, Message),
+    [Result | deliver_all(Routed, Messages, Rest, Lists)];
+deliver_all([Other | Routed], [{_Id, Message} | Messages], Rest, Lists) ->
     Result = erlmcp_delivery:deliver(Other, Message),
-    [Result | deliver_all(Routed, Messages, Rest)];
-deliver_all([], _Messages, Rest) ->
+    [Result | deliver_all(Routed, Messages, Rest, Lists)];
+deliver_all([], _Messages, Rest, Lists) ->
+    ok = send_lists(Lists),
     slices(Rest).
+
+
+-spec send_lists([{pid(), [term()]}]) -> ok.
+send_lists([]) ->
+    ok;
+send_lists([{Pid, Messages} | Lists]) ->
+    Pid ! {erlmcp_batch, Messages},
+    send_lists(Lists).
+
+
+%%% Delivery
+
+
+%% @doc Changes how routed messages get to a connection of the calling process.
+%%
+%% <ul>
+%% <li>`mailbox': each is sent to the process. So it is for a connection that has just been registered.</li>
+%% <li>`{batch, N}' (2 to 256): those messages of one {@link route_batch/1} that go to this process are sent to it as one,
+%% `{erlmcp_batch, Messages}', up to `N' in a list, in order. It is woken once for many. Other routes send each message
+%% as it is.</li>
+%% <li>`{store, Capacity}' or `{store, Options}': messages go to a message store of which the calling process is the consumer
+%% ({@link erlmcp_message_store:new/1} names the options), and which is returned. The process is woken by
+%% `{erlmcp_message_store, ready, Store}', and gets the messages by {@link erlmcp_message_store:drain/2}. A route to a full store
+%% returns `{error, store_full}'. Admission control counts what waits in the store exactly, without a look at
+%% the mailbox. The connection's store may be pushed to directly too; those messages count as well. With other bounds the
+%% same store gets these.</li>
+%% </ul>
+%%
+%% From a store back to another delivery: as long as the store holds messages, the next ones go there too. It is closed when
+%% {@link erlmcp_message_store:drain/2} finds it empty. So the messages of each sender come in order, and all have to be
+%% drained. From the mailbox to a store a message that was on its way may arrive after later ones of its sender: a process that
+%% minds chooses the store before its id is known to senders.
+%%
+%% The delivery ends with the registration: another process with the same id, or a new registration of this one, begins with
+%% `mailbox'. Only guarded routes follow it, those of this module. Messages to the pid, `via' names, broadcasts and groups go to
+%% the mailbox. From the first change on, the connection takes some 200 bytes more, besides the store.
+%%
+%% `{error, not_held}': the calling process has no connection with this id. Constant time. Raises `badarg' for what is no
+%% delivery, `{bad_option, Key, Value, Expected}' for options that no store can have, and `system_limit' for a process that
+%% consumes 1,000 stores already.
+-spec set_delivery(Id :: term(), mailbox | {batch, 2..256} | {store, pos_integer() | erlmcp_message_store:options()}) ->
+          ok | {ok, erlmcp_message_store:store()} | {error, not_held}.
+set_delivery(Id, {store, Options}) ->
+    case erlmcp_message_store:of_connection(Id, Options) of
+        not_held -> {error, not_held};
+        Store -> {ok, Store}
+    end;
+set_delivery(Id, Delivery) ->
+    case erlmcp_nif:set_delivery(Id, Delivery) of
+        not_held -> {error, not_held};
+        ok -> ok
+    end.
+
+
+%% @doc How routed messages get to a connection, as {@link set_delivery/2} has it. A store that is to be left is named as long as
+%% it gets messages.
+-spec delivery(Id :: term()) ->
+          {ok, mailbox | {batch, 2..256} | {store, erlmcp_message_store:store()}} | {error, not_found}.
+delivery(Id) ->
+    case erlmcp_nif:delivery(Id) of
+        not_found -> {error, not_found};
+        Delivery -> {ok, Delivery}
+    end.
 
 
 %% @equiv erlmcp_admission_control:get_shard_stats(ShardId)

@@ -252,7 +252,7 @@ fn change_something(registry: &Registry<u64>, ids: &[&str], random: &mut u64, le
         4 => {
             if let Some(lease) = held(registry, id) {
                 let id = registry.id(0, id.as_bytes());
-                registry.exchange_lease(CONNECTION, &id, &lease, lease);
+                registry.exchange_lease(CONNECTION, &id, |held| *held == lease, lease);
             }
         }
         _ => {

@@ -19,7 +19,8 @@ use erlmcp_core::circuit_breaker::{CircuitBreaker, Config, Permit, State};
 use erlmcp_core::clock::{Clock, FakeClock, TscClock};
 use erlmcp_core::counter::Refused as RefusedCounts;
 use erlmcp_core::registry::{
-    self, BucketError, Charged, EntryLimits, Events, Namespace, Refusal, Registry,
+    self, BucketError, Charged, Delivery, EntryLimits, Events, Namespace, Refusal, Registry,
+    Undelivered,
 };
 use erlmcp_core::token_bucket::{Limits, Refused, TokenBucket};
 
@@ -226,7 +227,7 @@ fn an_entry_is_never_without_limits() {
                     changed.unwrap();
                 }
                 // The entry is written anew, with the same tokens.
-                let written = registry.exchange_lease(namespace, &id, &1, 1);
+                let written = registry.exchange_lease(namespace, &id, |held| *held == 1, 1);
                 assert_eq!(written, Some(1));
                 changes += 1;
                 done.store(started.elapsed() > TIME / 2, Ordering::Relaxed);
@@ -278,7 +279,7 @@ fn an_entry_refuses_nobody_while_its_limits_move() {
                         .unwrap();
                 }
                 // The entry is written anew, with the same tokens.
-                let written = registry.exchange_lease(namespace, &id, &1, 1);
+                let written = registry.exchange_lease(namespace, &id, |held| *held == 1, 1);
                 assert_eq!(written, Some(1));
                 changes += 1;
             },
@@ -322,7 +323,7 @@ fn an_entry_is_not_overdrawn_while_its_limits_move() {
                         .unwrap();
                 }
                 // The entry is written anew, with the same tokens.
-                let written = registry.exchange_lease(namespace, &id, &1, 1);
+                let written = registry.exchange_lease(namespace, &id, |held| *held == 1, 1);
                 assert_eq!(written, Some(1));
                 changes += 1;
             },
@@ -885,7 +886,7 @@ fn a_refusal_leaves_no_trace_in_other_layers() {
     };
     circuit.force(true, &clock);
     let (routed, events) = route();
-    assert_eq!(routed, Ok(1));
+    assert_eq!(routed, Ok((1, Delivery::Single)));
     assert!(events.has_half_opened && events.circuit.is_none());
     assert_eq!(route().0, Err(Refusal::RateLimited));
     let stats = circuit.stats(&clock);
@@ -943,7 +944,8 @@ fn every_refusal_is_counted_once() {
     };
     let routed: Vec<_> = (0..5).map(|_| route(Namespace::Connection, b"a")).collect();
     let limited = Err(Refusal::RateLimited);
-    assert_eq!(routed, [Ok(1), Ok(1), limited, limited, limited]);
+    let ok = Ok((1, Delivery::Single));
+    assert_eq!(routed, [ok, ok, limited, limited, limited]);
     for namespace in Namespace::ALL {
         assert_eq!(route(namespace, b"nobody"), Err(Refusal::NotFound));
     }
@@ -973,6 +975,65 @@ fn every_refusal_is_counted_once() {
         assert_eq!(counts.iter().sum::<u64>(), expected);
         assert_eq!(counts[1], expected);
     }
+}
+
+/// A message that a lease does not deliver leaves no trace in the layers, and one that it delivers counts.
+#[test]
+fn a_delivery_that_fails_leaves_no_trace() {
+    let clock = FakeClock::at_ns(1_000_000);
+    let registry = registry(&clock);
+    let config = Config {
+        timeout_ms: 0,
+        probe_limit: 1,
+        ..Config::default()
+    };
+    let circuit = CircuitBreaker::new(Some(config), &clock).unwrap();
+    registry.set_limits(Some(limits(2, 1.0)), &clock);
+    register(&registry, Namespace::Connection, b"a", 7);
+    let id = registry.id(0, b"a");
+    // 7 % 4, see `register`.
+    let shard = 3;
+    let admission = registry.admission(shard);
+    registry.set_threshold(shard, Threshold::Exactly(10));
+    circuit.force(true, &clock);
+    let set = |delivery| registry.exchange_delivery(&id, |_| true, 1, delivery);
+    set(Delivery::ByLease).unwrap();
+    let mut events = Events::default();
+    let asked = registry.route(
+        Namespace::Connection,
+        &id,
+        Charged::Target,
+        &circuit,
+        &clock,
+        &mut events,
+    );
+    assert_eq!(asked, Ok((7, Delivery::ByLease)));
+    let state = || {
+        let bucket = registry.bucket_state(Namespace::Connection, &id, &clock);
+        (bucket, admission.admitted(), admission.depth())
+    };
+    let before = state();
+    let mut route = |result: Result<(), Undelivered<&'static str>>| {
+        registry.route_by_lease(&id, &circuit, &clock, &mut events, |_| result)
+    };
+    for _ in 0..5 {
+        let full = Undelivered::Refused(Refusal::StoreFull);
+        assert_eq!(route(Err(full)), Err(full));
+        let failed = Undelivered::Failed("closed");
+        assert_eq!(route(Err(failed)), Err(failed));
+    }
+    assert_eq!(state(), before);
+    assert_eq!(registry.refused(shard).store_full, 5);
+    assert_eq!(route(Ok(())), Ok(()));
+    let (bucket, admitted, depth) = state();
+    assert_eq!((bucket.unwrap().tokens, admitted, depth), (Some(1), 1, 0));
+    // What waits somewhere else is charged by the caller.
+    admission.begin_pass(Pass::All, clock.now_ms());
+    admission.debit(10);
+    let overloaded = Undelivered::Refused(Refusal::ShardOverloaded);
+    assert_eq!(route(Ok(())), Err(overloaded));
+    admission.credit(10);
+    assert_eq!(admission.depth(), 0);
 }
 
 /// Routes through all three layers while their settings change and entries are registered and removed. Every
@@ -1039,7 +1100,7 @@ fn routes_go_right_while_everything_changes() {
                             &circuit,
                             &clock,
                             |result, its| {
-                                routed = result.map(|entry| entry.address);
+                                routed = result.map(|(entry, delivery)| (entry.address, delivery));
                                 events = its;
                             },
                         );
@@ -1054,10 +1115,11 @@ fn routes_go_right_while_everything_changes() {
                         );
                     }
                     match routed {
-                        Ok(address) => {
+                        Ok((address, _)) => {
                             assert_eq!(address, n as u64);
                             counts[0] += u64::from(n == 0 && namespace == Namespace::Connection);
                         }
+                        Err(Refusal::StoreFull) => unreachable!("no connection has a store"),
                         Err(Refusal::NotFound) => {
                             assert!(n >= 48, "{n} was not found");
                             counts[1] += 1;
@@ -1134,7 +1196,7 @@ fn routes_go_right_while_everything_changes() {
                     &clock,
                     &mut events,
                 );
-                assert_eq!(routed, Ok(n));
+                assert_eq!(routed, Ok((n, Delivery::Single)));
             }
             assert!(!events.is_some());
         }

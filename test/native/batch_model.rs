@@ -5,7 +5,7 @@ use erlmcp_core::admission::{Pass, Taken, Threshold};
 use erlmcp_core::circuit_breaker::{CircuitBreaker, Config};
 use erlmcp_core::clock::FakeClock;
 use erlmcp_core::registry::{
-    self, Charged, EntryLimits, Events, Namespace, ROUTED_TOGETHER, Refusal, Registry,
+    self, Charged, Delivery, EntryLimits, Events, Namespace, ROUTED_TOGETHER, Refusal, Registry,
 };
 use erlmcp_core::token_bucket::Limits;
 
@@ -48,9 +48,16 @@ impl Side {
                     |_| n,
                 )
                 .unwrap();
+            let delivery = match random.below(6) {
+                0 => Delivery::ByLease,
+                1 => Delivery::Batched,
+                _ => Delivery::Single,
+            };
+            let id = registry.id(0, &name);
+            let exchanged = registry.exchange_delivery(&id, |held| *held == n, n, delivery);
+            assert_eq!(exchanged, Some(n));
             if random.below(3) == 0 {
                 let limits = Limits::new(1 + random.below(5), 0.001).unwrap();
-                let id = registry.id(0, &name);
                 registry
                     .set_entry_limits(
                         Namespace::Connection,
@@ -107,7 +114,7 @@ impl Side {
         let mut routed = Vec::new();
         self.registry
             .route_connections(&ids, &self.circuit, clock, |result, events| {
-                routed.push((result.map(|entry| entry.address), events));
+                routed.push((result.map(|(entry, way)| (entry.address, way)), events));
             });
         routed
     }
@@ -143,7 +150,7 @@ impl Side {
     }
 }
 
-type Routed = Vec<(Result<u64, Refusal>, Events)>;
+type Routed = Vec<(Result<(u64, Delivery), Refusal>, Events)>;
 
 #[test]
 fn a_batch_is_as_one_by_one() {

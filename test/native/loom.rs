@@ -1671,3 +1671,43 @@ fn a_store_that_is_closed_frees_late_messages() {
         );
     });
 }
+
+/// A consumer leaves its store while a sender pushes. What the store refuses, the sender sends to the consumer's mailbox: no
+/// sooner than the consumer has everything that the store has accepted before.
+#[test]
+fn a_store_that_is_left_keeps_the_order() {
+    loom::model(|| {
+        let store = message_store(10);
+        let mailbox = Arc::new([(); 2].map(|()| AtomicBool::new(false)));
+        let sender = {
+            let (store, mailbox) = (Arc::clone(&store), Arc::clone(&mailbox));
+            thread::spawn(move || {
+                for n in [0, 1] {
+                    match store.push(Counted(n, 1)) {
+                        Ok(_) => {}
+                        Err(error) => {
+                            assert_eq!(error, PushError::Closed);
+                            mailbox[n].store(true, Ordering::Release);
+                        }
+                    }
+                }
+            })
+        };
+        store.leave();
+        let (mut seen, _) = drained(&store, 10);
+        let sent = [0, 1].map(|n| mailbox[n].load(Ordering::Acquire));
+        if sent.contains(&true) {
+            assert!(store.is_closed());
+            let (late, _) = drained(&store, 10);
+            assert_eq!(late, vec![], "in the store, after {sent:?} in the mailbox");
+        }
+        sender.join().unwrap();
+        // A wake-up, if it has not been found empty.
+        let (late, is_empty) = drained(&store, 10);
+        assert!(is_empty && store.is_closed());
+        seen.extend(late);
+        let sent = [0, 1].map(|n| mailbox[n].load(Ordering::Acquire));
+        seen.extend((0..2).filter(|n| sent[*n]));
+        assert_eq!(seen, vec![0, 1]);
+    });
+}

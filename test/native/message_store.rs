@@ -54,6 +54,8 @@ enum Step {
     Drain(usize),
     /// Takes one message and stops, whatever is left.
     Break,
+    Leave,
+    Stay,
     Close,
 }
 
@@ -62,6 +64,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         8 => (0u64..40).prop_map(Step::Push),
         3 => (0usize..6).prop_map(Step::Drain),
         1 => Just(Step::Break),
+        1 => Just(Step::Leave),
+        1 => Just(Step::Stay),
         1 => Just(Step::Close),
     ];
     proptest::collection::vec(step, 0..80)
@@ -70,12 +74,13 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 5 } else { 2_000 }))]
 
-    /// One thread: first in, first out; refused exactly beyond the bounds; the first push after an empty drain wakes.
+    /// One thread: first in, first out; refused exactly beyond the bounds; the first push after an empty drain wakes. A
+    /// store that is left is closed as soon as it is found empty.
     #[test]
     fn behaves_as_a_bounded_queue(steps in steps(), capacity in 1u64..8, max_bytes in 1u64..100) {
         let store = store(capacity, max_bytes);
         let mut model: VecDeque<(usize, u64)> = VecDeque::new();
-        let (mut is_armed, mut is_closed) = (true, false);
+        let (mut is_armed, mut is_leaving, mut is_closed) = (true, false, false);
         for (n, step) in steps.into_iter().enumerate() {
             match step {
                 Step::Push(bytes) => {
@@ -98,17 +103,28 @@ proptest! {
                     let expected: Vec<usize> = model.drain(..taken).map(|(n, _)| n).collect();
                     let is_empty = taken < max;
                     is_armed |= is_empty;
+                    is_closed |= is_empty && is_leaving;
                     prop_assert_eq!(drained(&store, max), (expected, is_empty));
                 }
                 Step::Break => {
                     let expected = model.pop_front().map(|(n, _)| n);
                     is_armed |= expected.is_none();
+                    is_closed |= expected.is_none() && is_leaving;
                     let mut taken = None;
                     let is_empty = store.drain(usize::MAX, |Counted(n, _)| {
                         taken = Some(n);
                         ControlFlow::Break(())
                     });
                     prop_assert_eq!((taken, is_empty), (expected, expected.is_none()));
+                }
+                Step::Leave => {
+                    store.leave();
+                    is_leaving = true;
+                    is_closed |= model.is_empty();
+                }
+                Step::Stay => {
+                    is_leaving = false;
+                    prop_assert_eq!(store.stay(), !is_closed);
                 }
                 Step::Close => {
                     store.close();

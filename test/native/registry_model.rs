@@ -222,9 +222,14 @@ fn run(steps: Vec<Step>) {
                     let is_held = can_change
                         && model.has(namespace, id)
                         && registry.entry(namespace, &entry_id).unwrap().lease == former;
-                    let exchanged = registry.exchange_lease(namespace, &entry_id, &former, former);
+                    let exchanged = registry.exchange_lease(
+                        namespace,
+                        &entry_id,
+                        |held| *held == former,
+                        former,
+                    );
                     assert_eq!(exchanged, is_held.then_some(former));
-                    let other = registry.exchange_lease(namespace, &entry_id, &1, 1);
+                    let other = registry.exchange_lease(namespace, &entry_id, |held| *held == 1, 1);
                     assert_eq!(other, None);
                 }
             }

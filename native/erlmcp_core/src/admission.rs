@@ -813,13 +813,14 @@ impl Admission {
 
     // ---- For all callers ----
 
-    /// Adds room for this many messages to the shard.
-    fn credit(&self, messages: u64) {
+    /// So many of the messages that were charged by [`Self::debit`] have left. Also a change of the charge of records.
+    pub fn credit(&self, messages: u64) {
         self.bounds.0.credited.fetch_add(messages, Ordering::AcqRel);
     }
 
-    /// Charges the shard with this many messages, besides those admitted.
-    fn debit(&self, messages: u64) {
+    /// Charges the shard with this many messages, besides those admitted: of a queue that counts for itself what waits in
+    /// it, exactly. To be called before they are added to it.
+    pub fn debit(&self, messages: u64) {
         self.bounds.0.credited.fetch_sub(messages, Ordering::AcqRel);
     }
 

@@ -18,13 +18,15 @@ pub struct Refused {
     pub shard_overloaded: u64,
     /// By the bucket that was charged.
     pub rate_limited: u64,
+    /// Because the target's message store was full.
+    pub store_full: u64,
 }
 
 /// The counts of one shard. Aligned so that they share no cache line (or pair of lines, as x86 fetches them) with
 /// words that admitted messages write.
 #[derive(Debug, Default)]
 #[repr(align(128))]
-pub(crate) struct Refusals([AtomicU64; 4]);
+pub(crate) struct Refusals([AtomicU64; 5]);
 
 impl Refusals {
     pub(crate) fn count(&self, refusal: Refusal) {
@@ -38,6 +40,7 @@ impl Refusals {
             circuit_open: of(Refusal::CircuitOpen),
             shard_overloaded: of(Refusal::ShardOverloaded),
             rate_limited: of(Refusal::RateLimited),
+            store_full: of(Refusal::StoreFull),
         }
     }
 }
@@ -55,6 +58,7 @@ mod tests {
             Refusal::CircuitOpen,
             Refusal::ShardOverloaded,
             Refusal::RateLimited,
+            Refusal::StoreFull,
         ];
         for (times, refusal) in all.into_iter().enumerate() {
             for _ in 0..=times {
@@ -66,6 +70,7 @@ mod tests {
             circuit_open: 2,
             shard_overloaded: 3,
             rate_limited: 4,
+            store_full: 5,
         };
         assert_eq!(refusals.read(), expected);
     }

@@ -5,7 +5,7 @@
 //!
 //! # The word
 //!
-//! It holds the number of messages and their bytes, and two flags: `ARMED` and `CLOSED`. A push first reserves its
+//! It holds the number of messages and their bytes, and three flags: `ARMED`, `LEAVING` and `CLOSED`. A push first reserves its
 //! place in the word, then adds the message to the queue. A drain removes messages from the queue, then gives their
 //! places back. So the word is never less than what the queue holds, and neither bound is ever exceeded.
 //!
@@ -21,8 +21,14 @@
 //!
 //! [`MessageStore::close`] sets `CLOSED`, and then [`MessageStore::empty`] empties the queue. A push that had reserved
 //! its place before adds its message, and then updates the word. If that update comes before `CLOSED`, the message is
-//! in the queue that is emptied. Otherwise the push finds `CLOSED`, and removes one message itself. Each late push
-//! removes one, so none stays.
+//! in the queue that is emptied. Otherwise the push finds `CLOSED`, and removes one message itself, if there is one. Each
+//! late push removes one, so none stays.
+//!
+//! # Leaving in order
+//!
+//! After [`MessageStore::leave`] the store is closed as soon as it holds nothing: by the compare-and-swap of a word that
+//! counts no message, which a push that has reserved its place makes fail. So a sender whose push is refused as `Closed` knows
+//! that the consumer has drained all that it has pushed before, and may send to the consumer in another way.
 //!
 //! # Waits
 //!
@@ -37,10 +43,11 @@ use crate::sync::{AtomicU64, Ordering, SegQueue};
 
 const CLOSED: u64 = 1 << 63;
 const ARMED: u64 = 1 << 62;
+const LEAVING: u64 = 1 << 61;
 const LEN_SHIFT: u32 = 41;
 const ONE: u64 = 1 << LEN_SHIFT;
 const BYTES: u64 = ONE - 1;
-const LEN: u64 = ARMED - ONE;
+const LEN: u64 = LEAVING - ONE;
 
 /// How often a reservation is tried.
 const ATTEMPTS: usize = 1_000;
@@ -55,7 +62,8 @@ pub trait Bytes {
 pub struct MessageStore<T> {
     word: AtomicU64,
     queue: SegQueue<T>,
-    bounds: Bounds,
+    capacity: AtomicU64,
+    max_bytes: AtomicU64,
 }
 
 /// What a store holds at most.
@@ -99,13 +107,27 @@ impl<T: Bytes> MessageStore<T> {
         bounds.are_valid().then(|| Self {
             word: AtomicU64::new(ARMED),
             queue: SegQueue::new(),
-            bounds,
+            capacity: AtomicU64::new(bounds.capacity),
+            max_bytes: AtomicU64::new(bounds.max_bytes),
         })
     }
 
     /// What the store holds at most.
     pub fn bounds(&self) -> Bounds {
-        self.bounds
+        Bounds {
+            capacity: self.capacity.load(Ordering::Relaxed),
+            max_bytes: self.max_bytes.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Changes the bounds, of pushes that begin from now on. The store may hold more already. `false` if they are not valid.
+    pub fn set_bounds(&self, bounds: Bounds) -> bool {
+        if !bounds.are_valid() {
+            return false;
+        }
+        self.capacity.store(bounds.capacity, Ordering::Relaxed);
+        self.max_bytes.store(bounds.max_bytes, Ordering::Relaxed);
+        true
     }
 
     /// The number of messages, and of their bytes. Those of a push or a drain that has not returned may be counted.
@@ -128,7 +150,7 @@ impl<T: Bytes> MessageStore<T> {
         let Bounds {
             capacity,
             max_bytes,
-        } = self.bounds;
+        } = self.bounds();
         if word & CLOSED != 0 {
             return Err(PushError::Closed);
         }
@@ -139,14 +161,22 @@ impl<T: Bytes> MessageStore<T> {
         has_room.then_some(()).ok_or(PushError::Full)
     }
 
-    /// Adds a message. Returns whether the caller has to wake the consumer.
+    /// Adds a message. Returns whether the caller has to wake the consumer. A message that comes while the store is being
+    /// closed, because its consumer has exited, may be freed although it was accepted.
     pub fn push(&self, message: T) -> Result<bool, PushError> {
         self.reserve(message.bytes())?;
         self.queue.push(message);
         let word = self.word.fetch_and(!ARMED, Ordering::AcqRel);
         if word & CLOSED != 0 {
-            self.drain(1, |_| ControlFlow::Break(()));
-            return Err(PushError::Closed);
+            let mut is_late = false;
+            self.drain(1, |_| {
+                is_late = true;
+                ControlFlow::Break(())
+            });
+            // Otherwise the consumer has drained this message, or it was freed with the others.
+            if is_late {
+                return Err(PushError::Closed);
+            }
         }
         Ok(word & ARMED != 0)
     }
@@ -200,7 +230,37 @@ impl<T: Bytes> MessageStore<T> {
         if taken > 0 {
             self.word.fetch_sub(places, Ordering::AcqRel);
         }
+        if is_empty {
+            self.close_if_left();
+        }
         is_empty
+    }
+
+    /// Closes the store as soon as it holds nothing: now, or when the consumer finds it empty. Only for the consumer.
+    pub fn leave(&self) {
+        self.word.fetch_or(LEAVING, Ordering::AcqRel);
+        self.close_if_left();
+    }
+
+    /// Keeps the store open after all. `false` if it has been closed. Only for the consumer.
+    pub fn stay(&self) -> bool {
+        self.word.fetch_and(!LEAVING, Ordering::AcqRel) & CLOSED == 0
+    }
+
+    fn close_if_left(&self) {
+        let mut word = self.word.load(Ordering::Acquire);
+        // Ends with the first push that has reserved its place: it stays there until the consumer drains.
+        while word & LEAVING != 0 && word & (LEN | CLOSED) == 0 {
+            match self.word.compare_exchange_weak(
+                word,
+                word | CLOSED,
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            ) {
+                Ok(_) => return,
+                Err(current) => word = current,
+            }
+        }
     }
 
     /// Refuses all pushes from now on. To be followed by [`Self::empty`].
@@ -220,7 +280,7 @@ impl<T: Bytes> fmt::Debug for MessageStore<T> {
         f.debug_struct("MessageStore")
             .field("len", &len)
             .field("bytes", &bytes)
-            .field("bounds", &self.bounds)
+            .field("bounds", &self.bounds())
             .field("is_closed", &self.is_closed())
             .finish_non_exhaustive()
     }

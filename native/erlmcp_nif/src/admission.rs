@@ -104,9 +104,9 @@ fn admission_is_unwatched(shard: Term<'_>) -> NifResult<bool> {
     Ok(admission.is_unwatched(default_registry().sampling(), clock().now_ms()))
 }
 
-/// Messages refused so far: not found, circuit open, shard overloaded, rate limited.
+/// Messages refused so far: not found, circuit open, shard overloaded, rate limited, store full.
 #[rustler::nif]
-fn refused(shard: Term<'_>) -> NifResult<(u64, u64, u64, u64)> {
+fn refused(shard: Term<'_>) -> NifResult<(u64, u64, u64, u64, u64)> {
     let registry = default_registry();
     let refused = registry.refused(shard_number(registry, shard)?);
     Ok((
@@ -114,6 +114,7 @@ fn refused(shard: Term<'_>) -> NifResult<(u64, u64, u64, u64)> {
         refused.circuit_open,
         refused.shard_overloaded,
         refused.rate_limited,
+        refused.store_full,
     ))
 }
 

@@ -14,6 +14,7 @@ use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
+use erlmcp_core::admission::Admission;
 use erlmcp_core::message_store::{Bounds, Bytes, MessageStore, PushError};
 use once_cell::race::OnceBox;
 use papaya::HashMap;
@@ -22,7 +23,7 @@ use rustler::{Encoder, Env, Error, LocalPid, NifResult, Resource, ResourceArc, T
 
 use crate::config::{BYTES_PER_WEIGHT, MAX_WEIGHT_ON_NORMAL_SCHEDULER, SharedTerm, Weighed, weigh};
 use crate::encoding::{self, Zeros};
-use crate::reschedule::{Outcome, Scheduler, reschedulable};
+use crate::reschedule::{Outcome, Scheduler, Stopped, reschedulable};
 use crate::resource::keep_library;
 use crate::{atoms, background, caller};
 
@@ -43,6 +44,24 @@ pub(crate) struct Message {
     /// Its terms, and the sixteenth part of the bytes of its binaries.
     weight: usize,
     content: Content,
+    /// Of the shard of the store's connection.
+    charge: Option<Charge>,
+}
+
+/// A message that the admission control of a shard counts as long as this exists.
+struct Charge(&'static Admission);
+
+impl Charge {
+    fn new(admission: &'static Admission) -> Self {
+        admission.debit(1);
+        Self(admission)
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.0.credit(1);
+    }
 }
 
 enum Content {
@@ -53,7 +72,11 @@ enum Content {
 }
 
 impl Message {
-    fn new(term: Term<'_>, Weighed { weight, is_plain }: Weighed) -> NifResult<Self> {
+    fn new(
+        term: Term<'_>,
+        Weighed { weight, is_plain }: Weighed,
+        charge: Option<Charge>,
+    ) -> NifResult<Self> {
         let content = if is_plain {
             // Its weight is the bound.
             let bytes = encoding::encode(term, isize::MAX as usize, Zeros::Exact)?;
@@ -61,7 +84,11 @@ impl Message {
         } else {
             Content::Copied(SharedTerm::new(term))
         };
-        Ok(Self { weight, content })
+        Ok(Self {
+            weight,
+            content,
+            charge,
+        })
     }
 
     fn load<'a>(&self, env: Env<'a>) -> NifResult<Term<'a>> {
@@ -102,9 +129,11 @@ pub(crate) struct MessageResource(Message);
 impl Resource for MessageResource {}
 
 pub(crate) struct Store {
-    messages: MessageStore<Message>,
+    pub(crate) messages: MessageStore<Message>,
     consumer: LocalPid,
     number: u64,
+    /// Of the shard of the connection that the store belongs to.
+    admission: Option<&'static Admission>,
 }
 
 /// These stores refuse all pushes from now on. Their messages are freed later, all in one go: each wake-up of the
@@ -140,6 +169,16 @@ pub(crate) struct StoreResource(Option<Arc<Store>>);
 
 impl Resource for StoreResource {}
 
+/// A counted reference to a store, as a term is.
+#[derive(Clone)]
+pub(crate) struct Handle(ResourceArc<StoreResource>);
+
+impl PartialEq for Handle {
+    fn eq(&self, other: &Self) -> bool {
+        std::ptr::eq(&*self.0, &*other.0)
+    }
+}
+
 impl Drop for StoreResource {
     fn drop(&mut self) {
         if let Some(store) = self.0.take()
@@ -162,28 +201,73 @@ fn store<'a>(term: Term<'a>) -> NifResult<&'a Arc<Store>> {
         .ok_or(Error::BadArg)
 }
 
+/// The calling process consumes as many stores as it may.
+pub(crate) struct TooManyStores;
+
+impl Handle {
+    /// An empty store whose consumer is the calling process.
+    pub(crate) fn new(
+        env: Env<'_>,
+        bounds: Bounds,
+        admission: Option<&'static Admission>,
+    ) -> NifResult<Result<Self, TooManyStores>> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let messages = MessageStore::new(bounds).ok_or(Error::BadArg)?;
+        // The reaper frees messages.
+        keep_library();
+        let store = Arc::new(Store {
+            messages,
+            consumer: env.pid(),
+            number: NEXT.fetch_add(1, Ordering::Relaxed),
+            admission,
+        });
+        // An exiting process gets no result.
+        if caller::consume(env, &store) == Some(false) {
+            return Ok(Err(TooManyStores));
+        }
+        stores().insert(store.number, Arc::downgrade(&store), &stores().guard());
+        Ok(Ok(Self(ResourceArc::new(StoreResource(Some(store))))))
+    }
+
+    pub(crate) fn store(&self) -> &Store {
+        self.0
+            .0
+            .as_ref()
+            .expect("only a resource that is freed has no store")
+    }
+
+    pub(crate) fn is_full(&self) -> bool {
+        self.store().messages.check(bytes(1)) == Err(PushError::Full)
+    }
+
+    /// Wakes the consumer.
+    pub(crate) fn wake(&self, env: Env<'_>) {
+        let message = (
+            atoms::erlmcp_message_store(),
+            atoms::ready(),
+            self.0.clone(),
+        );
+        background::send(env, self.store().consumer, message);
+    }
+}
+
+impl Encoder for Handle {
+    fn encode<'a>(&self, env: Env<'a>) -> Term<'a> {
+        self.0.encode(env)
+    }
+}
+
 /// An empty store whose consumer is the calling process; or `too_many_stores`.
 #[rustler::nif]
 fn message_store_new<'a>(env: Env<'a>, capacity: u64, max_bytes: u64) -> NifResult<Term<'a>> {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
     let bounds = Bounds {
         capacity,
         max_bytes,
     };
-    let messages = MessageStore::new(bounds).ok_or(Error::BadArg)?;
-    // The reaper frees messages.
-    keep_library();
-    let store = Arc::new(Store {
-        messages,
-        consumer: env.pid(),
-        number: NEXT.fetch_add(1, Ordering::Relaxed),
-    });
-    // An exiting process gets no result.
-    if caller::consume(env, &store) == Some(false) {
-        return Ok(atoms::too_many_stores().encode(env));
-    }
-    stores().insert(store.number, Arc::downgrade(&store), &stores().guard());
-    Ok(ResourceArc::new(StoreResource(Some(store))).encode(env))
+    Ok(match Handle::new(env, bounds, None)? {
+        Ok(handle) => handle.encode(env),
+        Err(TooManyStores) => atoms::too_many_stores().encode(env),
+    })
 }
 
 /// Charges the calling process for the work, so that it is scheduled out as if it had been Erlang's.
@@ -203,9 +287,57 @@ fn refusal_term(env: Env<'_>, error: PushError) -> Term<'_> {
     .encode(env)
 }
 
+/// A message that a store has room for, as far as is known, before it is copied.
+pub(crate) struct Weighty<'a> {
+    message: Term<'a>,
+    weighed: Weighed,
+}
+
+impl<'a> Weighty<'a> {
+    /// Weighs a message for a store. The error of [`Outcome`] is that it must be done on a dirty scheduler.
+    pub(crate) fn new(
+        message: Term<'a>,
+        store: &Store,
+        scheduler: Scheduler,
+    ) -> Result<Result<Self, PushError>, Stopped> {
+        let messages = &store.messages;
+        // A message has at least one term.
+        if let Err(error) = messages.check(bytes(1)) {
+            return Ok(Err(error));
+        }
+        let bound = messages.bounds().max_bytes as usize / BYTES_PER_WEIGHT;
+        let max = match scheduler {
+            Scheduler::Normal => bound.min(MAX_WEIGHT_IN_PLACE),
+            Scheduler::Dirty => bound,
+        };
+        let Some(weighed) = weigh(message, max, scheduler) else {
+            scheduler.require_dirty()?;
+            return Ok(Err(PushError::TooLarge));
+        };
+        Ok(messages
+            .check(bytes(weighed.weight))
+            .map(|()| Self { message, weighed }))
+    }
+
+    /// Copies the message into a store. Returns whether the caller has to wake the consumer.
+    pub(crate) fn push(
+        self,
+        env: Env<'a>,
+        store: &Store,
+        scheduler: Scheduler,
+    ) -> NifResult<Result<bool, PushError>> {
+        if scheduler == Scheduler::Normal {
+            charge(env, self.weighed.weight);
+        }
+        // Before the message is in the store.
+        let charge = store.admission.map(Charge::new);
+        let message = Message::new(self.message, self.weighed, charge)?;
+        Ok(store.messages.push(message))
+    }
+}
+
 /// Adds a message, and wakes the consumer if the store was empty when it last drained it: `ok`, `full`,
-/// `message_too_large` or
-/// `closed`.
+/// `message_too_large` or `closed`.
 ///
 /// The consumer is woken here and not in Erlang: a caller that is killed between the two would leave it asleep.
 fn message_store_push<'a>(
@@ -214,32 +346,14 @@ fn message_store_push<'a>(
     scheduler: Scheduler,
 ) -> Outcome<'a> {
     let store = store(of)?;
-    // A message has at least one term.
-    if let Err(error) = store.messages.check(bytes(1)) {
-        return Ok(refusal_term(env, error));
-    }
-    let bound = store.messages.bounds().max_bytes as usize / BYTES_PER_WEIGHT;
-    let max = match scheduler {
-        Scheduler::Normal => bound.min(MAX_WEIGHT_IN_PLACE),
-        Scheduler::Dirty => bound,
+    let weighty = match Weighty::new(message, store, scheduler)? {
+        Ok(weighty) => weighty,
+        Err(error) => return Ok(refusal_term(env, error)),
     };
-    let Some(weighed) = weigh(message, max, scheduler) else {
-        scheduler.require_dirty()?;
-        return Ok(refusal_term(env, PushError::TooLarge));
-    };
-    // Before the copy.
-    if let Err(error) = store.messages.check(bytes(weighed.weight)) {
-        return Ok(refusal_term(env, error));
-    }
-    if scheduler == Scheduler::Normal {
-        charge(env, weighed.weight);
-    }
-    match store.messages.push(Message::new(message, weighed)?) {
+    match weighty.push(env, store, scheduler)? {
         Ok(wakes) => {
             if wakes {
-                let of: ResourceArc<StoreResource> = of.decode()?;
-                let message = (atoms::erlmcp_message_store(), atoms::ready(), of);
-                background::send(env, store.consumer, message);
+                Handle(of.decode()?).wake(env);
             }
             Ok(atoms::ok().encode(env))
         }
@@ -266,6 +380,8 @@ fn message_store_drain<'a>(env: Env<'a>, of: Term<'a>, max: u64) -> NifResult<Te
     let mut weight = 0;
     let is_empty = store.messages.drain(max as usize, |message| {
         if message.is_heavy() {
+            let mut message = message;
+            message.charge = None;
             heavy = Some(message);
             return ControlFlow::Break(());
         }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Weak};
 use erlmcp_core::clock::Clock;
 use erlmcp_core::diversion::Passage;
 use erlmcp_core::error::RegisterError;
-use erlmcp_core::registry::{Entry, Id, Limits, Location, Namespace};
+use erlmcp_core::registry::{Delivery, Entry, Id, Limits, Location, Namespace};
 use erlmcp_core::token_bucket;
 use once_cell::race::OnceBox;
 use papaya::HashMap;
@@ -18,6 +18,7 @@ use rustler::{Encoder, Env, LocalPid, NifResult, Resource, ResourceArc, Term};
 use crate::atoms;
 use crate::background;
 use crate::backpressure::clock;
+use crate::config::Config;
 use crate::immediate;
 use crate::watch::Lease;
 
@@ -188,17 +189,39 @@ impl Registry {
         });
     }
 
-    /// See [`erlmcp_core::registry::Registry::exchange_lease`].
-    pub(crate) fn exchange_lease(
+    /// Replaces a lease whose config nobody has replaced since it was read as `former`. See
+    /// [`erlmcp_core::registry::Registry::exchange_lease`].
+    pub(crate) fn exchange_config(
         &self,
         env: Env<'_>,
         namespace: Namespace,
         id: &Id<'_>,
         former: &Lease,
-        new: Lease,
+        config: Config,
     ) -> bool {
-        // Equal leases may have different configs: the config of the replaced lease is revoked.
-        let replaced = self.core.exchange_lease(namespace, id, former, new);
+        let new = former.with_config(config);
+        let is_former = |held: &Lease| held.is(former);
+        self.exchanged(env, self.core.exchange_lease(namespace, id, is_former, new))
+    }
+
+    /// As [`Self::exchange_config`], for a connection that gets another delivery.
+    pub(crate) fn exchange_delivery(
+        &self,
+        env: Env<'_>,
+        id: &Id<'_>,
+        former: &Lease,
+        config: Config,
+        delivery: Delivery,
+    ) -> bool {
+        let new = former.with_config(config);
+        let is_former = |held: &Lease| held.is(former);
+        self.exchanged(
+            env,
+            self.core.exchange_delivery(id, is_former, new, delivery),
+        )
+    }
+
+    fn exchanged(&self, env: Env<'_>, replaced: Option<Lease>) -> bool {
         // It may have announced the insertion, or dropped a ticket.
         self.wake_reader(env);
         replaced.map(|lease| lease.config.revoke()).is_some()

@@ -2,19 +2,21 @@
 //! it may not be sent.
 //!
 //! A result is a pid, `undefined`, or the atom of the layer that refused. If there are events to report, it
-//! is `{Result, Events}`.
+//! is `{Result, Events}`. For a connection with a message store it is `stored`: the message must be routed by
+//! `route_by_lease`.
 
 use std::panic::catch_unwind;
 
 use erlmcp_core::circuit_breaker::State;
-use erlmcp_core::clock::{Clock, Reading};
-use erlmcp_core::registry::{Charged, Entry, Events, Namespace, ROUTED_TOGETHER, Refusal};
+use erlmcp_core::clock::Clock;
+use erlmcp_core::registry::{Charged, Delivery, Entry, Events, Forecast, Id, Namespace, Refusal};
 use rustler::codegen_runtime::{c_int, inventory};
-use rustler::sys::{ErlNifEnv, ErlNifTerm, c_uint, enif_make_badarg, enif_make_list_from_array};
+use rustler::sys::{ErlNifEnv, ErlNifTerm, enif_make_badarg};
 use rustler::{Encoder, Env, Error, NifResult, Term};
 
 use crate::atoms;
 use crate::backpressure::{circuit, clock};
+use crate::delivery;
 use crate::id;
 use crate::immediate;
 use crate::registry::lookup::REMOTE;
@@ -23,15 +25,15 @@ use crate::registry::{
 };
 use crate::reschedule::{Outcome, Scheduler, reschedulable};
 use crate::resource::{Registry, default_registry};
-use crate::tuple::first_of_pair;
 use crate::watch::Lease;
 
-fn refusal_term(env: Env<'_>, refusal: Refusal) -> Term<'_> {
+pub(crate) fn refusal_term(env: Env<'_>, refusal: Refusal) -> Term<'_> {
     match refusal {
         Refusal::NotFound => atoms::undefined(),
         Refusal::CircuitOpen => atoms::circuit_open(),
         Refusal::ShardOverloaded => atoms::shard_overloaded(),
         Refusal::RateLimited => atoms::rate_limited(),
+        Refusal::StoreFull => atoms::store_full(),
     }
     .encode(env)
 }
@@ -47,7 +49,7 @@ pub(crate) fn state_term(env: Env<'_>, state: State) -> Term<'_> {
 }
 
 #[cold]
-fn with_events<'a>(env: Env<'a>, result: Term<'a>, events: &Events) -> Term<'a> {
+pub(crate) fn with_events<'a>(env: Env<'a>, result: Term<'a>, events: &Events) -> Term<'a> {
     let events = prepend_events(env, events, Term::list_new_empty(env));
     (result, events).encode(env)
 }
@@ -66,6 +68,24 @@ fn prepend_events<'a>(env: Env<'a>, events: &Events, mut list: Term<'a>) -> Term
         list = list.list_prepend((atoms::circuit(), atoms::half_open()).encode(env));
     }
     list
+}
+
+/// The process of an entry that was found with this address, or `undefined` if it was for a remote process and is gone.
+#[inline(always)]
+pub(crate) fn address_term<'a>(
+    env: Env<'a>,
+    registry: &Registry,
+    namespace: Namespace,
+    id: &Id<'_>,
+    address: u64,
+) -> Term<'a> {
+    match address {
+        REMOTE => registry
+            .entry(namespace, id)
+            .map_or_else(|| atoms::undefined().encode(env), |e| pid_term(env, &e)),
+        // SAFETY: the address of an entry that is not for a remote process is a local pid.
+        _ => unsafe { immediate::term(env, address) },
+    }
 }
 
 /// Routes one message to `id`; the result is a raw term. `payer` is the transport whose bucket is charged.
@@ -95,11 +115,8 @@ fn route<'a, const NAMESPACE: usize>(
         let mut events = Events::default();
         let routed = registry.route(namespace, id, charged, circuit(), clock, &mut events);
         let result = match routed {
-            Ok(REMOTE) => registry
-                .entry(namespace, id)
-                .map_or_else(|| atoms::undefined().encode(env), |e| pid_term(env, &e)),
-            // SAFETY: the address of an entry that is not for a remote process is a local pid.
-            Ok(address) => unsafe { immediate::term(env, address) },
+            Ok((_, Delivery::ByLease)) => atoms::stored().encode(env),
+            Ok((address, _)) => address_term(env, registry, namespace, id, address),
             Err(refusal) => refusal_term(env, refusal),
         };
         if events.is_some() {
@@ -108,6 +125,9 @@ fn route<'a, const NAMESPACE: usize>(
         result.as_c_arg()
     })
 }
+
+/// Nobody knows when a consumer drains its store. A sender that asks a hundred times a second costs little.
+const FULL_STORE_MS: u64 = 10;
 
 /// What would become of a message to `id`, and the milliseconds until it would be admitted. `payer` is a list with the
 /// transport whose bucket is charged, or empty.
@@ -130,7 +150,16 @@ fn forecast<'a>(env: Env<'a>, ns: Term<'a>, id: Term<'a>, payer: Term<'a>) -> Ni
             })
     };
     id::with(registry, id, |id| {
-        let forecast = registry.forecast(target, id, charged, circuit(), clock());
+        let mut forecast = registry.forecast(target, id, charged, circuit(), clock());
+        if target == Namespace::Connection
+            && forecast.refusal.is_none()
+            && delivery::has_full_store(registry, id)
+        {
+            forecast = Forecast {
+                refusal: Some(Refusal::StoreFull),
+                wait_ms: FULL_STORE_MS,
+            };
+        }
         let outcome = forecast.refusal.map_or(atoms::ok().encode(env), |refusal| {
             refusal_term(env, refusal)
         });
@@ -335,74 +364,3 @@ fn route_member<'a>(
 }
 
 reschedulable!(c"route_member", 2, route_member);
-
-// ---- Many messages ----
-
-/// One call routes at most this many messages, in some 100 microseconds.
-const SLICE: usize = 256;
-
-/// The percentage of a process's time slice that one call consumes.
-const SLICE_PERCENT: i32 = 10;
-
-const _: () = assert!(SLICE.is_multiple_of(ROUTED_TOGETHER));
-
-/// Results for the first messages of a list of `{Id, Message}`, in order, and the rest of the list.
-/// An id that is too long to be registered counts as not registered. All messages share one clock reading.
-#[rustler::nif]
-fn route_batch<'a>(env: Env<'a>, messages: Term<'a>) -> NifResult<Term<'a>> {
-    let registry = default_registry();
-    let now = Reading::of(clock());
-    let mut rest = messages;
-    let mut results = Vec::with_capacity(SLICE);
-    while results.len() < SLICE && !rest.is_empty_list() {
-        rest = route_together(env, registry, rest, &now, &mut results)?;
-    }
-    let _ = rustler::schedule::consume_timeslice(env, SLICE_PERCENT);
-    // SAFETY: `results` holds that many terms of this environment.
-    let results = unsafe {
-        let list =
-            enif_make_list_from_array(env.as_c_arg(), results.as_ptr(), results.len() as c_uint);
-        Term::new(env, list)
-    };
-    Ok((results, rest).encode(env))
-}
-
-/// Adds the results for the next messages, and returns the rest of the list.
-fn route_together<'a>(
-    env: Env<'a>,
-    registry: &Registry,
-    messages: Term<'a>,
-    now: &impl Clock,
-    results: &mut Vec<ErlNifTerm>,
-) -> NifResult<Term<'a>> {
-    let mut terms = [messages; ROUTED_TOGETHER];
-    let mut rest = messages;
-    let mut len = 0;
-    while len < ROUTED_TOGETHER && !rest.is_empty_list() {
-        let (message, others) = rest.list_get_cell().map_err(|_| Error::BadArg)?;
-        terms[len] = first_of_pair(message).ok_or(Error::BadArg)?;
-        rest = others;
-        len += 1;
-    }
-    let max_bytes = registry.limits().max_id_bytes();
-    let mut encoded = [const { None }; ROUTED_TOGETHER];
-    let mut ids = [None; ROUTED_TOGETHER];
-    for ((id, encoded), term) in ids.iter_mut().zip(&mut encoded).zip(&terms[..len]) {
-        *id = id::kind_and_bytes(*term, max_bytes, encoded)
-            .map(|(kind, bytes)| registry.id(kind, bytes));
-    }
-    registry.route_connections(&ids[..len], circuit(), now, |routed, events| {
-        let result = match routed {
-            Ok(entry) if entry.address == REMOTE => pid_term(env, entry),
-            // SAFETY: the address of an entry that is not for a remote process is a local pid.
-            Ok(entry) => unsafe { immediate::term(env, entry.address) },
-            Err(refusal) => refusal_term(env, refusal),
-        };
-        results.push(if events.is_some() {
-            with_events(env, result, &events).as_c_arg()
-        } else {
-            result.as_c_arg()
-        });
-    });
-    Ok(rest)
-}

@@ -17,12 +17,12 @@ pub(crate) fn tuple_elements<'a>(
     }))
 }
 
-/// The first element of a pair, if `term` is one.
+/// The elements of a pair, if `term` is one.
 #[inline]
-pub(crate) fn first_of_pair(term: Term<'_>) -> Option<Term<'_>> {
-    let elements = raw_elements(term).filter(|elements| elements.len() == 2)?;
+pub(crate) fn pair(term: Term<'_>) -> Option<[Term<'_>; 2]> {
+    let elements: [ErlNifTerm; 2] = raw_elements(term)?.try_into().ok()?;
     // SAFETY: the elements of a tuple belong to its environment.
-    Some(unsafe { Term::new(term.get_env(), elements[0]) })
+    Some(elements.map(|element| unsafe { Term::new(term.get_env(), element) }))
 }
 
 fn raw_elements(term: Term<'_>) -> Option<&[ErlNifTerm]> {

@@ -301,6 +301,19 @@ pub(crate) struct Lease {
 }
 
 impl Lease {
+    /// A lease of the same registration.
+    pub(crate) fn with_config(&self, config: Config) -> Self {
+        Self {
+            watch: self.watch.clone(),
+            config,
+        }
+    }
+
+    /// Whether this is the same lease with the same config.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        self == other && self.config.is(&other.config)
+    }
+
     /// Makes the watch idle after the entry was removed, or was not inserted, and revokes the config.
     /// `address` is the entry's.
     pub(crate) fn recycle(&self, address: u64) {

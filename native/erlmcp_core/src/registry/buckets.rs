@@ -168,6 +168,13 @@ impl Buckets {
         }
     }
 
+    /// Gives back tokens. `None` if the entry was removed.
+    pub(super) fn refund(&self, level: &Level, clock: &impl Clock, tokens: u64) -> Option<()> {
+        self.judged(level, clock, |limiter, level| {
+            limiter.refund(level, clock, tokens)
+        })
+    }
+
     /// The move that a change has announced. One load if there is no announcement.
     #[inline]
     fn moving(&self, level: &Level) -> Option<Move> {
@@ -699,9 +706,7 @@ where
         clock: &impl Clock,
     ) -> Result<(), BucketError> {
         self.with_level(namespace, id, |level| {
-            self.buckets.judged(level, clock, |limiter, level| {
-                limiter.refund(level, clock, tokens)
-            })
+            self.buckets.refund(level, clock, tokens)
         })
         .ok_or(BucketError::NotFound)
     }

@@ -136,6 +136,20 @@ impl KeyBytes {
 /// Namespaces take 2 bits, shards 10.
 const PLACE_BITS: u16 = 0xfff;
 
+/// The two bits above are those of the [`Delivery`].
+const DELIVERY_SHIFT: u32 = 12;
+
+/// How the messages of a connection are delivered. A route returns it; it is the caller that delivers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Delivery {
+    /// Each is sent to the address.
+    Single = 0,
+    /// Those of one batch that go to the same address may be sent as one.
+    Batched = 1,
+    /// By what the lease says. No layer has been asked: see [`super::Registry::route_by_lease`].
+    ByLease = 2,
+}
+
 /// The slot of a key that is in no shard's list.
 const NO_SLOT: u32 = u32::MAX;
 
@@ -143,7 +157,7 @@ const NO_SLOT: u32 = u32::MAX;
 /// it saves time, and would be used only when a table grows.
 pub(super) struct Key {
     slot: u32,
-    /// The lower bits of [`Location::to_bits`]: namespace and shard.
+    /// The lower bits of [`Location::to_bits`], namespace and shard, and the delivery.
     place: u16,
     kind: u8,
     /// Used by connections alone. It occupies what is spared by `place`.
@@ -164,6 +178,11 @@ impl Key {
             phase,
             bytes: KeyBytes::new(id.bytes),
         }
+    }
+
+    pub(super) fn with_delivery(self, delivery: Delivery) -> Self {
+        let place = self.place & PLACE_BITS | (delivery as u16) << DELIVERY_SHIFT;
+        Self { place, ..self }
     }
 
     /// A key for an id that is not registered: of a server, of a group, or of a target with a breaker.
@@ -192,6 +211,15 @@ impl Key {
 
     pub(super) fn shard(&self) -> u16 {
         self.location().shard
+    }
+
+    #[inline]
+    pub(super) fn delivery(&self) -> Delivery {
+        match self.place >> DELIVERY_SHIFT {
+            0 => Delivery::Single,
+            1 => Delivery::Batched,
+            _ => Delivery::ByLease,
+        }
     }
 
     /// The record's index, which admission control keeps beside the id.

@@ -64,14 +64,14 @@ pub use buckets::EntryBucket;
 pub use buckets::{BucketError, BucketState, EntryLimits};
 pub(crate) use entry::IdHashing;
 use entry::{Connection, Key, Located, Member, Server, Transport};
-pub use entry::{Entry, Id, Location};
+pub use entry::{Delivery, Entry, Id, Location};
 #[doc(hidden)]
 pub use group::Decision;
 #[doc(hidden)]
 pub use process_group::Headcount;
 use process_group::ProcessGroup;
 pub use process_group::{MemberId, Pick, Search, TooSparse};
-pub use routing::{Charged, Events, Forecast, ROUTED_TOGETHER, Refusal};
+pub use routing::{Charged, Events, Forecast, ROUTED_TOGETHER, Refusal, Undelivered};
 use stored::with_map;
 pub use target_breakers::{
     MAX_FAILURE_THRESHOLD, MAX_TARGET_BREAKERS, TargetBreakerError, TargetBreakers,

@@ -11,7 +11,7 @@ use super::announcements::{Leaving, Phase};
 use super::entry::{Connection, Key, Member, Server, Transport};
 use super::group::{Attempt, Binding, From, Group};
 use super::stored::{Stored, with_map};
-use super::{Entry, Id, Location, Namespace, Registry};
+use super::{Delivery, Entry, Id, Location, Namespace, Registry};
 use crate::error::RegisterError;
 use crate::sync::Ordering;
 use crate::token_bucket::Level;
@@ -404,34 +404,52 @@ where
 
     // ---- Change ----
 
-    /// Replaces `former`, the lease of the server or connection registered under `id`, by `new`, which must have the same
-    /// location. Returns the former lease, if it was equal to `former`.
+    /// Replaces the lease of the server or connection registered under `id` by `new`, which must have the same location.
+    /// Returns the former lease, if `is_former` accepts it.
     ///
-    /// Address, place and bindings stay, and so do the token bucket and its tokens: a message that is routed meanwhile is
-    /// charged to them.
+    /// Address, place and bindings stay, the delivery of a connection too, and so do the token bucket and its tokens: a
+    /// message that is routed meanwhile is charged to them.
     pub fn exchange_lease(
         &self,
         namespace: Namespace,
         id: &Id<'_>,
-        former: &L,
+        is_former: impl Fn(&L) -> bool,
         new: L,
     ) -> Option<L> {
         match namespace {
-            Namespace::Server => self.exchange_server_lease(id, former, new),
-            Namespace::Connection => self.exchange_connection_lease(id, former, new),
+            Namespace::Server => self.exchange_server_lease(id, is_former, new),
+            Namespace::Connection => self.exchange_connection(id, is_former, new, None),
             Namespace::Transport | Namespace::Member => None,
         }
     }
 
-    fn exchange_connection_lease(&self, id: &Id<'_>, former: &L, new: L) -> Option<L> {
+    /// As [`Self::exchange_lease`], for a connection, which gets another delivery at the same moment.
+    pub fn exchange_delivery(
+        &self,
+        id: &Id<'_>,
+        is_former: impl Fn(&L) -> bool,
+        new: L,
+        delivery: Delivery,
+    ) -> Option<L> {
+        self.exchange_connection(id, is_former, new, Some(delivery))
+    }
+
+    fn exchange_connection(
+        &self,
+        id: &Id<'_>,
+        is_former: impl Fn(&L) -> bool,
+        new: L,
+        delivery: Option<Delivery>,
+    ) -> Option<L> {
         let guard = self.connections.guard();
         let (key, held) = self.connections.get_key_value(id, &guard)?;
-        if held.entry.lease != *former {
+        if !is_former(&held.entry.lease) {
             return None;
         }
         let mark = self.buckets.move_apart(&held.level)?;
         let exchanged = self.connections.compute(
-            self.next_key(*id, key, held, &guard),
+            self.next_key(*id, key, held, &guard)
+                .with_delivery(delivery.unwrap_or(key.delivery())),
             |current| match current {
                 // No entry is freed under this guard, so the same address is the same entry.
                 Some((_, current)) if ptr::eq(current, held) => Operation::Insert(Connection {
@@ -448,7 +466,12 @@ where
         matches!(exchanged, Compute::Updated { .. }).then(|| held.entry.lease.clone())
     }
 
-    fn exchange_server_lease(&self, id: &Id<'_>, former: &L, new: L) -> Option<L> {
+    fn exchange_server_lease(
+        &self,
+        id: &Id<'_>,
+        is_former: impl Fn(&L) -> bool,
+        new: L,
+    ) -> Option<L> {
         let guard = self.servers.guard();
         let (key, _) = self.servers.get_key_value(id, &guard)?;
         let location = key.location();
@@ -457,7 +480,7 @@ where
             |current| match current {
                 // The key is written anew with the entry, so it must be the one that was read.
                 Some((key, Server::Registered { group, entry }))
-                    if key.location() == location && entry.lease == *former =>
+                    if key.location() == location && is_former(&entry.lease) =>
                 {
                     Operation::Insert(Server::Registered {
                         group: Arc::clone(group),

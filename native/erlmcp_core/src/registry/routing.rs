@@ -10,7 +10,8 @@ use std::hint::black_box;
 use super::entry::{Connection, Key};
 use super::process_group::{Search, TooSparse};
 use super::stored::{Stored, with_map};
-use super::{Entry, Id, Namespace, Registry};
+use super::{Delivery, Entry, Id, Namespace, Registry};
+use crate::admission::{Receiver, UNSEEN};
 use crate::circuit_breaker::{CircuitBreaker, Permit, State};
 use crate::clock::Clock;
 use crate::shard::Shard;
@@ -38,6 +39,17 @@ pub enum Refusal {
     ShardOverloaded = 2,
     /// The bucket that is charged is empty.
     RateLimited = 3,
+    /// The target's message store has no room.
+    StoreFull = 4,
+}
+
+/// Why a message to a connection whose lease delivers was not delivered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Undelivered<E> {
+    /// A layer refuses it, or the delivery.
+    Refused(Refusal),
+    /// The delivery has failed for another reason.
+    Failed(E),
 }
 
 /// What would become of a message.
@@ -94,8 +106,9 @@ impl<L> Registry<L>
 where
     L: Clone + PartialEq + Send + Sync + 'static,
 {
-    /// The address of `id` if a message may be sent there. The message is then counted. Takes no lock: a
-    /// compare-and-swap is retried only if another thread changes the same token bucket.
+    /// The address of `id` if a message may be sent there, and how. The message is then counted, except with
+    /// [`Delivery::ByLease`]. Takes no lock: a compare-and-swap is retried only if another thread changes the same token
+    /// bucket.
     #[inline(always)]
     pub fn route(
         &self,
@@ -105,22 +118,87 @@ where
         circuit: &CircuitBreaker,
         clock: &impl Clock,
         events: &mut Events,
-    ) -> Result<u64, Refusal> {
+    ) -> Result<(u64, Delivery), Refusal> {
         with_map!(self, namespace, |map| {
             self.lookup(map, id, |key, value, entry| {
+                let delivery = key.delivery();
+                if delivery == Delivery::ByLease {
+                    return Ok((entry.address, delivery));
+                }
                 let target = Target {
                     address: entry.address,
                     key,
                     level: value.level(),
                 };
                 self.pass(target, charged, circuit, clock, events)
+                    .map(|address| (address, delivery))
             })
         })
         .unwrap_or_else(|| Err(self.not_found(id)))
     }
 
+    /// Routes a message to a connection whose lease delivers it: after all layers have been passed, `deliver` gets the
+    /// lease, whatever the connection's [`Delivery`] is now. If it returns an error, no layer keeps a trace of the message.
+    #[cold]
+    pub fn route_by_lease<E>(
+        &self,
+        id: &Id<'_>,
+        circuit: &CircuitBreaker,
+        clock: &impl Clock,
+        events: &mut Events,
+        deliver: impl FnOnce(&L) -> Result<(), Undelivered<E>>,
+    ) -> Result<(), Undelivered<E>> {
+        self.lookup(&self.connections, id, |key, connection, entry| {
+            let target = Target {
+                // What the lease has taken waits in no mailbox.
+                address: UNSEEN,
+                key,
+                level: Some(&connection.level),
+            };
+            let pass = || {
+                let mut receiver = self.receiver(&target);
+                let permit = self.check(
+                    &target,
+                    &mut receiver,
+                    Charged::Target,
+                    circuit,
+                    clock,
+                    events,
+                );
+                let permit = permit.map_err(Undelivered::Refused)?;
+                if let Err(error) = deliver(&entry.lease) {
+                    if self.buckets.is_on() {
+                        self.buckets.refund(&connection.level, clock, 1);
+                    }
+                    if permit != Permit::Free {
+                        circuit.release_probe();
+                    }
+                    if let Undelivered::Refused(refusal) = error {
+                        self.shards[usize::from(key.shard())]
+                            .refusals
+                            .count(refusal);
+                    }
+                    return Err(error);
+                }
+                self.admit(&target, &receiver, permit, circuit, clock, events);
+                Ok(())
+            };
+            if !self.enforces_limits() {
+                return pass();
+            }
+            let id = self.id_of(key);
+            self.target_breakers
+                .guarded(Namespace::Connection, &id, clock, pass)
+                .unwrap_or_else(|| {
+                    let shard = &self.shards[usize::from(key.shard())];
+                    Err(Undelivered::Refused(refused(shard, Refusal::CircuitOpen)))
+                })
+        })
+        .unwrap_or_else(|| Err(Undelivered::Refused(self.not_found(id))))
+    }
+
     /// Routes a message to each of some connections, in order, [`ROUTED_TOGETHER`] at a time. Calls `each` with the
-    /// entry that it may be sent to, or why not. `None` is an id that cannot be registered.
+    /// entry that it may be sent to, and how, or why not. `None` is an id that cannot be registered.
     ///
     /// Two passes, so that the cache misses of the messages overlap. The first one finds the entries and loads what
     /// the layers will read. The second one checks the layers, in order. The locked instructions of the layers wait
@@ -135,7 +213,7 @@ where
         ids: &[Option<Id<'_>>],
         circuit: &CircuitBreaker,
         clock: &impl Clock,
-        mut each: impl FnMut(Result<&Entry<L>, Refusal>, Events),
+        mut each: impl FnMut(Result<(&Entry<L>, Delivery), Refusal>, Events),
     ) {
         let guard = self.connections.guard();
         for ids in ids.chunks(ROUTED_TOGETHER) {
@@ -152,6 +230,9 @@ where
             for (found, id) in found.iter().zip(ids) {
                 let mut events = Events::default();
                 let routed = match (found, id) {
+                    (Some((key, connection)), _) if key.delivery() == Delivery::ByLease => {
+                        Ok((&connection.entry, Delivery::ByLease))
+                    }
                     (Some((key, connection)), _) => {
                         let target = Target {
                             address: connection.entry.address,
@@ -159,7 +240,7 @@ where
                             level: Some(&connection.level),
                         };
                         self.pass(target, Charged::Target, circuit, clock, &mut events)
-                            .map(|_| &connection.entry)
+                            .map(|_| (&connection.entry, key.delivery()))
                     }
                     (None, Some(id)) => Err(self.not_found(id)),
                     (None, None) => Err(self.refuse_unknown()),
@@ -301,21 +382,45 @@ where
         clock: &impl Clock,
         events: &mut Events,
     ) -> Result<u64, Refusal> {
+        // First, since it may miss the cache.
+        let mut receiver = self.receiver(&target);
+        let permit = self.check(&target, &mut receiver, charged, circuit, clock, events)?;
+        self.admit(&target, &receiver, permit, circuit, clock, events);
+        Ok(target.address)
+    }
+
+    #[inline(always)]
+    fn receiver<'a>(&'a self, target: &Target<'a>) -> Receiver<'a> {
+        let admission = self.shards[usize::from(target.key.shard())].admission();
+        admission.receiver(target.address, target.key.receiver())
+    }
+
+    /// Asks the layers, and acquires the token.
+    #[inline(always)]
+    fn check(
+        &self,
+        target: &Target<'_>,
+        receiver: &mut Receiver<'_>,
+        charged: Charged<'_>,
+        circuit: &CircuitBreaker,
+        clock: &impl Clock,
+        events: &mut Events,
+    ) -> Result<Permit, Refusal> {
         let number = target.key.shard();
         let shard = &self.shards[usize::from(number)];
-        let admission = shard.admission();
-        // First, since it may miss the cache.
-        let mut receiver = admission.receiver(target.address, target.key.receiver());
         let permit = circuit
             .check(clock)
             .map_err(|_| refused(shard, Refusal::CircuitOpen))?;
         if let Permit::Probe { is_first: true } = permit {
             events.has_half_opened = true;
         }
-        let now_ms = || clock.now_ms();
-        if let Err(overloaded) =
-            admission.check(&mut receiver, &self.sampling, now_ms, || shard.receivers())
-        {
+        let checked = shard.admission().check(
+            receiver,
+            &self.sampling,
+            || clock.now_ms(),
+            || shard.receivers(),
+        );
+        if let Err(overloaded) = checked {
             if overloaded.has_entered {
                 events.overloaded = Some(number);
             }
@@ -338,8 +443,24 @@ where
             }
             return Err(refused(shard, Refusal::RateLimited));
         }
+        Ok(permit)
+    }
+
+    /// Counts a message that all layers admit.
+    #[inline(always)]
+    fn admit(
+        &self,
+        target: &Target<'_>,
+        receiver: &Receiver<'_>,
+        permit: Permit,
+        circuit: &CircuitBreaker,
+        clock: &impl Clock,
+        events: &mut Events,
+    ) {
+        let number = target.key.shard();
+        let admission = self.shards[usize::from(number)].admission();
         if admission
-            .admit(&receiver, &self.sampling, now_ms)
+            .admit(receiver, &self.sampling, || clock.now_ms())
             .wants_sample
         {
             events.sample = Some(number);
@@ -347,7 +468,6 @@ where
         if permit != Permit::Free && circuit.record_success(clock) {
             events.circuit = Some(State::Closed);
         }
-        Ok(target.address)
     }
 
     /// What would become of a message now. Leaves no trace of the question: takes no token and no probe, and counts

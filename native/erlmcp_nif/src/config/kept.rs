@@ -8,7 +8,7 @@ use rustler::env::OwnedEnv;
 use rustler::sys::ErlNifTerm;
 use rustler::{Env, Term};
 
-use super::{Remote, Revocable};
+use super::{Delivered, Remote, Revocable};
 use crate::background;
 
 /// The maps free removed values in batches of 32, or of a few times as many after a reader has held them up. 32
@@ -38,6 +38,8 @@ pub(super) enum Content {
     Revocable(Revocable),
     /// Not in the table; belongs to one registration.
     Remote(Box<Remote>),
+    /// Not in the table; belongs to one registration.
+    Delivered(Box<Delivered>),
 }
 
 impl Kept {

@@ -33,6 +33,7 @@ use rustler::{Encoder, Env, LocalPid, Term};
 use self::kept::{Content, Kept};
 use self::table::table;
 use crate::atoms;
+use crate::delivery::Delivery;
 use crate::encoding;
 use crate::immediate;
 use crate::reschedule::{Scheduler, Stopped, TooHeavy};
@@ -137,12 +138,49 @@ impl Config {
         Self::apart(remote.config.weight(), Content::Remote(Box::new(remote)))
     }
 
+    /// The config of a connection that does not get its messages one by one, from one made by [`Self::of_entry`].
+    pub(crate) fn with_delivery(self, delivery: Delivery) -> Self {
+        if delivery.is_default() {
+            return self;
+        }
+        let weight = self.weight();
+        let delivered = Delivered {
+            delivery,
+            config: self,
+        };
+        Self::apart(weight, Content::Delivered(Box::new(delivered)))
+    }
+
+    /// How messages are delivered to the entry, if it has made a choice.
+    pub(crate) fn delivery(&self) -> Option<&Delivery> {
+        match self.view().map(|kept| &kept.content) {
+            Ok(Content::Delivered(delivered)) => Some(&delivered.delivery),
+            _ => None,
+        }
+    }
+
+    /// The same config in the form that a new lease of the same registration holds, without its delivery; `None` if it was
+    /// revoked.
+    pub(crate) fn renewed(&self) -> Option<Self> {
+        match self.view().map(|kept| &kept.content) {
+            Ok(Content::Delivered(delivered)) => delivered.config.renewed(),
+            Ok(Content::Revocable(revocable)) => Some(revocable.get()?.of_entry()),
+            _ => Some(self.clone()),
+        }
+    }
+
+    /// Whether this is the same use of the same term: no change of the entry lies between the two.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        self.0 == other.0
+    }
+
     /// Drops the registration's use of the term, in every copy of its lease. Afterwards [`Self::load`] may
     /// return `None`.
     pub(crate) fn revoke(&self) {
         match self.view().map(|kept| &kept.content) {
             Ok(Content::Revocable(revocable)) => revocable.revoke(),
             Ok(Content::Remote(remote)) => remote.config.revoke(),
+            Ok(Content::Delivered(delivered)) => delivered.config.revoke(),
             Ok(Content::Compact(_) | Content::Shared { .. }) | Err(_) => {}
         }
     }
@@ -182,6 +220,7 @@ impl Config {
                 None => return Ok(None),
             },
             Content::Remote(remote) => return remote.config.load(env, scheduler),
+            Content::Delivered(delivered) => return delivered.config.load(env, scheduler),
         }))
     }
 }
@@ -246,6 +285,12 @@ impl Drop for Revocable {
     fn drop(&mut self) {
         self.revoke();
     }
+}
+
+/// The config of a connection with a delivery. Not shared.
+struct Delivered {
+    delivery: Delivery,
+    config: Config,
 }
 
 /// The config of an entry whose process is on another node. Not shared.

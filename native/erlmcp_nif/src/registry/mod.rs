@@ -63,7 +63,7 @@ pub(crate) fn shard_number(registry: &Registry, term: Term<'_>) -> NifResult<u16
 }
 
 /// Equals `erlang:phash2(Id, Shards)`, since the number of shards is a power of two.
-fn shard_of(registry: &Registry, id: Term<'_>) -> u16 {
+pub(crate) fn shard_of(registry: &Registry, id: Term<'_>) -> u16 {
     (id.hash_phash2() % u32::from(registry.limits().shards())) as u16
 }
 

@@ -374,13 +374,9 @@ fn update<'a>(
         let config = kept.clone().of_entry();
         let config = match former.config.remote() {
             Some(remote) => config.of_remote(pid_term(env, &entry), remote.sentinel),
-            None => config,
+            None => config.with_delivery(former.config.delivery().cloned().unwrap_or_default()),
         };
-        let new = Lease {
-            watch: former.watch.clone(),
-            config,
-        };
-        if registry.exchange_lease(env, namespace, &id, former, new) {
+        if registry.exchange_config(env, namespace, &id, former, config) {
             return Ok(atoms::ok().encode(env));
         }
         // Lost to a concurrent change of this id.
