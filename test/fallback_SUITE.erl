@@ -169,6 +169,8 @@ works_without_the_application(Config) ->
 
 
 without_application() ->
+    %% Needs nothing.
+    [{fullsweep_after, 0}] = erlmcp_process:spawn_opts(),
     ok = logger:add_handler(?MODULE, ?MODULE, #{config => self()}),
     ok = erlmcp_registry:route_to_server(s, t, nobody),
     {ok, _} = erlmcp_registry:start_link(),
@@ -208,6 +210,7 @@ native() ->
       || Call <- [fun() -> erlmcp_shard_registry:register_connection(c, self(), #{}) end,
                   fun() -> erlmcp_shard_registry:whereis_connection(c) end,
                   fun() -> erlmcp_shard_registry:new(#{}) end,
+                  fun() -> erlmcp_connection:start_link(#{id => c, module => erlmcp_registry}) end,
                   fun() -> erlmcp_shard_manager:route_message(c, hello) end,
                   fun() -> erlmcp_token_bucket:new(#{}) end,
                   fun() -> erlmcp_keyed_limiter:new(#{}) end,
