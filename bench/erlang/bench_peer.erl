@@ -3,7 +3,7 @@
 -module(bench_peer).
 
 -export([start/0, start/1, stop/1, call/4]).
--export([resident/0]).
+-export([resident/0, resident_now/0]).
 
 -export_type([peer/0]).
 
@@ -45,6 +45,12 @@ call(Peer, Module, Function, Arguments) ->
 -spec resident() -> non_neg_integer().
 resident() ->
     _ = [ erlang:garbage_collect(Pid) || Pid <- processes() ],
+    resident_now().
+
+
+%% Resident memory of this VM in bytes.
+-spec resident_now() -> non_neg_integer().
+resident_now() ->
     Kilobytes = case file:read_file("/proc/self/status") of
                     {ok, Status} ->
                         {match, [Digits]} =

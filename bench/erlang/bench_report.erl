@@ -7,13 +7,15 @@
 
 %% Rows
 -export([time_row/5, rate_row/5, latency_row/6, size_row/6]).
--export([floor/3, growth/1]).
+-export([floor/3, goal/3, growth/1, series/3]).
 %% Output
 -export([print/2, json/1, missed/1]).
 %% Numbers
 -export([thousands/1, seconds/1]).
 
--export_type([row/0]).
+-export_type([row/0, point/0]).
+
+-type point() :: #{seconds := float(), resident_mb := float(), vm_mb := float(), connections := non_neg_integer()}.
 
 -type row() :: #{
                  section := string(),
@@ -29,11 +31,18 @@
                  floor => float(),
                  floor_of => figure | ratio,
                  met => boolean(),
+                 % Of the figure or the ratio, as the floor is.
+                 goal => float(),
+                 goal_met => boolean(),
                  loses := boolean(),
                  % The ratio is of one thing at two sizes, and nothing loses.
                  growth => true,
-                 latency => #{native := map(), against := map()}
+                 latency => #{native := map(), against := map()},
+                 % Memory over time.
+                 series => #{title := string(), points := [point()]}
                 }.
+
+-define(BAR, 50).
 
 %%% Rows
 
@@ -113,21 +122,30 @@ compared(#{better := Better} = Row, Figures, Against, Others) ->
 
 %% The least acceptable value, or the greatest.
 -spec floor(figure | ratio, float(), row()) -> row().
-floor(Of, Floor, #{better := Better} = Row) ->
-    Value = map_get(Of, Row),
-    Row#{
-      floor => Floor,
-      floor_of => Of,
-      met => case Better of
-                 less -> Value =< Floor;
-                 more -> Value >= Floor
-             end
-     }.
+floor(Of, Floor, Row) ->
+    Row#{floor => Floor, floor_of => Of, met => reaches(Of, Floor, Row)}.
+
+
+%% The value that a row with a floor of the same kind is to have some day.
+-spec goal(figure | ratio, float(), row()) -> row().
+goal(Of, Goal, #{floor_of := Of} = Row) ->
+    Row#{goal => Goal, goal_met => reaches(Of, Goal, Row)}.
+
+
+-spec reaches(figure | ratio, float(), row()) -> boolean().
+reaches(Of, Limit, #{better := less} = Row) -> map_get(Of, Row) =< Limit;
+reaches(Of, Limit, #{better := more} = Row) -> map_get(Of, Row) >= Limit.
 
 
 -spec growth(row()) -> row().
 growth(Row) ->
     Row#{growth => true, loses => false}.
+
+
+%% Adds the samples that the row's figure was made from, which are printed below the table.
+-spec series(string(), [point()], row()) -> row().
+series(Title, Points, Row) ->
+    Row#{series => #{title => Title, points => Points}}.
 
 
 %% The rows that miss their floor.
@@ -154,6 +172,7 @@ print(Machine, Rows) ->
                     Rows),
     Latencies = [ Latency || #{latency := Latency} <- Rows ],
     Latencies =:= [] orelse print_latencies(Latencies),
+    lists:foreach(fun print_series/1, [ Series || #{series := Series} <- Rows ]),
     Floors = length([ Row || #{met := _} = Row <- Rows ]),
     Losing = length([ Row || #{loses := true} = Row <- Rows ]),
     io:format("~nratios: native / other, the median of the rounds; less is better, more for msg/s~n"
@@ -175,7 +194,7 @@ print_row(#{name := Name, figure := Figure, unit := Unit} = Row) ->
                Baseline,
                ratio(Row),
                floor_text(Row),
-               verdict(Row)]).
+               lists:join(", ", [ Text || Text <- [verdict(Row), goal_text(Row)], Text =/= "" ])]).
 
 
 -spec ratio(row()) -> string().
@@ -193,6 +212,17 @@ floor_text(#{floor := Floor, better := less, floor_of := Of, unit := Unit}) ->
 floor_text(#{floor := Floor, better := more, floor_of := Of, unit := Unit}) ->
     ">= " ++ limit(Floor, Of, Unit);
 floor_text(_) ->
+    "".
+
+
+-spec goal_text(row()) -> io_lib:chars().
+goal_text(#{goal := Goal, goal_met := Met, floor_of := Of, unit := Unit}) ->
+    Verdict = case Met of
+                  true -> " met";
+                  false -> " missed"
+              end,
+    ["goal " ++ limit(Goal, Of, Unit), Verdict];
+goal_text(_) ->
     "".
 
 
@@ -235,6 +265,18 @@ print_latencies(Latencies) ->
                          Note])
       end,
       Results).
+
+
+%% The bars begin at zero.
+-spec print_series(#{title := string(), points := [point()]}) -> ok.
+print_series(#{title := Title, points := Points}) ->
+    Most = lists:max([ Mb || #{resident_mb := Mb} <- Points ]),
+    io:format("~n~-18ts ~12ts ~9ts ~12ts~n", [Title, "resident, MB", "VM, MB", "connections"]),
+    lists:foreach(fun(#{seconds := Seconds, resident_mb := Mb, vm_mb := Vm, connections := Connections}) ->
+                          Bar = lists:duplicate(round(?BAR * Mb / Most), $#),
+                          io:format("~16b s ~13.1f ~9.1f ~12ts  ~ts~n", [round(Seconds), Mb, Vm, thousands(Connections), Bar])
+                  end,
+                  Points).
 
 
 %%% Numbers

@@ -78,24 +78,10 @@ peer(found, elixir) -> "Elixir's Registry, register, already registered".
 
 -spec systems() -> [system(), ...].
 systems() ->
-    case os:find_executable("elixir") of
-        false ->
-            io:format(standard_error, "(without Elixir) ", []),
-            [native, pg];
-        Executable ->
-            true = code:add_pathz(elixir_ebin(Executable)),
-            {ok, _} = application:ensure_all_started(elixir),
-            [native, pg, elixir]
+    case bench_elixir:start() of
+        ok -> [native, pg, elixir];
+        not_installed -> [native, pg]
     end.
-
-
-%% The script prints where it looks for its code.
--spec elixir_ebin(file:filename()) -> file:filename().
-elixir_ebin(Executable) ->
-    Output = os:cmd("'" ++ Executable ++ "' -e 'IO.write(:code.lib_dir(:elixir))'"),
-    Ebin = filename:join(Output, "ebin"),
-    true = filelib:is_dir(Ebin),
-    Ebin.
 
 
 %% The processes that a system ends with.

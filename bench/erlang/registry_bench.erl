@@ -15,7 +15,7 @@
                      % Rounds of the parts that are measured in rounds.
                      rounds := pos_integer(),
                      connections := pos_integer(),
-                     % Receivers and senders of the growth part.
+                     % Receivers and senders of the growth part, connections of memory.
                      sizes := default | [pos_integer()],
                      senders := default | [pos_integer()],
                      % Look-ups per round.
@@ -23,6 +23,8 @@
                      % The greatest rate offered, in messages per second, and the time at each rate in seconds.
                      rate := pos_integer(),
                      seconds := float(),
+                     % The length of the soak.
+                     minutes := float(),
                      % Entries of the large registry.
                      entries := pos_integer(),
                      deaths := pos_integer(),
@@ -30,7 +32,7 @@
                      strict := boolean(),
                      progress := fun(() -> ok)
                     }.
--type section() :: lookup | guarded | limits | stores | groups | breakers | routing | growth | registration | latency | capacity | deaths | restart | losses | soak.
+-type section() :: lookup | guarded | limits | stores | groups | breakers | routing | growth | registration | latency | capacity | deaths | restart | losses | profiles | memory | stress | soak.
 
 -define(SECTIONS, [{lookup, lookup_bench},
                    {guarded, backpressure_bench},
@@ -46,9 +48,12 @@
                    {deaths, death_bench},
                    {restart, restart_bench},
                    {losses, losses_bench},
+                   {profiles, profile_bench},
+                   {memory, memory_bench},
+                   {stress, stress_bench},
                    {soak, soak_bench}]).
 %% Parts that take minutes run only when they are named.
--define(ON_REQUEST, [soak]).
+-define(ON_REQUEST, [profiles, memory, stress, soak]).
 
 
 %% The first argument is the folder of the project.
@@ -154,6 +159,7 @@ defaults() ->
       lookups => 300_000,
       rate => 500_000,
       seconds => 1.0,
+      minutes => 30.0,
       entries => 1_000_000,
       deaths => 1_000_000,
       json => default,
@@ -176,6 +182,10 @@ parse(["--quick" | Rest], Options) ->
             entries => 100_000,
             deaths => 100_000
            });
+parse(["--memory" | Rest], Options) ->
+    parse(Rest, Options#{sections => [profiles, memory]});
+parse(["--soak", Value | Rest], Options) ->
+    parse(Rest, Options#{sections => [soak], minutes => number(Value, "--soak") / 1});
 parse(["--only", Names | Rest], Options) ->
     Sections = [ section_named(Name) || Name <- string:lexemes(Names, ",") ],
     parse(Rest, Options#{sections => Sections});

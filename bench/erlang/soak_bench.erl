@@ -1,203 +1,286 @@
-%%% A long run with many connections: how a node with a million of them behaves for a minute, when one receiver
-%%% stalls, and when all receivers exit.
+%%% A steady load for minutes: does memory grow?
 %%%
-%%% It runs only by its name (`--only soak'). In a separate VM every receiver is registered as a connection, and
-%%% all layers of backpressure have their default configuration. The load is the closed loop of {@link
-%%% bench_load} with `route_message/2'. Before and after it, `Pid ! Msg' is measured for a sixth of the time.
+%%% In a separate VM there are as many connections as `--connections' says, each an `erlmcp_connection' that also is a server
+%%% and its own transport. All layers have their default configuration. One process makes each second:
 %%%
 %%% <ul>
-%%% <li>`delivered': messages per second.</li>
-%%% <li>`refused': all receivers keep up, so there must be none.</li>
-%%% <li>`long schedules': the number per minute of schedules of at least a millisecond that
-%%% `erlang:system_monitor/2' reports in a function of the application. Beside it is the number of all that it
-%%% reports while bare messages are sent, because the operating system takes a scheduler's processor away too.</li>
-%%% <li>`samplers': see {@link bench_samplers}.</li>
-%%% <li>`a stalled receiver': messages that one suspended process accepts before it is refused, and how many of
-%%% the messages to up to 10,000 others of its shard are refused then.</li>
-%%% <li>`exit': from the exit of all receivers until no connection is registered.</li>
+%%% <li>20,000 routes to random connections, half of them by `route_message/2' and half by `route_to_server/3'</li>
+%%% <li>200 deaths: a random process is killed, or unregisters its connection and exits; another one is started in its place, with
+%%% new ids, and registers them</li>
+%%% <li>200 changes of capabilities to a term that no other connection has</li>
+%%% <li>a change of the token buckets' limits</li>
 %%% </ul>
+%%%
+%%% On a machine that is too slow it makes fewer; the rates that it has reached are rows. The resident memory of the VM is read
+%%% once a second, without a garbage collection.
+%%%
+%%% *The verdict* is about the second half of the time: the growth along the line of least squares through its samples, in
+%%% percent of their mean. At most one percent is flat. At the end all processes exit, and the registry must be empty.
 -module(soak_bench).
+-behaviour(supervisor).
 
 -export([run/1]).
 %% In the peer
--export([measure/3]).
+-export([measure/2]).
+-export([init/1]).
 
--define(SENDERS,          200).
--define(SECONDS_A_SECOND, 60).
--define(MAX_OTHERS,       10_000).
--define(MAX_ENTRIES,      "4000000").
+-type sample() :: #{seconds := float(), resident := pos_integer(), vm := pos_integer(), connections := non_neg_integer()}.
+
+-record(load, {
+          supervisor :: pid(),
+          %% {Slot, Serial, Pid}: the present connection of each slot. A serial number is used once.
+          slots :: ets:table(),
+          size :: pos_integer(),
+          next :: pos_integer(),
+          request = bench_session:request() :: binary(),
+          routes = 0 :: non_neg_integer(),
+          deaths = 0 :: non_neg_integer(),
+          changes = 0 :: non_neg_integer(),
+          %% Operations with another result than `ok'.
+          failed = #{} :: #{term() => pos_integer()}
+         }).
+
+-define(SLICE_MS,       10).
+-define(ROUTES_A_SLICE, 200).
+-define(DEATHS_A_SLICE, 2).
+-define(SAMPLE_MS,      1000).
+-define(POINTS,         20).
+-define(FLAT_PERCENT,   1.0).
 
 
 -spec run(registry_bench:options()) -> [bench_report:row()].
-run(#{entries := Receivers, seconds := Seconds, senders := Given, progress := Progress}) ->
-    Peer = bench_peer:start(["-erlmcp_native", "max_entries", ?MAX_ENTRIES]),
-    Senders = case Given of
-                  default -> ?SENDERS;
-                  [Number | _] -> Number
-              end,
-    Result = bench_peer:call(Peer, ?MODULE, measure, [Receivers, Senders, Seconds * ?SECONDS_A_SECOND]),
+run(#{connections := Connections, minutes := Minutes, progress := Progress}) ->
+    Peer = bench_peer:start(),
+    Result = bench_peer:call(Peer, ?MODULE, measure, [Connections, Minutes]),
     ok = bench_peer:stop(Peer),
     _ = Progress(),
-    #{
-      rates := Rates,
-      bare := Bare,
-      refused := Refused,
-      long_schedules := Long,
-      bare_long_schedules := BareLong,
-      samplers_percent := Samplers,
-      taken := Taken,
-      others_refused := OthersRefused,
-      exit_seconds := Exit
-     } = Result,
-    To = " to " ++ bench_report:thousands(Receivers),
-    Size = fun(Name, Figure, Unit, Floor) ->
-                   bench_report:floor(figure, Floor, bench_report:size_row("soak", Name, Figure, Unit, none, none))
-           end,
-    [bench_report:floor(ratio,
-                        0.8,
-                        bench_report:rate_row("soak",
-                                              "route_message/2" ++ To,
-                                              Rates,
-                                              bench_senders:name(bare),
-                                              Bare)),
-     Size("refused though all keep up", float(Refused), "msgs", 0.0),
-     bench_report:growth(bench_report:size_row("soak",
-                                               "long schedules of ours, a minute",
-                                               Long,
-                                               "events",
-                                               "all with bare sends",
-                                               max(BareLong, 0.1))),
-     Size("samplers, of all schedulers", Samplers, "%", 2.0),
-     %% One more where a sample falls between the admission of a message and its sending.
-     Size("taken for a receiver that stalls", float(Taken), "msgs", 10_001.0),
-     Size("refused to others of its shard", float(OthersRefused), "msgs", 0.0),
-     Size("all exit, until clean", Exit, "s", 30.0)].
+    #{samples := Samples, routes := Routes, deaths := Deaths, failed := Failed, left := Left, configs_left := ConfigsLeft} = Result,
+    Failed =:= #{} orelse io:format(standard_error, " failed: ~0p ", [Failed]),
+    {_, Second} = lists:split(length(Samples) div 2, Samples),
+    {BytesASecond, Mean} = trend(Second),
+    HalfSeconds = Minutes * 30,
+    DeathsASecond = Deaths / (Minutes * 60),
+    Size = fun(Name, Figure, Unit) -> bench_report:size_row("soak", Name, float(Figure), Unit, none, none) end,
+    Floor = fun(Limit, Row) -> bench_report:floor(figure, Limit, Row) end,
+    [bench_report:series("resident memory",
+                         points(Samples),
+                         Floor(?FLAT_PERCENT, Size("growth in the second half", 100 * BytesASecond * HalfSeconds / Mean, "%"))),
+     Size("the same for each death and registration", BytesASecond / DeathsASecond, "B"),
+     Size("resident memory in the second half", Mean / 1.0e6, "MB"),
+     Size("routes a second", Routes / (Minutes * 60), ""),
+     Size("deaths and registrations a second", DeathsASecond, ""),
+     Floor(0.0, Size("failed operations", lists:sum(maps:values(Failed)), "")),
+     Floor(0.0, Size("entries left when all have exited", Left, "")),
+     Floor(0.0, Size("configs left when all have exited", ConfigsLeft, ""))].
+
+
+%% The slope in bytes a second, and the mean in bytes.
+-spec trend([sample()]) -> {float(), float()}.
+trend(Samples) ->
+    Number = length(Samples),
+    Mean = fun(Key) -> lists:sum([ map_get(Key, Sample) || Sample <- Samples ]) / Number end,
+    {MeanSeconds, MeanBytes} = {Mean(seconds), Mean(resident)},
+    {Covariance, Variance} = lists:foldl(fun(#{seconds := Seconds, resident := Bytes}, {C, V}) ->
+                                                 Distance = Seconds - MeanSeconds,
+                                                 {C + Distance * (Bytes - MeanBytes), V + Distance * Distance}
+                                         end,
+                                         {0.0, 0.0},
+                                         Samples),
+    {Covariance / Variance, MeanBytes}.
+
+
+%% About twenty samples, evenly spaced.
+-spec points([sample()]) -> [bench_report:point()].
+points(Samples) ->
+    Every = max(1, length(Samples) div ?POINTS),
+    [ #{
+        seconds => Seconds,
+        resident_mb => Resident / 1.0e6,
+        vm_mb => Vm / 1.0e6,
+        connections => Connections
+       }
+      || {N, #{seconds := Seconds, resident := Resident, vm := Vm, connections := Connections}} <- lists:enumerate(Samples),
+         N rem Every =:= 0 ].
 
 
 %%% In the peer
 
 
--spec measure(pos_integer(), pos_integer(), float()) -> map().
-measure(Receivers, Senders, Seconds) ->
-    {Load, {{Hub, _}, Connections}} = bench_load:start(Receivers, Senders),
-    Config = bench_population:small_config(),
-    lists:foreach(fun({Id, Pid}) -> ok = erlmcp_shard_registry:register_connection(Id, Pid, Config) end, Connections),
-    {Bare1, BareLong1} = loaded(bare, Senders, Load, Seconds / 6),
-    {Rate, Long} = loaded(connection, Senders, Load, Seconds),
-    Samplers = bench_load:during(connection, Senders, Load, fun() -> bench_samplers:percent(round(Seconds * 1000 / 6)) end),
-    {Bare2, BareLong2} = loaded(bare, Senders, Load, Seconds / 6),
-    {Taken, OthersRefused} = stall(Connections),
+-spec measure(pos_integer(), float()) ->
+          #{samples := [sample()], routes | deaths | changes | left | configs_left := non_neg_integer(), failed := map()}.
+measure(Connections, Minutes) ->
+    %% The supervisor reports each process that is killed.
+    ok = logger:set_primary_config(level, none),
+    ConfigsBefore = erlmcp_nif:distinct_configs(),
+    {ok, Supervisor} = supervisor:start_link(?MODULE, []),
+    End = erlang:monotonic_time(millisecond) + round(Minutes * 60_000),
+    Asking = self(),
+    {Driver, Monitor} = spawn_monitor(fun() ->
+                                              Load = filled(Supervisor, Connections),
+                                              Asking ! {self(), filled},
+                                              exit({done, driven(erlang:monotonic_time(millisecond), End, Load)})
+                                      end),
+    receive {Driver, filled} -> ok end,
+    Samples = samples(erlang:monotonic_time(millisecond), 0, End),
+    #load{routes = Routes, deaths = Deaths, changes = Changes, failed = Failed} =
+        receive {'DOWN', Monitor, process, Driver, {done, Done}} -> Done end,
+    true = unlink(Supervisor),
+    Stopped = monitor(process, Supervisor),
+    true = exit(Supervisor, shutdown),
+    receive {'DOWN', Stopped, process, Supervisor, _} -> ok end,
     #{
-      rates => [Rate],
-      bare => [(Bare1 + Bare2) / 2],
-      refused => bench_load:refused(Load),
-      long_schedules => a_minute(of_ours(Long), Seconds),
-      bare_long_schedules => a_minute(BareLong1 ++ BareLong2, Seconds / 3),
-      samplers_percent => Samplers,
-      taken => Taken,
-      others_refused => OthersRefused,
-      exit_seconds => exit_all(Hub)
+      samples => Samples,
+      routes => Routes,
+      deaths => Deaths,
+      changes => Changes,
+      failed => Failed,
+      left => await_none(fun entries/0),
+      configs_left => await_none(fun() -> erlmcp_nif:distinct_configs() - ConfigsBefore end)
      }.
 
 
--spec a_minute([term()], float()) -> float().
-a_minute(Events, Seconds) ->
-    length(Events) * 60 / Seconds.
+-spec init([]) -> {ok, {supervisor:sup_flags(), [supervisor:child_spec()]}}.
+init([]) ->
+    Child = #{id => connection, start => {erlmcp_connection, start_link, []}, restart => temporary},
+    {ok, {#{strategy => simple_one_for_one}, [Child]}}.
 
 
--spec loaded(bench_load:way(), pos_integer(), bench_load:load(), float()) -> {float(), [list()]}.
-loaded(Way, Senders, Load, Seconds) ->
-    ok = bench_samplers:await_idle(),
-    bench_load:during(Way,
-                      Senders,
-                      Load,
-                      fun() ->
-                              Monitor = start_monitor(),
-                              Rate = bench_load:rate(Load, Seconds),
-                              {Rate, stop_monitor(Monitor)}
-                      end).
+-spec samples(integer(), non_neg_integer(), integer()) -> [sample()].
+samples(Start, N, End) when Start + N * ?SAMPLE_MS >= End ->
+    [];
+samples(Start, N, End) ->
+    ok = sleep_until(Start + N * ?SAMPLE_MS),
+    Sample = #{
+               seconds => float(N * ?SAMPLE_MS) / 1000,
+               resident => bench_peer:resident_now(),
+               vm => erlang:memory(total),
+               connections => erlmcp_shard_registry:count()
+              },
+    [Sample | samples(Start, N + 1, End)].
 
 
--spec start_monitor() -> pid().
-start_monitor() ->
-    Asking = self(),
-    Monitor = spawn_link(fun() ->
-                                 _ = erlang:system_monitor(self(), [{long_schedule, 1}]),
-                                 Asking ! {self(), started},
-                                 collect([])
-                         end),
-    receive {Monitor, started} -> Monitor end.
+-spec sleep_until(integer()) -> ok.
+sleep_until(DueMs) ->
+    timer:sleep(max(0, DueMs - erlang:monotonic_time(millisecond))).
 
 
--spec collect([list()]) -> {pid(), [list()]}.
-collect(Events) ->
-    receive
-        {monitor, _ProcessOrPort, long_schedule, Event} -> collect([Event | Events]);
-        {stop, Asking} ->
-            _ = erlang:system_monitor(undefined),
-            Asking ! {self(), Events}
-    end.
+-spec entries() -> non_neg_integer().
+entries() ->
+    #{servers := Servers, transports := Transports, connections := Connections} = erlmcp_shard_registry:stats(),
+    Servers + Transports + Connections.
 
 
--spec stop_monitor(pid()) -> [list()].
-stop_monitor(Monitor) ->
-    Monitor ! {stop, self()},
-    receive {Monitor, Events} -> Events end.
+%% Zero, or what is left after ten seconds. Removed entries are freed some operations later.
+-spec await_none(fun(() -> integer())) -> integer().
+await_none(Left) ->
+    await_none(Left, 10_000).
 
 
-%% The schedules that began or ended in a function of the application.
--spec of_ours([list()]) -> [list()].
-of_ours(Events) ->
-    [ Event
-      || Event <- Events,
-         lists:any(fun({_, {Module, _, _}}) -> lists:prefix("erlmcp_", atom_to_list(Module));
-                      (_) -> false
-                   end,
-                   Event) ].
-
-
-%% Messages that a suspended process accepts, and how many of those to others of its shard are refused
-%% afterwards.
--spec stall([{binary(), pid()}]) -> {non_neg_integer(), non_neg_integer()}.
-stall([{Stalled, Pid} | Others]) ->
-    true = erlang:suspend_process(Pid),
-    Taken = taken(Stalled, 0),
-    Shard = erlmcp_shard_registry:get_shard_id(Stalled),
-    OfItsShard = lists:sublist([ Id || {Id, _} <- Others, erlmcp_shard_registry:get_shard_id(Id) =:= Shard ], ?MAX_OTHERS),
-    Refused = [ Id || Id <- OfItsShard, erlmcp_shard_manager:route_message(Id, {mcp_message, Id, stalled}) =/= ok ],
-    true = erlang:resume_process(Pid),
-    {Taken, length(Refused)}.
-
-
-%% The bucket refills until the shard refuses.
--spec taken(binary(), non_neg_integer()) -> non_neg_integer().
-taken(Id, Taken) ->
-    case erlmcp_shard_manager:route_message(Id, {mcp_message, Id, stalled}) of
-        ok ->
-            taken(Id, Taken + 1);
-        {error, rate_limited} ->
-            ok = timer:sleep(1),
-            taken(Id, Taken);
-        {error, shard_overloaded} ->
-            Taken
-    end.
-
-
-%% Seconds until no connection is registered.
--spec exit_all(pid()) -> float().
-exit_all(Hub) ->
-    Start = erlang:monotonic_time(),
-    Hub ! stop,
-    ok = await_clean(),
-    bench_report:seconds(erlang:monotonic_time() - Start).
-
-
--spec await_clean() -> ok.
-await_clean() ->
-    case erlmcp_shard_registry:count() of
+-spec await_none(fun(() -> integer()), non_neg_integer()) -> integer().
+await_none(Left, LeftMs) ->
+    case Left() of
         0 ->
-            ok;
+            0;
+        Some when LeftMs =:= 0 ->
+            Some;
         _ ->
+            ok = erlmcp_shard_registry:register_connection(?MODULE, self(), none),
+            ok = erlmcp_shard_registry:unregister_connection(?MODULE),
             ok = timer:sleep(1),
-            await_clean()
+            await_none(Left, LeftMs - 1)
     end.
+
+
+%%% The load
+
+
+-spec filled(pid(), pos_integer()) -> #load{}.
+filled(Supervisor, Size) ->
+    Empty = #load{supervisor = Supervisor, slots = ets:new(?MODULE, [set, private]), size = Size, next = 1},
+    lists:foldl(fun started/2, Empty, lists:seq(1, Size)).
+
+
+%% Starts a new connection in a slot.
+-spec started(pos_integer(), #load{}) -> #load{}.
+started(Slot, #load{supervisor = Supervisor, slots = Slots, next = Serial} = Load) ->
+    Id = bench_population:id(Serial),
+    Config = bench_population:small_config(),
+    {ok, Pid} = supervisor:start_child(Supervisor, [#{id => Id, module => bench_session, capabilities => Config}]),
+    true = ets:insert(Slots, {Slot, Serial, Pid}),
+    Results = [erlmcp_registry:register_server(Id, Pid, Config),
+               erlmcp_registry:register_transport(bench_population:transport(Id), Pid, Config#{server_id => Id})],
+    lists:foldl(fun counted/2, Load#load{next = Serial + 1}, Results).
+
+
+-spec counted(ok | {error, term()}, #load{}) -> #load{}.
+counted(ok, Load) ->
+    Load;
+counted({error, Reason}, #load{failed = Failed} = Load) ->
+    Load#load{failed = maps:update_with(Reason, fun(Number) -> Number + 1 end, 1, Failed)}.
+
+
+%% A slice that is more than a second late begins a new schedule, so that the load stays steady.
+-spec driven(DueMs :: integer(), EndMs :: integer(), #load{}) -> #load{}.
+driven(Due, End, Load) when Due >= End ->
+    Load;
+driven(Due, End, Load) ->
+    ok = sleep_until(Due),
+    Now = erlang:monotonic_time(millisecond),
+    Done = slice(Load),
+    Next = case Now - Due > 1000 of
+               true -> Now;
+               false -> Due
+           end,
+    driven(Next + ?SLICE_MS, End, Done).
+
+
+-spec slice(#load{}) -> #load{}.
+slice(Load) ->
+    Routed = times(?ROUTES_A_SLICE, fun routed/1, Load),
+    Changed = times(?DEATHS_A_SLICE, fun changed/1, times(?DEATHS_A_SLICE, fun replaced/1, Routed)),
+    case Changed#load.changes rem (?DEATHS_A_SLICE * 1000 div ?SLICE_MS) of
+        0 -> counted(erlmcp_native:set(token_bucket, #{capacity => 1000 + Changed#load.changes rem 7}), Changed);
+        _ -> Changed
+    end.
+
+
+-spec times(non_neg_integer(), fun((#load{}) -> #load{}), #load{}) -> #load{}.
+times(0, _Do, Load) -> Load;
+times(N, Do, Load) -> times(N - 1, Do, Do(Load)).
+
+
+-spec random(#load{}) -> {pos_integer(), binary(), pid()}.
+random(#load{slots = Slots, size = Size}) ->
+    [{Slot, Serial, Pid}] = ets:lookup(Slots, rand:uniform(Size)),
+    {Slot, bench_population:id(Serial), Pid}.
+
+
+-spec routed(#load{}) -> #load{}.
+routed(#load{routes = Routes, request = Request} = Load) ->
+    {_, Id, _} = random(Load),
+    Transport = bench_population:transport(Id),
+    Result = case Routes rem 2 of
+                 0 -> erlmcp_shard_manager:route_message(Id, {mcp_message, Transport, Request});
+                 1 -> erlmcp_registry:route_to_server(Id, Transport, Request)
+             end,
+    counted(Result, Load#load{routes = Routes + 1}).
+
+
+-spec replaced(#load{}) -> #load{}.
+replaced(#load{deaths = Deaths} = Load) ->
+    {Slot, Id, Pid} = random(Load),
+    true = case Deaths rem 2 of
+               0 ->
+                   exit(Pid, kill);
+               1 ->
+                   ok = erlmcp_shard_registry:unregister_connection(Id),
+                   exit(Pid, shutdown)
+           end,
+    started(Slot, Load#load{deaths = Deaths + 1}).
+
+
+-spec changed(#load{}) -> #load{}.
+changed(#load{changes = Changes} = Load) ->
+    {_, Id, _} = random(Load),
+    Config = (bench_population:small_config())#{version => integer_to_binary(Changes)},
+    counted(erlmcp_shard_registry:update_connection(Id, Config), Load#load{changes = Changes + 1}).
