@@ -118,9 +118,11 @@ received(Event, Pid) ->
     receive {Event, Pid} -> ok end.
 
 
+%% Only a hibernating process has a heap that is smaller than its minimum.
 is_hibernating(Pid) ->
-    process_info(Pid, [current_function, message_queue_len]) =:=
-    [{current_function, {erlang, hibernate, 3}}, {message_queue_len, 0}].
+    [{status, Status}, {message_queue_len, Messages}, {total_heap_size, Words}, {garbage_collection, Collection}] =
+        process_info(Pid, [status, message_queue_len, total_heap_size, garbage_collection]),
+    Status =:= waiting andalso Messages =:= 0 andalso Words < proplists:get_value(min_heap_size, Collection).
 
 
 await_hibernation(Pid) ->
