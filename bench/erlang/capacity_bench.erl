@@ -72,7 +72,7 @@ memory_rows(Entries, Native, Ets) ->
     Beside = fun(Bytes) -> Bytes / Entries - ?ID_BYTES end,
     [bench_report:floor(figure,
                         400.0,
-                        bench_report:size_row("memory",
+                        bench_report:size_row("entries",
                                               "an entry of " ++ bench_report:thousands(Entries) ++
                                               " beside the id",
                                               Beside(Native),
@@ -84,7 +84,7 @@ memory_rows(Entries, Native, Ets) ->
 -spec sharing_rows(pos_integer(), integer(), integer(), integer()) -> [bench_report:row()].
 sharing_rows(Connections, Shared, Distinct, ConfigBytes) ->
     Number = bench_report:thousands(Connections),
-    [bench_report:size_row("memory",
+    [bench_report:size_row("entries",
                            Number ++ " equal configs of " ++
                            integer_to_list(ConfigBytes div 1000) ++ " KB",
                            Shared / 1.0e6,
@@ -93,7 +93,7 @@ sharing_rows(Connections, Shared, Distinct, ConfigBytes) ->
                            Connections * ConfigBytes / 1.0e6),
      bench_report:floor(figure,
                         1.0,
-                        bench_report:size_row("memory",
+                        bench_report:size_row("entries",
                                               "distinct terms kept for them",
                                               float(Distinct),
                                               "term",

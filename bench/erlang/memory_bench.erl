@@ -8,25 +8,25 @@
 %%% <ul>
 %%% <li>`connection': `erlmcp_connection', which registers itself and hibernates</li>
 %%% <li>`used': the same after its first message, which has built its state, and hibernating again</li>
+%%% <li>`own': the same, each with capabilities that no other one has</li>
 %%% <li>`unregistered': the process of `erlmcp_connection' without its registration</li>
 %%% <li>`gen_server': a `gen_server' without options</li>
 %%% <li>`current': the same, registered as a server in the registry that is one `gen_server' ({@link bench_baseline})</li>
 %%% <li>`elixir': the same, named in Elixir's Registry with unique keys and as many partitions as schedulers</li>
 %%% </ul>
 %%%
-%%% *The parts* of a connection: `process' is what `process_info/2' with `memory' returns; `monitor' is the growth of what the
-%%% VM counts in `erlang:memory/1' as binaries and as its own, and `supervisor' that of the supervisor's heap. The *native
-%%% part* is the difference of the resident memories of `connection' and `unregistered', less the id: table, entry, lease,
-%%% monitor, and what the allocators waste.
+%%% *The parts* of a connection: `process' is what `process_info/2' returns as its memory. The *native part* is what
+%%% `connection' takes more than `unregistered', less the id. Of that, `watch and monitor' is the growth of `erlang:memory(system)':
+%%% the resource and its monitor, which the VM allocates. The rest is table, entry and lease, and what the allocators waste.
 -module(memory_bench).
 -behaviour(supervisor).
 
 -export([run/1]).
 %% In the peer
 -export([measure/2]).
--export([init/1, start_connection/2, start_unregistered/1]).
+-export([init/1, start_connection/2, start_unregistered/4]).
 
--type way() :: connection | unregistered | gen_server | current | elixir.
+-type way() :: connection | own | unregistered | gen_server | current | elixir.
 %% Bytes for each connection.
 -type figures() :: #{resident := float(), process := float(), vm := float(), supervisor := float(), used => float()}.
 
@@ -47,7 +47,7 @@ run(#{sizes := Given, progress := Progress}) ->
                 default -> ?SIZES;
                 _ -> Given
             end,
-    Ways = [connection, unregistered, gen_server, current] ++ [ elixir || bench_elixir:start() =:= ok ],
+    Ways = [connection, own, unregistered, gen_server, current] ++ [ elixir || bench_elixir:start() =:= ok ],
     lists:append([ rows(Size, maps:from_list([ {Way, in_peer(Way, Size, Progress)} || Way <- Ways ])) || Size <- Sizes ]).
 
 
@@ -83,7 +83,8 @@ rows(Size, #{connection := Connection} = Ways) ->
          is_map_key(Way, Ways) ] ++
     [Row("process", Process, "a gen_server", Of(process, gen_server)),
      native_row(Size, Row("native part, beside the id", InAll - Of(resident, unregistered) - ?ID_BYTES, none, none)),
-     Row("of that, counted by the VM", Vm - Of(vm, unregistered), none, none),
+     Row("of that, watch and monitor", Vm - Of(vm, unregistered), none, none),
+     Row("capabilities of its own", Of(resident, own) - InAll, none, none),
      Row("share of the supervisor", Supervisor, none, none)].
 
 
@@ -156,14 +157,13 @@ memory(Supervisor) ->
 
 -spec start_connection(way(), pos_integer()) -> {ok, pid()}.
 start_connection(connection, N) ->
-    erlmcp_connection:start_link(#{
-                                   id => bench_population:id(N),
-                                   module => bench_session,
-                                   args => N,
-                                   capabilities => bench_population:small_config()
-                                  });
+    start_registered(N, bench_population:small_config());
+start_connection(own, N) ->
+    start_registered(N, (bench_population:small_config())#{version => integer_to_binary(N)});
 start_connection(unregistered, N) ->
-    proc_lib:start_link(?MODULE, start_unregistered, [[bench_session, N, 1000]], infinity, erlmcp_process:spawn_opts());
+    %% With arguments of the same size.
+    Start = [default, bench_population:id(N), bench_population:small_config(), [bench_session, N, 1000]],
+    proc_lib:start_link(?MODULE, start_unregistered, Start, infinity, erlmcp_process:spawn_opts());
 start_connection(gen_server, N) ->
     gen_server:start_link(bench_session, N, []);
 start_connection(current, N) ->
@@ -175,8 +175,18 @@ start_connection(elixir, N) ->
     gen_server:start_link({via, 'Elixir.Registry', Name}, bench_session, N, []).
 
 
--spec start_unregistered([term()]) -> no_return().
-start_unregistered(Unused) ->
+-spec start_registered(pos_integer(), map()) -> {ok, pid()}.
+start_registered(N, Capabilities) ->
+    erlmcp_connection:start_link(#{
+                                   id => bench_population:id(N),
+                                   module => bench_session,
+                                   args => N,
+                                   capabilities => Capabilities
+                                  }).
+
+
+-spec start_unregistered(term(), term(), term(), [term()]) -> no_return().
+start_unregistered(_Registry, _Id, _Capabilities, Unused) ->
     _ = put('$initial_call', {bench_session, init, 1}),
     ok = proc_lib:init_ack({ok, self()}),
     proc_lib:hibernate(erlmcp_connection, use, Unused).

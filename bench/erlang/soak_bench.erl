@@ -43,9 +43,12 @@
 -define(SLICE_MS,       10).
 -define(ROUTES_A_SLICE, 200).
 -define(DEATHS_A_SLICE, 2).
--define(SAMPLE_MS,      1000).
--define(POINTS,         20).
--define(FLAT_PERCENT,   1.0).
+-define(LATE_MS,        100).
+%% Short, so that most sessions hibernate at any time, also when the load falters.
+-define(HIBERNATE_MS, 100).
+-define(SAMPLE_MS,    1000).
+-define(POINTS,       20).
+-define(FLAT_PERCENT, 1.0).
 
 
 -spec run(registry_bench:options()) -> [bench_report:row()].
@@ -170,25 +173,39 @@ entries() ->
     Servers + Transports + Connections.
 
 
-%% Zero, or what is left after ten seconds. Removed entries are freed some operations later.
+%% Zero, or what is left after ten seconds.
 -spec await_none(fun(() -> integer())) -> integer().
 await_none(Left) ->
-    await_none(Left, 10_000).
+    await_none(Left, 100).
 
 
 -spec await_none(fun(() -> integer()), non_neg_integer()) -> integer().
-await_none(Left, LeftMs) ->
+await_none(Left, Looks) ->
+    ok = free(),
     case Left() of
         0 ->
             0;
-        Some when LeftMs =:= 0 ->
+        Some when Looks =:= 0 ->
             Some;
         _ ->
-            ok = erlmcp_shard_registry:register_connection(?MODULE, self(), none),
-            ok = erlmcp_shard_registry:unregister_connection(?MODULE),
-            ok = timer:sleep(1),
-            await_none(Left, LeftMs - 1)
+            ok = timer:sleep(100),
+            await_none(Left, Looks - 1)
     end.
+
+
+%% Each scheduler frees what it has removed some operations later.
+-spec free() -> ok.
+free() ->
+    bench_population:await([ spawn_opt(fun() -> lists:foreach(fun register_and_unregister/1, lists:seq(1, 300)) end,
+                                       [monitor, {scheduler, Scheduler}])
+                             || Scheduler <- lists:seq(1, erlang:system_info(schedulers_online)) ]).
+
+
+-spec register_and_unregister(pos_integer()) -> ok.
+register_and_unregister(N) ->
+    Id = {?MODULE, self(), N},
+    ok = erlmcp_shard_registry:register_connection(Id, self(), none),
+    erlmcp_shard_registry:unregister_connection(Id).
 
 
 %%% The load
@@ -205,7 +222,8 @@ filled(Supervisor, Size) ->
 started(Slot, #load{supervisor = Supervisor, slots = Slots, next = Serial} = Load) ->
     Id = bench_population:id(Serial),
     Config = bench_population:small_config(),
-    {ok, Pid} = supervisor:start_child(Supervisor, [#{id => Id, module => bench_session, capabilities => Config}]),
+    Options = #{id => Id, module => bench_session, capabilities => Config, hibernate_after_ms => ?HIBERNATE_MS},
+    {ok, Pid} = supervisor:start_child(Supervisor, [Options]),
     true = ets:insert(Slots, {Slot, Serial, Pid}),
     Results = [erlmcp_registry:register_server(Id, Pid, Config),
                erlmcp_registry:register_transport(bench_population:transport(Id), Pid, Config#{server_id => Id})],
@@ -219,7 +237,7 @@ counted({error, Reason}, #load{failed = Failed} = Load) ->
     Load#load{failed = maps:update_with(Reason, fun(Number) -> Number + 1 end, 1, Failed)}.
 
 
-%% A slice that is more than a second late begins a new schedule, so that the load stays steady.
+%% A slice that is late by much begins a new schedule, so that the load stays steady.
 -spec driven(DueMs :: integer(), EndMs :: integer(), #load{}) -> #load{}.
 driven(Due, End, Load) when Due >= End ->
     Load;
@@ -227,7 +245,7 @@ driven(Due, End, Load) ->
     ok = sleep_until(Due),
     Now = erlang:monotonic_time(millisecond),
     Done = slice(Load),
-    Next = case Now - Due > 1000 of
+    Next = case Now - Due > ?LATE_MS of
                true -> Now;
                false -> Due
            end,
