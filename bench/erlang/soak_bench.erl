@@ -133,13 +133,14 @@ measure(Connections, Minutes) ->
     Stopped = monitor(process, Supervisor),
     true = exit(Supervisor, shutdown),
     receive {'DOWN', Stopped, process, Supervisor, _} -> ok end,
+    Left = entries_left(100),
     #{
       samples => Samples,
       routes => Routes,
       deaths => Deaths,
       changes => Changes,
       failed => Failed,
-      left => await_none(fun entries/0),
+      left => Left,
       configs_left => max(0, erlmcp_nif:distinct_configs() - ConfigsBefore)
      }.
 
@@ -169,29 +170,19 @@ sleep_until(DueMs) ->
     timer:sleep(max(0, DueMs - erlang:monotonic_time(millisecond))).
 
 
--spec entries() -> non_neg_integer().
-entries() ->
-    #{servers := Servers, transports := Transports, connections := Connections} = erlmcp_shard_registry:stats(),
-    Servers + Transports + Connections.
-
-
-%% Zero, or what is left after ten seconds.
--spec await_none(fun(() -> integer())) -> integer().
-await_none(Left) ->
-    await_none(Left, 100).
-
-
--spec await_none(fun(() -> integer()), non_neg_integer()) -> integer().
-await_none(Left, Looks) ->
+%% Zero, or what is left after so many looks, a tenth of a second each.
+-spec entries_left(non_neg_integer()) -> non_neg_integer().
+entries_left(Looks) ->
     ok = free(),
-    case Left() of
+    #{servers := Servers, transports := Transports, connections := Connections} = erlmcp_shard_registry:stats(),
+    case Servers + Transports + Connections of
         0 ->
             0;
         Some when Looks =:= 0 ->
             Some;
         _ ->
             ok = timer:sleep(100),
-            await_none(Left, Looks - 1)
+            entries_left(Looks - 1)
     end.
 
 
