@@ -69,6 +69,7 @@
                   mode := erlmcp_rollout:mode(),
                   registry_process := pid() | undefined,
                   health := health(),
+                  capability_store := erlmcp_capability_store:info(),
                   registry => erlmcp_shard_registry:stats(),
                   backpressure => backpressure(),
                   bindings => non_neg_integer(),
@@ -96,7 +97,8 @@ info() ->
              application => application_state(),
              mode => erlmcp_rollout:get(),
              registry_process => whereis(erlmcp_registry),
-             health => health()
+             health => health(),
+             capability_store => erlmcp_capability_store:info()
             },
     case erlmcp_registry_native:load_error() of
         none ->
@@ -271,7 +273,8 @@ i() ->
             print("distinct configs", "~b", [Configs]),
             print("message stores", "~b with ~b messages, ~b bytes", [Stores, Messages, Bytes]),
             print_backpressure(Backpressure)
-    end.
+    end,
+    print_capabilities(maps:get(capability_store, Info)).
 
 
 %%% What is installed and what runs: printing
@@ -319,6 +322,11 @@ print_backpressure(#{backpressure := Switch, circuit := Circuit, overloaded_shar
     print("backpressure", "~p", [Switch]),
     print("circuit", "~p", [Circuit]),
     print("overloaded", "~b shards ~w", [length(Overloaded), lists:sublist(Overloaded, 10)]).
+
+
+-spec print_capabilities(erlmcp_capability_store:info()) -> ok.
+print_capabilities(#{keys := Keys, terms := Terms, bytes := Bytes, max_bytes := MaxBytes}) ->
+    print("capabilities", "~b keys of ~b terms, ~b of ~b bytes", [Keys, Terms, Bytes, MaxBytes]).
 
 
 -spec print(string(), io:format(), [term()]) -> ok.

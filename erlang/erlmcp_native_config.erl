@@ -15,6 +15,8 @@
 %%% registering a server or transport under an id that the same process already has</td></tr>
 %%% <tr><td>`global_timeout_ms'</td><td>5000</td><td>1 to 86,400,000: how long a call in the scope `global'
 %%% waits for other nodes</td></tr>
+%%% <tr><td>`capability_store'</td><td>`#{max_terms => 1000, max_bytes => 67108864}'</td><td>a map with
+%%% either key or both: 1 to 10,000 terms, 1 to 2^29 bytes; see {@link erlmcp_capability_store}</td></tr>
 %%% <tr><td>`backpressure' *</td><td>`on'</td><td>`on' or `off': whether messages are refused at
 %%% all</td></tr>
 %%% <tr><td>`token_bucket' *</td><td>`#{capacity => 1000, rate_per_second => 10000}'</td><td>a map with
@@ -34,7 +36,7 @@
 %%% is off then.
 %%%
 %%% The first three keys are the bounds of the default registry and cannot be changed once it exists.
-%%% `same_pid' and `global_timeout_ms' are read whenever they are needed. Keys with a star are changed in a running
+%%% `same_pid', `global_timeout_ms' and `capability_store' are read whenever they are needed. Keys with a star are changed in a running
 %%% system: `architecture_version' by {@link erlmcp_rollout:set/1}, the others by {@link erlmcp_native:set/2};
 %%% `application:set_env/3' alone takes effect at the next start.
 %%%
@@ -53,7 +55,7 @@
          check_target_breaker/1,
          map_expected/0]).
 %% What is in force, and changes in a running system
--export([get/1, health/0, global_timeout_ms/0, set/2, configure/0, configure_alone/0, begin_admission/0, forget/0, switch/0]).
+-export([get/1, health/0, global_timeout_ms/0, capability_store/0, set/2, configure/0, configure_alone/0, begin_admission/0, forget/0, switch/0]).
 -export([set_threshold/2]).
 
 -export_type([limits/0, error/0, not_loaded/0, key/0, live_key/0]).
@@ -66,6 +68,7 @@
                max_id_bytes |
                same_pid |
                global_timeout_ms |
+               capability_store |
                architecture_version |
                require_native |
                backpressure |
@@ -88,7 +91,7 @@
 %% application.
 -define(ENVIRONMENT_MS, 100).
 -define(ROLLOUT_KEYS,   [architecture_version, require_native]).
--define(KEYS,           (?REGISTRY_KEYS ++ ?ROLLOUT_KEYS ++ [same_pid, global_timeout_ms | ?LIVE_KEYS])).
+-define(KEYS,           (?REGISTRY_KEYS ++ ?ROLLOUT_KEYS ++ [same_pid, global_timeout_ms, capability_store | ?LIVE_KEYS])).
 
 
 %% @doc The value of a key in force: the one that was set last, or was configured when the application started; else
@@ -117,10 +120,21 @@ health() ->
 %% was checked, or not checked at all without the application: a wrong value is ignored.
 -spec global_timeout_ms() -> pos_integer().
 global_timeout_ms() ->
-    Configured = configured(global_timeout_ms),
-    case validate(global_timeout_ms, Configured) of
+    valid_or_default(global_timeout_ms).
+
+
+%% @doc The bounds of {@link erlmcp_capability_store}. A wrong value is ignored, as above.
+-spec capability_store() -> #{max_terms := pos_integer(), max_bytes := pos_integer()}.
+capability_store() ->
+    valid_or_default(capability_store).
+
+
+-spec valid_or_default(key()) -> term().
+valid_or_default(Key) ->
+    Configured = configured(Key),
+    case validate(Key, Configured) of
         ok -> Configured;
-        {expected, _} -> default(global_timeout_ms)
+        {expected, _} -> default(Key)
     end.
 
 
@@ -230,6 +244,7 @@ default(max_entries) -> 2_000_000;
 default(max_id_bytes) -> 65_535;
 default(same_pid) -> already_registered;
 default(global_timeout_ms) -> 5000;
+default(capability_store) -> #{max_terms => 1000, max_bytes => 64 bsl 20};
 default(architecture_version) -> '100x';
 default(require_native) -> false;
 default(backpressure) -> on;
@@ -597,6 +612,7 @@ validate(same_pid, already_registered) -> ok;
 validate(same_pid, _) -> {expected, "already_registered or ok"};
 validate(global_timeout_ms, N) when is_integer(N), N >= 1, N =< 86_400_000 -> ok;
 validate(global_timeout_ms, _) -> {expected, "an integer from 1 to 86400000"};
+validate(capability_store, Map) -> validate_map(capability_store, Map, "");
 validate(architecture_version, current) -> ok;
 validate(architecture_version, '100x') -> ok;
 validate(architecture_version, {percent, P}) when is_integer(P), P >= 0, P =< 100 -> ok;
@@ -641,6 +657,9 @@ field(_Key, Field) -> Field.
 
 
 -spec is_valid(atom(), term()) -> boolean().
+is_valid(max_terms, N) -> is_integer(N) andalso N >= 1 andalso N =< 10_000;
+%% The VM has a gigabyte for all persistent terms and literals, and crashes without room.
+is_valid(max_bytes, N) -> is_integer(N) andalso N >= 1 andalso N =< 1 bsl 29;
 is_valid(capacity, N) -> is_integer(N) andalso N >= 1 andalso N < 1 bsl 32;
 is_valid(rate_per_second, N) -> is_number(N) andalso N >= 1 / 3600 andalso N =< 1.0e9;
 is_valid(threshold, N) -> N =:= auto orelse is_integer(N) andalso N >= 1 andalso N =< 1 bsl 40;
@@ -658,6 +677,8 @@ is_valid(memory_bytes, N) -> N =:= machine orelse N =:= infinity orelse is_integ
 
 
 -spec range(atom()) -> string().
+range(max_terms) -> "an integer from 1 to 10000";
+range(max_bytes) -> "an integer from 1 to 536870912";
 range(capacity) -> "an integer from 1 to 2^32 - 1";
 range(rate_per_second) -> "a number from 1/3600 to 10^9";
 range(threshold) -> "auto, or an integer from 1 to 2^40";

@@ -30,7 +30,7 @@
 %%% <tr><td>`circuit_half_open', `circuit_closed'</td><td>notice</td><td>`breaker'</td></tr>
 %%% <tr><td>`health_degraded'</td><td>warning</td><td>`reasons'</td></tr>
 %%% <tr><td>`health_ok'</td><td>notice</td><td></td></tr>
-%%% <tr><td>`control_plane_not_started', `connection_events_not_started'</td><td>error</td><td>`reason'</td></tr>
+%%% <tr><td>`control_plane_not_started', `connection_events_not_started', `capability_store_not_started'</td><td>error</td><td>`reason'</td></tr>
 %%% <tr><td>`switched'</td><td>notice</td><td>`from', `to', `details'</td></tr>
 %%% <tr><td>`switch_failed'</td><td>error</td><td>`from', `to', `reason', `details'</td></tr>
 %%% <tr><td>`unknown_target'</td><td>warning</td><td>`target', `id', `suppressed': the number of such
@@ -107,6 +107,8 @@ text(control_plane_not_started, #{reason := Reason}) ->
     {"the control plane could not be started: ~0tP. Messages are routed without it.", [Reason, 100]};
 text(connection_events_not_started, #{reason := Reason}) ->
     {"the events of connections could not be started: ~0tP. Connections are registered without them.", [Reason, 100]};
+text(capability_store_not_started, #{reason := Reason}) ->
+    {"the capability store could not be started: ~0tP. Connections are registered and routed without it.", [Reason, 100]};
 text(switched, #{from := From, to := To, details := Details}) ->
     {"switched from ~0tp to ~0tp: ~0tp", [From, To, Details]};
 text(switch_failed, #{from := From, to := To, reason := Reason, details := Details}) ->

@@ -5,12 +5,13 @@
 %%%
 %%% Registrations live in native memory and routing runs in the
 %%% callers, so every process here can be restarted at any time. Without the native library there is
-%%% nothing to supervise.
+%%% only the capability store to supervise.
 %%%
 %%% ```
-%%% erlmcp_native_sup                      owns the tables of recovery, health and events
+%%% erlmcp_native_sup                      owns the tables of recovery, health, events and the capability store
 %%% |- erlmcp_shard_sup                    owns the table of the samplers
 %%% |  `- {manager, Shard}, one a shard    erlmcp_shard_manager
+%%% |- erlmcp_capability_store_sup         erlmcp_capability_store
 %%% |- erlmcp_connection_events_sup        erlmcp_connection_events
 %%% `- erlmcp_control_plane_sup            erlmcp_shard_recovery, erlmcp_shard_metrics, erlmcp_shard_health
 %%% '''
@@ -27,7 +28,8 @@
 %%% reports it, and `supervisor:restart_child(erlmcp_native_sup, erlmcp_control_plane_sup)' starts it
 %%% again. A control plane that cannot be started is one line in the log;</li>
 %%% <li>`erlmcp_connection_events_sup' exits alone too: no events are sent, and {@link
-%%% erlmcp_connection_events:subscribe/1} returns `{error, not_running}'.</li>
+%%% erlmcp_connection_events:subscribe/1} returns `{error, not_running}'. So does `erlmcp_capability_store_sup': terms
+%%% are read as before, and none is added or removed.</li>
 %%% </ul>
 %%%
 %%% OTP's report of the supervisor that gives up names the process, with the reason
@@ -44,7 +46,7 @@
 %%% probability of 10<sup>-15</sup>. At 20 kills a second it is 10<sup>-6</sup>.</li>
 %%% <li>The control plane: 40 restarts in 55 seconds. Its processes tick once a second, so a process that crashes
 %%% with each tick has 55 crashes in that time, and is given up at the 41st. 13 kills of each of the three
-%%% processes are allowed. The process of events has the same intensity, by itself.</li>
+%%% processes are allowed. The processes of events and of the capability store have the same intensity, each by itself.</li>
 %%% <li>`erlmcp_shard_sup' and `erlmcp_native_sup' count supervisors that were killed, since those do not crash
 %%% by themselves. Ten kills a second cause 100 restarts of managers' supervisors in 10 seconds (200 are allowed);
 %%% three supervisors that are each killed ten times a second cause 300 (400 are allowed).</li>
@@ -65,6 +67,7 @@
 %% The name of a supervisor, or the shard whose manager it supervises.
 -type tree() :: erlmcp_native_sup |
                 erlmcp_shard_sup |
+                erlmcp_capability_store_sup |
                 erlmcp_connection_events_sup |
                 erlmcp_control_plane_sup |
                 {manager, non_neg_integer()}.
@@ -141,6 +144,7 @@ warn_unless_equal(Existing, Wanted) ->
 %% @private
 -spec stop(term()) -> ok.
 stop(_State) ->
+    ok = erlmcp_capability_store:erase(),
     erlmcp_native_config:forget().
 
 
@@ -160,13 +164,16 @@ start_top() ->
 -spec start_link(tree()) -> supervisor:startlink_ret().
 start_link({manager, _Shard} = Tree) ->
     supervisor:start_link(?MODULE, Tree);
-start_link(Name) when Name =:= erlmcp_control_plane_sup; Name =:= erlmcp_connection_events_sup ->
+start_link(Name) when Name =:= erlmcp_control_plane_sup;
+                      Name =:= erlmcp_connection_events_sup;
+                      Name =:= erlmcp_capability_store_sup ->
     case supervisor:start_link({local, Name}, ?MODULE, Name) of
         %% If a child was killed during its start, the next attempt starts it.
         {error, {shutdown, {failed_to_start_child, _Child, Reason}} = Failure} when Reason =/= killed ->
             Event = case Name of
                         erlmcp_control_plane_sup -> control_plane_not_started;
-                        erlmcp_connection_events_sup -> connection_events_not_started
+                        erlmcp_connection_events_sup -> connection_events_not_started;
+                        erlmcp_capability_store_sup -> capability_store_not_started
                     end,
             ok = erlmcp_native_log:log(error, Event, #{reason => Failure}),
             ignore;
@@ -193,6 +200,8 @@ init({manager, Shard}) ->
     {ok, {flags(40, 55), [process({erlmcp_shard_manager, Shard}, erlmcp_shard_manager, [Shard])]}};
 init(erlmcp_connection_events_sup) ->
     {ok, {flags(40, 55), [process(erlmcp_connection_events, erlmcp_connection_events, [])]}};
+init(erlmcp_capability_store_sup) ->
+    {ok, {flags(40, 55), [process(erlmcp_capability_store, erlmcp_capability_store, [])]}};
 init(erlmcp_control_plane_sup) ->
     Modules = [erlmcp_shard_recovery, erlmcp_shard_metrics, erlmcp_shard_health],
     {ok, {flags(40, 55), [ process(Module, Module, []) || Module <- Modules ]}}.
@@ -205,16 +214,23 @@ raise_priority() ->
     ok.
 
 
+%% The tables are owned by the top supervisor, so that they outlive the supervisors of their writers.
 -spec trees(none | erlmcp_nif:load_error()) -> [supervisor:child_spec()].
 trees(none) ->
-    %% Owned by the top supervisor, so that they outlive the supervisors of their writers.
     ok = erlmcp_shard_recovery:new(),
     ok = erlmcp_shard_health:new(),
     ok = erlmcp_connection_events:new(),
-    [ (tree(Name, start_child, [?MODULE, [Name]]))#{significant => Name =:= erlmcp_shard_sup}
-      || Name <- [erlmcp_shard_sup, erlmcp_connection_events_sup, erlmcp_control_plane_sup] ];
+    ok = erlmcp_capability_store:new(),
+    [ top_tree(Name)
+      || Name <- [erlmcp_shard_sup, erlmcp_capability_store_sup, erlmcp_connection_events_sup, erlmcp_control_plane_sup] ];
 trees(_LoadError) ->
-    [].
+    ok = erlmcp_capability_store:new(),
+    [top_tree(erlmcp_capability_store_sup)].
+
+
+-spec top_tree(tree()) -> supervisor:child_spec().
+top_tree(Name) ->
+    (tree(Name, start_child, [?MODULE, [Name]]))#{significant => Name =:= erlmcp_shard_sup}.
 
 
 -spec flags(Intensity :: pos_integer(), PeriodSeconds :: pos_integer()) -> supervisor:sup_flags().

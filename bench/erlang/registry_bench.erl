@@ -32,12 +32,13 @@
                      strict := boolean(),
                      progress := fun(() -> ok)
                     }.
--type section() :: lookup | guarded | limits | stores | groups | breakers | routing | growth | registration | latency | capacity | deaths | restart | losses | profiles | memory | stress | soak.
+-type section() :: lookup | guarded | limits | stores | capabilities | groups | breakers | routing | growth | registration | latency | capacity | deaths | restart | losses | profiles | memory | stress | soak.
 
 -define(SECTIONS, [{lookup, lookup_bench},
                    {guarded, backpressure_bench},
                    {limits, keyed_limiter_bench},
                    {stores, message_store_bench},
+                   {capabilities, capability_bench},
                    {groups, group_bench},
                    {breakers, breaker_bench},
                    {routing, routing_bench},

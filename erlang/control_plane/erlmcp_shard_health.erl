@@ -27,7 +27,7 @@
 %%% <tr><td>`{memory_bytes, Used, Limit}'</td><td>the resident memory of the VM</td></tr>
 %%% <tr><td>`{control_plane_down, [Name]}'</td><td>these processes do not run, or, of the control plane, have done
 %%% nothing for five seconds. If all of a supervisor are named for longer than a moment, one of them has crashed repeatedly, and the
-%%% supervisor was given up: of the control plane, or of {@link erlmcp_connection_events}</td></tr>
+%%% supervisor was given up: of the control plane, of {@link erlmcp_connection_events}, or of {@link erlmcp_capability_store}</td></tr>
 %%% </table>
 %%%
 %%% == Limits ==
@@ -88,7 +88,9 @@
                         erlmcp_shard_metrics,
                         erlmcp_shard_recovery,
                         erlmcp_connection_events_sup,
-                        erlmcp_connection_events]).
+                        erlmcp_connection_events,
+                        erlmcp_capability_store_sup,
+                        erlmcp_capability_store]).
 
 -record(state, {
           %% The latest first.
