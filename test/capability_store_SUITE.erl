@@ -322,7 +322,7 @@ no_term_above_a_mebibyte(_Config) ->
                   list_to_tuple(lists:seq(1, 140_000)),
                   maps:from_list([ {N, N} || N <- lists:seq(1, 40_000) ]),
                   test_terms:fun_with(lists:seq(1, 70_000)),
-                  1 bsl (9 bsl 20)] ],
+                  lists:duplicate(10, 1 bsl 1_000_000)] ],
     ?assertMatch(#{keys := 0, terms := 0, bytes := 0}, ?S:info()),
     {ok, _} = ?S:get_or_create(key, fun() -> lists:seq(1, 65_000) end).
 

@@ -86,6 +86,10 @@ in_current() ->
     ok = erlmcp_registry:route_to_server(unknown, t, 4),
     ok = erlmcp_registry:route_message({transport, t}, 5),
     ok = erlmcp_registry:route_message({server, s}, 6),
+    {ok, [add]} = erlmcp_capability_store:get_or_create(tools, fun() -> [add] end),
+    {ok, [add]} = erlmcp_capability_store:get(tools),
+    ok = erlmcp_capability_store:release(tools),
+    {error, not_found} = erlmcp_capability_store:get(tools),
     [{mcp_message, t, 1}, {mcp_response, s, 2}, {mcp_response, s, 3}, {mcp_response, s, 5}, {mcp_response, s, 6}] =
         [ receive
               {Kind, From, Content} when Kind =:= mcp_message; Kind =:= mcp_response -> {Kind, From, Content}

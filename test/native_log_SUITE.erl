@@ -90,6 +90,7 @@ each_event_is_one_sentence(_Config) ->
                #{event => health_ok},
                #{event => control_plane_not_started, reason => {shutdown, x}},
                #{event => connection_events_not_started, reason => {shutdown, x}},
+               #{event => capability_store_not_started, reason => {shutdown, x}},
                #{event => switched, from => current, to => '100x', details => #{}},
                #{event => switch_failed, from => current, to => '100x', reason => r, details => #{}},
                #{event => unknown_target, target => transport_of, id => <<"s">>, suppressed => 0},

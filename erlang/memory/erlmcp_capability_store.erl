@@ -65,7 +65,7 @@
 
 -type key() :: term().
 %% The key of a persistent term, whose value is `{ok, Term}'.
--type name() :: {?MODULE, Hash :: non_neg_integer(), pos_integer()}.
+-type name() :: {?MODULE, Hash :: non_neg_integer(), Number :: non_neg_integer()}.
 -type info() :: #{
                   keys := non_neg_integer(),
                   holders := non_neg_integer(),
