@@ -355,7 +355,7 @@ bytes_are_those_of_the_heap(_Config) ->
              maps:from_list([ {N, N} || N <- lists:seq(1, 1_000) ]),
              maps:from_list([ {{N}, [N]} || N <- lists:seq(1, 10_000) ]),
              [ 1 bsl N || N <- lists:seq(60, 500) ],
-             [ <<N:256>> || N <- lists:seq(1, 100) ]],
+             [ binary:copy(<<N:256>>) || N <- lists:seq(1, 100) ]],
     [ begin
           {ok, _} = ?S:get_or_create(Number, fun() -> Term end),
           #{bytes := Bytes} = ?S:info(),

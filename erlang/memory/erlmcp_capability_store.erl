@@ -291,10 +291,11 @@ left(Map, Left) when is_map(Map) ->
             end,
     maps:fold(fun(Key, Value, Sofar) -> left(Value, left(Key, Sofar)) end, spend_words(Words, Left), Map);
 left(Binary, Left) when is_binary(Binary) ->
+    Size = byte_size(Binary),
     case binary:referenced_byte_size(Binary) of
-        %% On the heap.
-        Bytes when Bytes =< 64 -> spend_words(2 + (Bytes + 7) div 8, Left);
-        Bytes -> spend_words(6, spend(Bytes, Left))
+        %% On the heap. OTP 27 returns bits for these.
+        Referenced when Size =< 64, Referenced =< 8 * Size -> spend_words(2 + (Size + 7) div 8, Left);
+        Referenced -> spend_words(6, spend(Referenced, Left))
     end;
 left(Bits, Left) when is_bitstring(Bits) ->
     spend_words(8, spend(byte_size(Bits), Left));
