@@ -76,8 +76,9 @@ read(Work, Kb, Table) ->
 
 
 -spec reads(work(), pos_integer()) -> pos_integer().
-reads(Work, 50) when Work =:= ets; Work =:= native; Work =:= encoded -> 300;
-reads(_Work, _Kb) -> 30_000.
+reads(Work, 50) when Work =:= ets; Work =:= native; Work =:= encoded -> 1000;
+reads(_Work, 1) -> 100_000;
+reads(_Work, 50) -> 300_000.
 
 
 -spec elapsed(work(), pos_integer(), ets:table(), pos_integer()) -> integer().

@@ -18,7 +18,7 @@
 %%% == Terms ==
 %%% A term is a <em>persistent term</em> of the VM. Keys with equal terms (`=:=') share one. The removal of a persistent term makes the VM
 %%% schedule every process of the node, to look for references to it; a process that has one gets a copy on its heap. That costs
-%%% some 1 to 2 microseconds of processor time for each process and each removed term, and several removals are not faster
+%%% some 1 to 2 microseconds of processor time for each process and each removed term, and hardly less if several are removed
 %%% together (`./bench/run --only capabilities'). So a term that no key has any more stays, and is used again when an equal one is
 %%% created. Such terms are removed only while the store is more than half full, the one that has been unused for longest first: one in
 %%% a second, or in 0.2 ms for each process of the node if that is longer (200 s with a million processes). That bounds the
@@ -44,7 +44,7 @@
 %%% == Cost ==
 %%% {@link get/1}: a look-up in an ETS table and one of a persistent term, whatever the size of the term. {@link get_or_create/2} of a key that
 %%% the caller holds: one more look-up. Of another key that exists, and {@link release/1}: a call of a process. For a new key the fun's result is
-%%% walked, hashed and compared in the caller; a term without an equal one in the store is copied twice.
+%%% walked, hashed and compared in the caller; a term without an equal one in the store is copied twice. A holder takes some 250 bytes (`./bench/run --only capabilities').
 %%%
 %%% It works without the native library too.
 -module(erlmcp_capability_store).
