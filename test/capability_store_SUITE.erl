@@ -202,7 +202,15 @@ a_process_holds_a_key_once(_Config) ->
     ok = ?S:release(key),
     ?assertEqual({error, not_found}, ?S:get(key)),
     ?assertEqual({error, not_held}, ?S:release(key)),
-    ?assertMatch(#{keys := 0, holders := 0}, ?S:info()).
+    ?assertMatch(#{keys := 0, holders := 0}, ?S:info()),
+    %% One monitor for a holder, however many keys.
+    Monitors = fun() -> element(2, process_info(whereis(?S), monitors)) end,
+    [ {ok, _} = ?S:get_or_create(Key, fun() -> one end) || Key <- [a, b] ],
+    ?assertEqual([{process, self()}], Monitors()),
+    ok = ?S:release(a),
+    ?assertEqual([{process, self()}], Monitors()),
+    ok = ?S:release(b),
+    ?assertEqual([], Monitors()).
 
 
 released_terms_are_used_again(_Config) ->
@@ -404,11 +412,13 @@ a_removed_term_stays_with_its_reader(_Config) ->
 
 %% Funs run at the same time in several processes, whose results differ. All get one of them.
 one_result_wins(_Config) ->
+    ok = application:set_env(erlmcp_native, capability_store, #{max_terms => 10_000}),
     one_result_wins(0, 0).
 
 
-one_result_wins(_Round, 50) ->
-    ok;
+one_result_wins(Rounds, 50) ->
+    %% No other result was stored.
+    ?assertMatch(#{terms := Rounds}, ?S:info());
 one_result_wins(Round, Contended) ->
     Runs = counters:new(1, []),
     Results = at_once(8,
