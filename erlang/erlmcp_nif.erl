@@ -852,7 +852,7 @@ sample_report(_Shard, _Batch, _Lengths) -> ?NOT_LOADED.
 
 %% Instead of a sample: the messages that were admitted since the last sample keep counting. Returns whether samples are
 %% due: no pass has ended since.
--spec sample_skip(non_neg_integer()) -> boolean().
+-spec sample_skip(non_neg_integer()) -> asked | all | none.
 sample_skip(_Shard) -> ?NOT_LOADED.
 
 

@@ -5,7 +5,7 @@
 %%% at 10,000 messages, while the others are refused nothing. A process counts once, whatever the number of its ids. The
 %%% number of samples depends on messages and not on connections. Samples are taken before a shard is full, also when its
 %%% threshold was lowered, or their request was lost. A sent message counts until its process was seen to
-%%% have taken it, whatever happens to its id or to the sampler. Then nothing is left of it.
+%%% have taken it or has exited, whatever happens to its id or to the sampler. Then nothing is left of it.
 -module(admission_receivers_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -15,6 +15,7 @@
          process_with_many_ids/1,
          trickle_to_a_large_shard/1,
          unregistered_with_messages_waiting/1,
+         receivers_that_come_and_go/1,
          samplers_killed_at_random/1,
          automatic_threshold/1,
          a_lower_threshold/1,
@@ -25,6 +26,7 @@
          in_process_with_many_ids/0,
          in_trickle/0,
          in_unregistered/0,
+         in_coming_and_going/0,
          in_killed_samplers/0,
          in_automatic_threshold/0,
          in_lower_threshold/0,
@@ -47,6 +49,7 @@ all() ->
      process_with_many_ids,
      trickle_to_a_large_shard,
      unregistered_with_messages_waiting,
+     receivers_that_come_and_go,
      samplers_killed_at_random,
      automatic_threshold,
      a_lower_threshold,
@@ -189,6 +192,53 @@ in_unregistered() ->
     exit(Pid, kill),
     test_support:await(fun() -> ?M:route_message(b, x) =:= ok end),
     ok.
+
+
+%% Under traffic that never pauses, so that nothing is left to a pause.
+receivers_that_come_and_go(_Config) ->
+    in_peer(in_coming_and_going).
+
+
+in_coming_and_going() ->
+    ok = start(#{threshold => auto, sample_interval_ms => 20}),
+    ok = erlmcp_shard_registry:register_connection(stays, spawn_link(fun take_all/0), caps),
+    Parent = self(),
+    Sender = spawn_link(fun() -> send_until_stopped(Parent, stays, 0) end),
+    Come = fun() ->
+                   Pid = spawn(fun take_all/0),
+                   ok = erlmcp_shard_registry:register_connection(Pid, Pid, caps),
+                   ok = ?M:route_message(Pid, hello),
+                   Pid
+           end,
+    %% Some are sampled while they live.
+    [ begin
+          Pids = [ Come() || _ <- lists:seq(1, 100) ],
+          _ = N rem 10 =:= 0 andalso timer:sleep(1),
+          [ test_support:kill(Pid) || Pid <- Pids ]
+      end
+      || N <- lists:seq(1, 300) ],
+    %% Without a record for most of the 30,000.
+    test_support:await(fun() -> element(2, erlmcp_nif:sample_counts(0)) < 3_000 end, 30_000),
+    Sender ! stop,
+    receive {sent, Sent} -> true = Sent > 0 end,
+    test_support:await_value(0, fun() -> element(2, erlmcp_nif:sample_counts(0)) end, 30_000).
+
+
+take_all() ->
+    receive
+        {From, ping} -> From ! pong, take_all();
+        _ -> take_all()
+    end.
+
+
+send_until_stopped(Parent, Id, Sent) ->
+    _ = ?M:route_message(Id, {self(), ping}) =:= ok andalso receive pong -> ok end,
+    receive
+        stop -> Parent ! {sent, Sent}
+    after
+        0 ->
+            send_until_stopped(Parent, Id, Sent + 1)
+    end.
 
 
 samplers_killed_at_random(_Config) ->

@@ -15,9 +15,9 @@
 %%% something since their last sample, until the depth is below five eighths; or when one receiver has
 %%% half of its maximum charge: only that receiver;</li>
 %%% <li>with every tick (`sample_interval_ms') while the shard is overloaded, or nothing is admitted and some
-%%% receivers have not been seen empty: in turn, as many as there is time for; other ticks only show
-%%% that the manager is alive, since the count of admitted messages is a bound already, and take the samples
-%%% whose request was lost with its caller;</li>
+%%% receivers have not been seen empty, or there are many more of these than receivers, most of which have exited then: in
+%%% turn, as many as there is time for; other ticks only show that the manager is alive, since the count of admitted messages
+%%% is a bound already, and take the samples whose request was lost with its caller;</li>
 %%% <li>when it starts.</li>
 %%% </ul>
 %%%
@@ -364,9 +364,10 @@ sample_if_due(#state{shard = Shard, ticked = {Before, BeforeMs}} = State0) ->
             start_timer(sample(all, State));
         #state{} ->
             case erlmcp_nif:sample_skip(Shard) of
-                %% The caller that was to request them may have been killed.
-                true -> start_timer(sample(asked, State));
-                false -> start_timer(State)
+                none -> start_timer(State);
+                %% The caller that was to request them may have been killed; or there are records of processes that have
+                %% exited.
+                Pass -> start_timer(sample(Pass, State))
             end
     end.
 

@@ -1672,6 +1672,40 @@ fn a_store_that_is_closed_frees_late_messages() {
     });
 }
 
+/// A process exits while a message to it is charged, and while its mailbox is sampled. Nothing stays charged, and nothing is
+/// returned twice: a shard that had room for more than its threshold would never be full again.
+#[test]
+fn the_charge_of_an_exited_process_is_returned_once() {
+    loom::model(|| {
+        let admission = shard(100);
+        let kept = Arc::new(AtomicU32::new(0));
+        send(&admission, 1, &kept);
+        let threads = [
+            {
+                let (admission, kept) = (Arc::clone(&admission), Arc::clone(&kept));
+                thread::spawn(move || {
+                    send(&admission, 1, &kept);
+                })
+            },
+            {
+                let admission = Arc::clone(&admission);
+                thread::spawn(move || admission.ended(1))
+            },
+        ];
+        sample(&admission, |_| 0);
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        for _ in 0..2 {
+            sample(&admission, |_| 0);
+        }
+        assert_eq!((admission.depth(), admission.active_receivers()), (0, 0));
+        // Not below zero either.
+        send(&admission, 2, &AtomicU32::new(0));
+        assert_eq!((admission.depth(), admission.active_receivers()), (1, 1));
+    });
+}
+
 /// A consumer leaves its store while a sender pushes. What the store refuses, the sender sends to the consumer's mailbox: no
 /// sooner than the consumer has everything that the store has accepted before.
 #[test]

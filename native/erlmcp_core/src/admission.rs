@@ -114,6 +114,9 @@ const MESSAGES_PER_LOOK: u64 = 8;
 /// looks, which cost some percent of what the messages did.
 const EARNED: u64 = 512;
 
+/// Records of processes that have exited, which no pass over all records is taken for: 50 KB.
+const CROWDED: u64 = 1_000;
+
 /// Receivers that wait for an urgent look at one time.
 const URGENT_PLACES: usize = if cfg!(loom) { 1 } else { 16 };
 
@@ -879,6 +882,12 @@ impl Admission {
         let Some((index, returned)) = self.receivers.take_back(address, messages) else {
             return 0;
         };
+        self.give_back(&mut sampler, index, returned);
+        returned
+    }
+
+    /// Part of the charge of a record has been taken from it.
+    fn give_back(&self, sampler: &mut Sampler, index: u32, returned: u32) {
         // Lent messages are paid back first: they may be the same ones.
         let lent = &self.times.0.lent;
         let paid = lent.load(Ordering::Acquire).min(u64::from(returned));
@@ -889,7 +898,26 @@ impl Admission {
                 record.charge = record.charge.saturating_sub(returned);
             }
         }
-        returned
+    }
+
+    /// The process at `address` has exited: its charge is returned, and its record is freed. Otherwise a record whose
+    /// process was seen empty once would be found again only by a pass over all of them. If the sampler is busy just now, or
+    /// messages are charged all the time, it is left to such a pass (see [`Self::is_crowded`]).
+    pub fn ended(&self, address: u64) {
+        if address == UNSEEN || self.receivers.live() == 0 {
+            return;
+        }
+        if let Ok(mut sampler) = self.sampler.try_lock()
+            && let Some((index, returned)) = self.receivers.take_all(address)
+        {
+            self.give_back(&mut sampler, index, returned);
+        }
+    }
+
+    /// Whether there are so many more records than processes behind the shard's entries, `receivers`, that a pass over all of
+    /// them is due. Most are of processes that have exited.
+    pub fn is_crowded(&self, receivers: u64) -> bool {
+        u64::from(self.receivers.live()) > 2 * receivers + CROWDED
     }
 
     /// The most messages that the shard accepts; `None` for any number.

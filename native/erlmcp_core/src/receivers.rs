@@ -372,6 +372,28 @@ impl Receivers {
         Some((index, taken))
     }
 
+    /// Frees the record of the process at `address`. Returns its index, and its charge, which the shard is credited with.
+    /// `None` if there is none, or messages are charged to it all the time.
+    pub(crate) fn take_all(&self, address: u64) -> Option<(u32, u32)> {
+        let index = self.index.get(address)?;
+        let word = self.word(index)?;
+        for _ in 0..ATTEMPTS {
+            let before = word.load(Ordering::Acquire);
+            if tag_of(before) != self.tag(address) {
+                return None;
+            }
+            if word
+                .compare_exchange(before, 0, Ordering::AcqRel, Ordering::Relaxed)
+                .is_ok()
+            {
+                self.freed(index);
+                self.index.remove(address, index);
+                return Some((index, charge_of(before)));
+            }
+        }
+        None
+    }
+
     /// Number of indexes that a scan visits: the most records there have been at one time.
     pub(crate) fn high_water(&self) -> u32 {
         self.len.load(Ordering::Acquire)
@@ -391,10 +413,14 @@ impl Receivers {
                 .is_ok()
         });
         if is_freed {
-            self.live.fetch_sub(1, Ordering::Relaxed);
-            self.push_free(index);
+            self.freed(index);
         }
         is_freed
+    }
+
+    fn freed(&self, index: u32) {
+        self.live.fetch_sub(1, Ordering::Relaxed);
+        self.push_free(index);
     }
 
     fn push_free(&self, index: u32) {

@@ -223,16 +223,22 @@ fn sample_report(shard: Term<'_>, number: u64, lengths: Term<'_>) -> NifResult<b
 /// More receivers than a batch has.
 const MAX_REPORTED: usize = 1_024;
 
-/// Instead of a sample: messages admitted since the last one keep counting. Returns whether samples are due: no pass
-/// has ended since.
+/// Instead of a sample: messages admitted since the last one keep counting. Returns the pass that is due nevertheless, since
+/// its request was lost (`asked`), or many processes have exited (`all`); or `none`.
 #[rustler::nif]
-fn sample_skip(shard: Term<'_>) -> NifResult<bool> {
+fn sample_skip(shard: Term<'_>) -> NifResult<Atom> {
     let registry = default_registry();
     let shard = shard_number(registry, shard)?;
-    let _ = registry.receivers(shard);
+    let receivers = registry.receivers(shard);
     let admission = registry.admission(shard);
     admission.skip_sample(clock().now_ms());
-    Ok(admission.is_due())
+    Ok(if admission.is_due() {
+        atoms::asked()
+    } else if admission.is_crowded(receivers) {
+        atoms::all()
+    } else {
+        atoms::none()
+    })
 }
 
 /// No more samples until one is requested. Returns `false` if there are receivers to sample.

@@ -356,17 +356,21 @@ where
         self.remove_if(namespace, id, |_, lease| is_meant(lease))
     }
 
-    /// Removes the entry at `location` if `is_meant` accepts its lease. For the end of what the lease stands for:
-    /// never removes another registration of the same id.
+    /// Removes the entry at `location` if `is_meant` accepts its lease. For the end of what the lease stands for, and the
+    /// address: never removes another registration of the same id.
     pub fn remove_leased(
         &self,
         location: &Location,
         is_meant: impl Fn(&L) -> bool,
     ) -> Option<Entry<L>> {
         let place = self.located(*location)?;
-        self.remove_if(location.namespace, &place, |key, lease| {
+        let removed = self.remove_if(location.namespace, &place, |key, lease| {
             place.is_place_of(key) && is_meant(lease)
-        })
+        })?;
+        self.shards[usize::from(location.shard)]
+            .admission()
+            .ended(removed.address);
+        Some(removed)
     }
 
     fn remove_if<Q>(
