@@ -199,8 +199,9 @@ send_lists([{Pid, Messages} | Lists]) ->
 %% <ul>
 %% <li>`mailbox': each is sent to the process. So it is for a connection that has just been registered.</li>
 %% <li>`{batch, N}' (2 to 256): those messages of one {@link route_batch/1} that go to this process are sent to it as one,
-%% `{erlmcp_batch, Messages}', up to `N' in a list, in order. It is woken once for many. Other routes send each message
-%% as it is.</li>
+%% `{erlmcp_batch, Messages}', up to `N' in a list, in order. It is woken once for many. This pays where several
+%% messages of a batch go to one process; where each goes to another one, lists cost more than the mailbox. Other routes send
+%% each message as it is.</li>
 %% <li>`{store, Capacity}' or `{store, Options}': messages go to a message store of which the calling process is the consumer
 %% ({@link erlmcp_message_store:new/1} names the options), and which is returned. The process is woken by
 %% `{erlmcp_message_store, ready, Store}', and gets the messages by {@link erlmcp_message_store:drain/2}. A route to a full store
