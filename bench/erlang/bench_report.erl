@@ -31,8 +31,8 @@
                  floor => float(),
                  floor_of => figure | ratio,
                  met => boolean(),
-                 % Of the figure or the ratio, as the floor is.
                  goal => float(),
+                 goal_of => figure | ratio,
                  goal_met => boolean(),
                  loses := boolean(),
                  % The ratio is of one thing at two sizes, and nothing loses.
@@ -126,10 +126,10 @@ floor(Of, Floor, Row) ->
     Row#{floor => Floor, floor_of => Of, met => reaches(Of, Floor, Row)}.
 
 
-%% The value that a row with a floor of the same kind is to have some day.
+%% The value that the figure or the ratio is to have some day.
 -spec goal(figure | ratio, float(), row()) -> row().
-goal(Of, Goal, #{floor_of := Of} = Row) ->
-    Row#{goal => Goal, goal_met => reaches(Of, Goal, Row)}.
+goal(Of, Goal, Row) ->
+    Row#{goal => Goal, goal_of => Of, goal_met => reaches(Of, Goal, Row)}.
 
 
 -spec reaches(figure | ratio, float(), row()) -> boolean().
@@ -216,7 +216,7 @@ floor_text(_) ->
 
 
 -spec goal_text(row()) -> io_lib:chars().
-goal_text(#{goal := Goal, goal_met := Met, floor_of := Of, unit := Unit}) ->
+goal_text(#{goal := Goal, goal_met := Met, goal_of := Of, unit := Unit}) ->
     Verdict = case Met of
                   true -> " met";
                   false -> " missed"

@@ -32,7 +32,7 @@
                      strict := boolean(),
                      progress := fun(() -> ok)
                     }.
--type section() :: lookup | guarded | limits | stores | capabilities | groups | breakers | routing | growth | registration | latency | capacity | deaths | restart | losses | profiles | memory | stress | soak.
+-type section() :: lookup | guarded | limits | stores | capabilities | groups | breakers | routing | batches | growth | registration | latency | capacity | deaths | restart | losses | profiles | memory | stress | soak.
 
 -define(SECTIONS, [{lookup, lookup_bench},
                    {guarded, backpressure_bench},
@@ -42,6 +42,7 @@
                    {groups, group_bench},
                    {breakers, breaker_bench},
                    {routing, routing_bench},
+                   {batches, batch_bench},
                    {growth, growth_bench},
                    {registration, registration_bench},
                    {latency, latency_bench},
@@ -54,7 +55,7 @@
                    {stress, stress_bench},
                    {soak, soak_bench}]).
 %% Parts that take minutes run only when they are named.
--define(ON_REQUEST, [profiles, memory, stress, soak]).
+-define(ON_REQUEST, [batches, profiles, memory, stress, soak]).
 
 
 %% The first argument is the folder of the project.

@@ -14,6 +14,8 @@
 -module(routing_bench).
 
 -export([run/1]).
+%% For other parts with a window
+-export([chunks/2, await/2, keep_to_window/3]).
 
 %% Messages that a receiver counts before it reports them.
 -define(REPORT, 4).
@@ -136,18 +138,23 @@ start_senders(Connections, Delivered) ->
     Count = length(Connections),
     [ begin
           {Last, First} = lists:split(Sender * Count div Number, Connections),
-          Chunks = chunks(First ++ Last),
+          Chunks = chunks(First ++ Last, ?CHUNK),
           spawn_link(fun() -> sender(Chunks, Number, ?WINDOW * Count, Delivered) end)
       end
       || Sender <- lists:seq(0, Number - 1) ].
 
 
--spec chunks([Element]) -> [[Element]].
-chunks(List) when length(List) =< ?CHUNK ->
+-spec chunks([Element], pos_integer()) -> [[Element]].
+chunks(List, Length) ->
+    chunks(List, length(List), Length).
+
+
+-spec chunks([Element], non_neg_integer(), pos_integer()) -> [[Element]].
+chunks(List, Left, Length) when Left =< Length ->
     [List];
-chunks(List) ->
-    {Chunk, Others} = lists:split(?CHUNK, List),
-    [Chunk | chunks(Others)].
+chunks(List, Left, Length) ->
+    {Chunk, Others} = lists:split(Length, List),
+    [Chunk | chunks(Others, Left - Length, Length)].
 
 
 -spec sender([[bench_senders:connection()]], pos_integer(), pos_integer(), counters:counters_ref()) -> ok.
