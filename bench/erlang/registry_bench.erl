@@ -61,6 +61,17 @@
 %% The first argument is the folder of the project.
 -spec main() -> no_return().
 main() ->
+    %% An exit signal of a linked process, such as a sender, cannot be caught in the process that runs the parts.
+    {Pid, Monitor} = spawn_monitor(fun run_and_halt/0),
+    receive
+        {'DOWN', Monitor, process, Pid, Reason} ->
+            io:format(standard_error, "~nbench/run: ~tp~n", [Reason]),
+            halt(3)
+    end.
+
+
+-spec run_and_halt() -> no_return().
+run_and_halt() ->
     [Root | Arguments] = init:get_plain_arguments(),
     try
         halt(run(Root, parse(Arguments, defaults())))
