@@ -805,8 +805,7 @@ stop_senders(Pids) ->
 
 %% The number of refusals by admission control so far.
 refusals(Shard) ->
-    {_NotFound, _CircuitOpen, Overloaded, _RateLimited} = erlmcp_nif:refused(Shard),
-    Overloaded.
+    element(3, erlmcp_nif:refused(Shard)).
 
 
 refused(Shard) ->
