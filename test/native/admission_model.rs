@@ -577,6 +577,61 @@ fn an_adjustment_during_a_look_counts_once() {
     assert_eq!(admission.depth(), 6);
 }
 
+/// A process exits while its mailbox is looked at, and its record is given to another one: what was found belongs to neither.
+#[test]
+fn a_record_that_is_freed_during_a_look_is_left_alone() {
+    let (admission, sampling) = sampled_shard(Threshold::Exactly(100));
+    for _ in 0..3 {
+        send(&admission, &sampling, 1, 0);
+    }
+    admission.begin_pass(Pass::All, 0);
+    let Taken::Batch(number) = admission.take(false, |_| ()) else {
+        panic!("nothing to look at");
+    };
+    admission.ended(1);
+    assert_eq!((admission.depth(), admission.active_receivers()), (0, 0));
+    send(&admission, &sampling, 2, 0);
+    admission.report(number, [Some(50)], 0);
+    assert_eq!((admission.depth(), admission.active_receivers()), (1, 1));
+    for expected in [1, 0] {
+        sample(&admission, Pass::All, &[0, 0, 0]);
+        assert_eq!(
+            (admission.depth(), admission.active_receivers()),
+            (0, expected)
+        );
+    }
+}
+
+/// Messages in a queue that counts for itself fill the shard, and need no sampler unless it is full.
+#[test]
+fn held_messages_are_not_sampled() {
+    let (admission, sampling) = sampled_shard(Threshold::Exactly(100));
+    admission.hold(50);
+    assert_eq!(admission.depth(), 50);
+    assert!(admission.pause());
+    admission.hold(50);
+    assert!(
+        !admission.pause(),
+        "without samples it would admit everything"
+    );
+    assert!(send(&admission, &sampling, 1, 0).is_none());
+    admission.release(100);
+    assert_eq!(admission.depth(), 0);
+    assert!(admission.pause());
+}
+
+/// Records of exited processes that nobody has freed are noticed.
+#[test]
+fn many_records_are_a_crowd() {
+    let (admission, sampling) = sampled_shard(Threshold::Exactly(10_000));
+    for address in 1..=1_003 {
+        send(&admission, &sampling, address, 0);
+    }
+    assert!(admission.is_crowded(1) && !admission.is_crowded(2));
+    admission.ended(1);
+    assert!(!admission.is_crowded(1));
+}
+
 /// A process with many ids is charged in one record, sampled once, and refused at its limit.
 #[test]
 fn a_process_counts_once() {

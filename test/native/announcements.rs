@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use erlmcp_core::clock::Clock;
-use erlmcp_core::registry::{Change, Interest, Limits, Namespace, Registry};
+use erlmcp_core::registry::{Change, Delivery, Interest, Limits, Namespace, Registry};
 use erlmcp_core::sequence::Sequence;
 
 const CONNECTION: Namespace = Namespace::Connection;
@@ -252,7 +252,13 @@ fn change_something(registry: &Registry<u64>, ids: &[&str], random: &mut u64, le
         4 => {
             if let Some(lease) = held(registry, id) {
                 let id = registry.id(0, id.as_bytes());
-                registry.exchange_lease(CONNECTION, &id, |held| *held == lease, lease);
+                registry.exchange_lease(
+                    CONNECTION,
+                    &id,
+                    |held| *held == lease,
+                    lease,
+                    Delivery::Single,
+                );
             }
         }
         _ => {

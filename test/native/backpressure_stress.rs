@@ -227,7 +227,8 @@ fn an_entry_is_never_without_limits() {
                     changed.unwrap();
                 }
                 // The entry is written anew, with the same tokens.
-                let written = registry.exchange_lease(namespace, &id, |held| *held == 1, 1);
+                let written =
+                    registry.exchange_lease(namespace, &id, |held| *held == 1, 1, Delivery::Single);
                 assert_eq!(written, Some(1));
                 changes += 1;
                 done.store(started.elapsed() > TIME / 2, Ordering::Relaxed);
@@ -279,7 +280,8 @@ fn an_entry_refuses_nobody_while_its_limits_move() {
                         .unwrap();
                 }
                 // The entry is written anew, with the same tokens.
-                let written = registry.exchange_lease(namespace, &id, |held| *held == 1, 1);
+                let written =
+                    registry.exchange_lease(namespace, &id, |held| *held == 1, 1, Delivery::Single);
                 assert_eq!(written, Some(1));
                 changes += 1;
             },
@@ -323,7 +325,8 @@ fn an_entry_is_not_overdrawn_while_its_limits_move() {
                         .unwrap();
                 }
                 // The entry is written anew, with the same tokens.
-                let written = registry.exchange_lease(namespace, &id, |held| *held == 1, 1);
+                let written =
+                    registry.exchange_lease(namespace, &id, |held| *held == 1, 1, Delivery::Single);
                 assert_eq!(written, Some(1));
                 changes += 1;
             },
@@ -996,7 +999,7 @@ fn a_delivery_that_fails_leaves_no_trace() {
     let admission = registry.admission(shard);
     registry.set_threshold(shard, Threshold::Exactly(10));
     circuit.force(true, &clock);
-    let set = |delivery| registry.exchange_delivery(&id, |_| true, 1, delivery);
+    let set = |delivery| registry.exchange_lease(Namespace::Connection, &id, |_| true, 1, delivery);
     set(Delivery::ByLease).unwrap();
     let mut events = Events::default();
     let asked = registry.route(
@@ -1029,10 +1032,10 @@ fn a_delivery_that_fails_leaves_no_trace() {
     assert_eq!((bucket.unwrap().tokens, admitted, depth), (Some(1), 1, 0));
     // What waits somewhere else is charged by the caller.
     admission.begin_pass(Pass::All, clock.now_ms());
-    admission.debit(10);
+    admission.hold(10);
     let overloaded = Undelivered::Refused(Refusal::ShardOverloaded);
     assert_eq!(route(Ok(())), Err(overloaded));
-    admission.credit(10);
+    admission.release(10);
     assert_eq!(admission.depth(), 0);
 }
 

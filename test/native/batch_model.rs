@@ -54,7 +54,8 @@ impl Side {
                 _ => Delivery::Single,
             };
             let id = registry.id(0, &name);
-            let exchanged = registry.exchange_delivery(&id, |held| *held == n, n, delivery);
+            let exchanged =
+                registry.exchange_lease(Namespace::Connection, &id, |held| *held == n, n, delivery);
             assert_eq!(exchanged, Some(n));
             if random.below(3) == 0 {
                 let limits = Limits::new(1 + random.below(5), 0.001).unwrap();

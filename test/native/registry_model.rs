@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use erlmcp_core::clock::FakeClock;
 use erlmcp_core::error::{BindError, LimitsError, RegisterError};
-use erlmcp_core::registry::{Limits, Namespace, Registry};
+use erlmcp_core::registry::{Delivery, Limits, Namespace, Registry};
 use proptest::prelude::*;
 
 #[derive(Debug, Clone)]
@@ -207,7 +207,7 @@ fn run(steps: Vec<Step>) {
                     continue;
                 };
                 let lease = if present { *lease } else { 1 };
-                let removed = registry.remove_leased(location, |held| *held == lease);
+                let removed = registry.remove_leased(location, 0, |held| *held == lease);
                 let is_held = model.entries.get(&(namespace as u8, id)) == Some(&lease);
                 assert_eq!(removed.is_some(), is_held);
                 if is_held {
@@ -227,9 +227,16 @@ fn run(steps: Vec<Step>) {
                         &entry_id,
                         |held| *held == former,
                         former,
+                        Delivery::Single,
                     );
                     assert_eq!(exchanged, is_held.then_some(former));
-                    let other = registry.exchange_lease(namespace, &entry_id, |held| *held == 1, 1);
+                    let other = registry.exchange_lease(
+                        namespace,
+                        &entry_id,
+                        |held| *held == 1,
+                        1,
+                        Delivery::Single,
+                    );
                     assert_eq!(other, None);
                 }
             }

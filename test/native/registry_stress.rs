@@ -122,7 +122,7 @@ fn a_replaced_lease_is_given_back_once() {
                     given_back.extend(removed.map(|entry| entry.lease));
                     if let (3, Some(at)) = (round % 4, at) {
                         // None if another thread has replaced or removed it, whatever has the place by now.
-                        let own = registry.remove_leased(&at, |held| *held == lease);
+                        let own = registry.remove_leased(&at, 0, |held| *held == lease);
                         crossed += u64::from(own.is_none());
                         given_back.extend(own.map(|entry| entry.lease));
                     }
@@ -172,7 +172,7 @@ fn bindings_never_outlive_their_ends() {
                                 round
                             });
                             if let (true, Some(at)) = (round % 8 < 4, at) {
-                                registry.remove_leased(&at, |held| *held == round);
+                                registry.remove_leased(&at, 0, |held| *held == round);
                             } else {
                                 registry.remove(Namespace::Server, &server);
                             }
@@ -375,7 +375,7 @@ fn every_place_is_found_while_the_table_grows() {
             registry.for_each_address_of(0, |address| listed += u64::from(address == lease));
             assert_eq!(listed, 1, "filler {filler}");
         }
-        let removed = registry.remove_leased(&place, |held| *held == lease);
+        let removed = registry.remove_leased(&place, 0, |held| *held == lease);
         assert!(removed.is_some(), "filler {filler}");
         register(returning(n), lease);
     }

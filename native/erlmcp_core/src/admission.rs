@@ -12,6 +12,9 @@
 //! charges as they are. Only receivers that were sent something since they were last seen empty have a record. So
 //! the cost of looks is in proportion to messages and not to registrations.
 //!
+//! A message to a queue that counts for itself has no record ([`Admission::hold`]). A process that has exited is charged
+//! with nothing any more ([`Admission::ended`]).
+//!
 //! # Guarantee
 //!
 //! The depth is never below the sum of all charges: the shard is charged before a record is, and credited after a
@@ -234,7 +237,7 @@ pub struct Receiver<'a> {
 #[repr(align(128))]
 struct Line<T>(T);
 
-/// Read by every message, and written by looks and settings.
+/// Read by every message, and written by looks and settings, and by messages to queues that count for themselves.
 struct Bounds {
     /// The threshold in force; [`OFF`], or with [`AUTO`].
     threshold: AtomicU64,
@@ -258,6 +261,8 @@ struct Times {
     is_overloaded: AtomicBool,
     /// Messages that are in no record, until the next batch of looks.
     strays: AtomicU64,
+    /// Messages in queues that count for themselves.
+    held: AtomicU64,
     /// Credited because processes reported to have received more than their records returned. The next batch takes
     /// it back.
     lent: AtomicU64,
@@ -326,6 +331,7 @@ impl Admission {
                 failed_ms: AtomicU64::new(0),
                 is_overloaded: AtomicBool::new(false),
                 strays: AtomicU64::new(0),
+                held: AtomicU64::new(0),
                 lent: AtomicU64::new(0),
                 looks: AtomicU64::new(0),
             }),
@@ -778,10 +784,14 @@ impl Admission {
     }
 
     /// Pauses sampling until a message is admitted, which requests a sample. `false` if there is something to look
-    /// at.
+    /// at, or the shard is so full that it would admit everything for want of a sampler.
     pub fn pause(&self) -> bool {
         let admitted = self.admitted.0.load(Ordering::Acquire);
-        self.receivers.live() == 0 && self.queued() == 0 && !self.ask_at(admitted + 1)
+        let held = self.times.0.held.load(Ordering::Acquire);
+        self.receivers.live() == 0
+            && self.queued() <= held
+            && (held == 0 || self.has_reserve())
+            && !self.ask_at(admitted + 1)
     }
 
     /// In place of a sample: everything admitted since the last one keeps its charge, and the sampler counts as
@@ -816,14 +826,26 @@ impl Admission {
 
     // ---- For all callers ----
 
-    /// So many of the messages that were charged by [`Self::debit`] have left. Also a change of the charge of records.
-    pub fn credit(&self, messages: u64) {
+    /// Charges the shard with this many messages in a queue that counts for itself what waits in it, exactly. To be called
+    /// before they are added to it.
+    pub fn hold(&self, messages: u64) {
+        self.times.0.held.fetch_add(messages, Ordering::AcqRel);
+        self.debit(messages);
+    }
+
+    /// So many of the messages of [`Self::hold`] have left their queue.
+    pub fn release(&self, messages: u64) {
+        self.credit(messages);
+        self.times.0.held.fetch_sub(messages, Ordering::AcqRel);
+    }
+
+    /// Adds room for this many messages to the shard.
+    fn credit(&self, messages: u64) {
         self.bounds.0.credited.fetch_add(messages, Ordering::AcqRel);
     }
 
-    /// Charges the shard with this many messages, besides those admitted: of a queue that counts for itself what waits in
-    /// it, exactly. To be called before they are added to it.
-    pub fn debit(&self, messages: u64) {
+    /// Charges the shard with this many messages, besides those admitted.
+    fn debit(&self, messages: u64) {
         self.bounds.0.credited.fetch_sub(messages, Ordering::AcqRel);
     }
 

@@ -120,14 +120,13 @@ impl<T: Bytes> MessageStore<T> {
         }
     }
 
-    /// Changes the bounds, of pushes that begin from now on. The store may hold more already. `false` if they are not valid.
-    pub fn set_bounds(&self, bounds: Bounds) -> bool {
-        if !bounds.are_valid() {
-            return false;
+    /// Changes the bounds, of pushes that begin from now on. The store may hold more already. Bounds that are not valid change
+    /// nothing.
+    pub fn set_bounds(&self, bounds: Bounds) {
+        if bounds.are_valid() {
+            self.capacity.store(bounds.capacity, Ordering::Relaxed);
+            self.max_bytes.store(bounds.max_bytes, Ordering::Relaxed);
         }
-        self.capacity.store(bounds.capacity, Ordering::Relaxed);
-        self.max_bytes.store(bounds.max_bytes, Ordering::Relaxed);
-        true
     }
 
     /// The number of messages, and of their bytes. Those of a push or a drain that has not returned may be counted.

@@ -19,8 +19,9 @@
 //! * A charge may land in a record that has been freed, or given to another process, between a sender's load and
 //!   its addition. It stays there: it is part of what the shard is charged with, and a look returns it
 //!   ([`Receivers::scan`]). The sender charges the shard once more for the right record.
-//! * A record is created by *adding* its tag to the word, and freed by a compare-and-swap from a charge of 0. So no
-//!   charge is lost by either.
+//! * A record is created by *adding* its tag to the word, and freed by a compare-and-swap from a charge that is known: 0, or
+//!   one that is returned to the shard. So no charge is lost by either. The latter is done by the thread that holds the sampler:
+//!   no record of a batch is freed between the look and its report without the report finding another tag.
 //! * The address is stored before the tag is added, and determines the tag.
 //! * The map's value is the index of a record whose tag has been added. If the tag is gone, the record was freed,
 //!   and a thread that sees that removes the value. At worst a process has a second record for a while, which its
@@ -340,6 +341,10 @@ impl Receivers {
         let (Some(word), Some(seen)) = (self.word(index), get(&self.seen, index)) else {
             return;
         };
+        // Freed by `take_all` since, and maybe given to another process.
+        if tag_of(word.load(Ordering::Acquire)) != self.tag(record.address) {
+            return;
+        }
         let queued = queued.min(MAX_CHARGE);
         seen.store(queued, Ordering::Relaxed);
         if queued < record.charge {

@@ -211,11 +211,6 @@ pub struct Ticket<'a, T> {
 }
 
 impl<T> Ticket<'_, T> {
-    /// Its place in the sequence.
-    pub fn number(&self) -> u64 {
-        self.number
-    }
-
     /// Gives the ticket a value.
     pub fn publish(self, value: T) {
         if let Ok(mut held) = self.sequence.place(self.number).value.try_lock() {

@@ -55,7 +55,7 @@ impl Delivery {
             .is_some_and(|store| store.store().messages.is_closed())
     }
 
-    fn way(&self) -> registry::Delivery {
+    pub(crate) fn way(&self) -> registry::Delivery {
         if self.store.is_some() {
             registry::Delivery::ByLease
         } else if self.batch > 0 {
@@ -119,7 +119,8 @@ fn set_delivery<'a>(env: Env<'a>, id: Term<'a>, choice: Term<'a>) -> NifResult<T
                 Choice::Store(bounds) => {
                     let open = former.store.clone().filter(|store| {
                         let messages = &store.store().messages;
-                        messages.stay() && messages.set_bounds(bounds)
+                        messages.set_bounds(bounds);
+                        messages.stay()
                     });
                     let store = match open.or(new_store.take()) {
                         Some(store) => store,
@@ -181,10 +182,10 @@ fn delivery<'a>(env: Env<'a>, id: Term<'a>) -> NifResult<Term<'a>> {
 /// Whether a connection has a store without room for the smallest message.
 pub(crate) fn has_full_store(registry: &Registry, id: &Id<'_>) -> bool {
     let entry = registry.entry(Namespace::Connection, id);
-    let delivery = entry.and_then(|entry| entry.lease.config.delivery().cloned());
-    delivery
-        .and_then(|delivery| delivery.store)
-        .is_some_and(|store| store.is_full())
+    entry
+        .as_ref()
+        .and_then(|entry| entry.lease.config.delivery()?.store.as_ref())
+        .is_some_and(Handle::is_full)
 }
 
 fn exchange(
@@ -194,12 +195,11 @@ fn exchange(
     entry: &Entry<Lease>,
     next: Delivery,
 ) -> bool {
-    let way = next.way();
     let Some(config) = entry.lease.config.renewed() else {
         return false;
     };
     let config = config.with_delivery(next);
-    registry.exchange_delivery(env, id, &entry.lease, config, way)
+    registry.exchange_config(env, Namespace::Connection, id, &entry.lease, config)
 }
 
 // ---- One message ----
@@ -293,7 +293,7 @@ fn route_to<'a>(
         }
     }
     // The process changes the delivery all the time.
-    Ok(atoms::store_full().encode(env))
+    Ok(refusal_term(env, registry.refuse_full(id)))
 }
 
 /// Returns whether the consumer must be woken.
@@ -307,29 +307,23 @@ fn store_message<'a>(
     events: &mut Events,
 ) -> Result<Result<bool, Undelivered<Failed>>, Stopped> {
     // Before the layers: it may have to be done on another scheduler.
-    let mut weighty = Some(Weighty::new(message, store.store(), scheduler)?);
-    let mut wakes = false;
+    let weighty = Weighty::new(message, store.store(), scheduler)?;
     let routed = registry.route_by_lease(id, circuit(), clock(), events, |lease| {
         let current = lease.config.delivery().and_then(|now| now.store.as_ref());
         if current != Some(store) {
             return Err(Undelivered::Failed(Failed::Changed));
         }
-        let pushed = match weighty.take() {
-            Some(Ok(weighty)) => weighty
-                .push(env, store.store(), scheduler)
+        let pushed = match weighty {
+            Ok(weighty) => weighty
+                .push(env, store.store())
                 .map_err(|error| Undelivered::Failed(Failed::Error(error)))?,
-            Some(Err(error)) => Err(error),
-            None => return Err(Undelivered::Failed(Failed::Changed)),
+            Err(error) => Err(error),
         };
-        match pushed {
-            Ok(is_first) => {
-                wakes = is_first;
-                Ok(())
-            }
-            Err(PushError::Full) => Err(Undelivered::Refused(Refusal::StoreFull)),
-            Err(PushError::TooLarge) => Err(Undelivered::Failed(Failed::TooLarge)),
-            Err(PushError::Closed) => Err(Undelivered::Failed(Failed::Changed)),
-        }
+        pushed.map_err(|error| match error {
+            PushError::Full => Undelivered::Refused(Refusal::StoreFull),
+            PushError::TooLarge => Undelivered::Failed(Failed::TooLarge),
+            PushError::Closed => Undelivered::Failed(Failed::Changed),
+        })
     });
-    Ok(routed.map(|()| wakes))
+    Ok(routed)
 }

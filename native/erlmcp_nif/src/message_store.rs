@@ -10,6 +10,7 @@
 //! ports, funs, bit strings or large integers) is copied into an environment of its own, which keeps alive what
 //! it refers to. That takes about 2.5 KB more.
 
+use std::mem;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -27,8 +28,11 @@ use crate::reschedule::{Outcome, Scheduler, Stopped, reschedulable};
 use crate::resource::keep_library;
 use crate::{atoms, background, caller};
 
-/// A message of this weight takes some 50 µs to free.
-const MAX_WEIGHT_FREED_IN_PLACE: usize = 1_000;
+/// A message of this weight with parts of its own takes some 50 µs to free.
+const MAX_COPIED_WEIGHT_FREED_IN_PLACE: usize = 1_000;
+
+/// An encoded message is one allocation. One of 1 MB is returned to the operating system.
+const MAX_ENCODED_WEIGHT_FREED_IN_PLACE: usize = (1 << 20) / BYTES_PER_WEIGHT;
 
 /// Stores with more messages than this are freed off the schedulers.
 const MAX_LEN_FREED_IN_PLACE: u64 = 8;
@@ -53,30 +57,24 @@ struct Charge(&'static Admission);
 
 impl Charge {
     fn new(admission: &'static Admission) -> Self {
-        admission.debit(1);
+        admission.hold(1);
         Self(admission)
     }
 }
 
 impl Drop for Charge {
     fn drop(&mut self) {
-        self.0.credit(1);
+        self.0.release(1);
     }
 }
 
 enum Content {
     Encoded(Box<[u8]>),
     Copied(SharedTerm),
-    /// Of a message that is freed elsewhere.
-    Moved,
 }
 
 impl Message {
-    fn new(
-        term: Term<'_>,
-        Weighed { weight, is_plain }: Weighed,
-        charge: Option<Charge>,
-    ) -> NifResult<Self> {
+    fn new(term: Term<'_>, Weighed { weight, is_plain }: Weighed) -> NifResult<Self> {
         let content = if is_plain {
             // Its weight is the bound.
             let bytes = encoding::encode(term, isize::MAX as usize, Zeros::Exact)?;
@@ -87,7 +85,7 @@ impl Message {
         Ok(Self {
             weight,
             content,
-            charge,
+            charge: None,
         })
     }
 
@@ -95,7 +93,6 @@ impl Message {
         match &self.content {
             Content::Encoded(bytes) => encoding::decode(env, bytes),
             Content::Copied(term) => Ok(term.copy(env)),
-            Content::Moved => Err(Error::BadArg),
         }
     }
 
@@ -117,8 +114,13 @@ fn bytes(weight: usize) -> u64 {
 
 impl Drop for Message {
     fn drop(&mut self) {
-        if self.weight > MAX_WEIGHT_FREED_IN_PLACE {
-            background::free(std::mem::replace(&mut self.content, Content::Moved));
+        let max = match self.content {
+            Content::Encoded(_) => MAX_ENCODED_WEIGHT_FREED_IN_PLACE,
+            Content::Copied(_) => MAX_COPIED_WEIGHT_FREED_IN_PLACE,
+        };
+        if self.weight > max {
+            let nothing = Content::Encoded(Box::default());
+            background::free(mem::replace(&mut self.content, nothing));
         }
     }
 }
@@ -165,7 +167,7 @@ impl Drop for Store {
     }
 }
 
-pub(crate) struct StoreResource(Option<Arc<Store>>);
+pub(crate) struct StoreResource(Arc<Store>);
 
 impl Resource for StoreResource {}
 
@@ -181,10 +183,9 @@ impl PartialEq for Handle {
 
 impl Drop for StoreResource {
     fn drop(&mut self) {
-        if let Some(store) = self.0.take()
-            && store.messages.size().0 > MAX_LEN_FREED_IN_PLACE
-        {
-            background::free(store);
+        // Whoever has the last reference then frees an empty store.
+        if self.0.messages.size().0 > MAX_LEN_FREED_IN_PLACE {
+            background::free(Emptied(Arc::clone(&self.0)));
         }
     }
 }
@@ -197,7 +198,7 @@ fn stores() -> &'static HashMap<u64, Weak<Store>> {
 
 fn store<'a>(term: Term<'a>) -> NifResult<&'a Arc<Store>> {
     term.try_get_resource::<StoreResource>()
-        .and_then(|resource| resource.0.as_ref())
+        .map(|resource| &resource.0)
         .ok_or(Error::BadArg)
 }
 
@@ -226,14 +227,11 @@ impl Handle {
             return Ok(Err(TooManyStores));
         }
         stores().insert(store.number, Arc::downgrade(&store), &stores().guard());
-        Ok(Ok(Self(ResourceArc::new(StoreResource(Some(store))))))
+        Ok(Ok(Self(ResourceArc::new(StoreResource(store)))))
     }
 
     pub(crate) fn store(&self) -> &Store {
-        self.0
-            .0
-            .as_ref()
-            .expect("only a resource that is freed has no store")
+        &self.0.0
     }
 
     pub(crate) fn is_full(&self) -> bool {
@@ -287,10 +285,11 @@ fn refusal_term(env: Env<'_>, error: PushError) -> Term<'_> {
     .encode(env)
 }
 
-/// A message that a store has room for, as far as is known, before it is copied.
-pub(crate) struct Weighty<'a> {
-    message: Term<'a>,
-    weighed: Weighed,
+/// A message that a store has room for, as far as is known. It is copied when it is pushed; on a dirty scheduler before, since
+/// what is done with the store may be done under a guard.
+pub(crate) enum Weighty<'a> {
+    Weighed(Term<'a>, Weighed),
+    Copied(Message),
 }
 
 impl<'a> Weighty<'a> {
@@ -314,24 +313,26 @@ impl<'a> Weighty<'a> {
             scheduler.require_dirty()?;
             return Ok(Err(PushError::TooLarge));
         };
-        Ok(messages
-            .check(bytes(weighed.weight))
-            .map(|()| Self { message, weighed }))
+        if let Err(error) = messages.check(bytes(weighed.weight)) {
+            return Ok(Err(error));
+        }
+        Ok(Ok(match scheduler {
+            Scheduler::Normal => Self::Weighed(message, weighed),
+            Scheduler::Dirty => Self::Copied(Message::new(message, weighed)?),
+        }))
     }
 
-    /// Copies the message into a store. Returns whether the caller has to wake the consumer.
-    pub(crate) fn push(
-        self,
-        env: Env<'a>,
-        store: &Store,
-        scheduler: Scheduler,
-    ) -> NifResult<Result<bool, PushError>> {
-        if scheduler == Scheduler::Normal {
-            charge(env, self.weighed.weight);
-        }
+    /// Adds the message to the store. Returns whether the caller has to wake the consumer.
+    pub(crate) fn push(self, env: Env<'a>, store: &Store) -> NifResult<Result<bool, PushError>> {
+        let mut message = match self {
+            Self::Copied(message) => message,
+            Self::Weighed(message, weighed) => {
+                charge(env, weighed.weight);
+                Message::new(message, weighed)?
+            }
+        };
         // Before the message is in the store.
-        let charge = store.admission.map(Charge::new);
-        let message = Message::new(self.message, self.weighed, charge)?;
+        message.charge = store.admission.map(Charge::new);
         Ok(store.messages.push(message))
     }
 }
@@ -350,7 +351,7 @@ fn message_store_push<'a>(
         Ok(weighty) => weighty,
         Err(error) => return Ok(refusal_term(env, error)),
     };
-    match weighty.push(env, store, scheduler)? {
+    match weighty.push(env, store)? {
         Ok(wakes) => {
             if wakes {
                 Handle(of.decode()?).wake(env);
@@ -378,10 +379,14 @@ fn message_store_drain<'a>(env: Env<'a>, of: Term<'a>, max: u64) -> NifResult<Te
     let mut heavy = None;
     let mut failed = None;
     let mut weight = 0;
-    let is_empty = store.messages.drain(max as usize, |message| {
+    let mut charges = 0;
+    let is_empty = store.messages.drain(max as usize, |mut message| {
+        // Returned together: all routes of the shard read the word.
+        if let Some(charge) = message.charge.take() {
+            mem::forget(charge);
+            charges += 1;
+        }
         if message.is_heavy() {
-            let mut message = message;
-            message.charge = None;
             heavy = Some(message);
             return ControlFlow::Break(());
         }
@@ -398,6 +403,9 @@ fn message_store_drain<'a>(env: Env<'a>, of: Term<'a>, max: u64) -> NifResult<Te
             false => ControlFlow::Continue(()),
         }
     });
+    if let Some(admission) = store.admission {
+        admission.release(charges);
+    }
     charge(env, weight);
     // The messages before it must not be lost with it.
     if let Some(error) = failed.filter(|_| messages.is_empty()) {

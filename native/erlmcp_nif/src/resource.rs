@@ -156,9 +156,10 @@ impl Registry {
         &self,
         env: Env<'_>,
         location: &Location,
+        address: u64,
         is_meant: impl Fn(&Lease) -> bool,
     ) -> Option<Entry<Lease>> {
-        self.revoked(env, self.core.remove_leased(location, is_meant))
+        self.revoked(env, self.core.remove_leased(location, address, is_meant))
     }
 
     /// See [`erlmcp_core::registry::Registry::replace_connection`].
@@ -174,11 +175,9 @@ impl Registry {
         replaced.map(|former| self.revoked(env, former))
     }
 
-    /// Revokes the config of a removed entry. The entry's memory stays until the registry's collector frees it, and
-    /// must not keep alive until then what the config refers to.
     fn revoked(&self, env: Env<'_>, removed: Option<Entry<Lease>>) -> Option<Entry<Lease>> {
         self.wake_reader(env);
-        removed.inspect(|entry| entry.lease.config.revoke())
+        removed.inspect(|entry| self.revoke(&entry.lease))
     }
 
     /// See [`erlmcp_core::registry::Registry::close`].
@@ -189,8 +188,8 @@ impl Registry {
         });
     }
 
-    /// Replaces a lease whose config nobody has replaced since it was read as `former`. See
-    /// [`erlmcp_core::registry::Registry::exchange_lease`].
+    /// Replaces a lease whose config nobody has replaced since it was read as `former`, by one with this config and the
+    /// delivery in it. See [`erlmcp_core::registry::Registry::exchange_lease`].
     pub(crate) fn exchange_config(
         &self,
         env: Env<'_>,
@@ -199,32 +198,25 @@ impl Registry {
         former: &Lease,
         config: Config,
     ) -> bool {
+        let way = config
+            .delivery()
+            .map_or(Delivery::Single, |delivery| delivery.way());
         let new = former.with_config(config);
         let is_former = |held: &Lease| held.is(former);
-        self.exchanged(env, self.core.exchange_lease(namespace, id, is_former, new))
-    }
-
-    /// As [`Self::exchange_config`], for a connection that gets another delivery.
-    pub(crate) fn exchange_delivery(
-        &self,
-        env: Env<'_>,
-        id: &Id<'_>,
-        former: &Lease,
-        config: Config,
-        delivery: Delivery,
-    ) -> bool {
-        let new = former.with_config(config);
-        let is_former = |held: &Lease| held.is(former);
-        self.exchanged(
-            env,
-            self.core.exchange_delivery(id, is_former, new, delivery),
-        )
-    }
-
-    fn exchanged(&self, env: Env<'_>, replaced: Option<Lease>) -> bool {
+        let replaced = self.core.exchange_lease(namespace, id, is_former, new, way);
         // It may have announced the insertion, or dropped a ticket.
         self.wake_reader(env);
-        replaced.map(|lease| lease.config.revoke()).is_some()
+        replaced.map(|lease| self.revoke(&lease)).is_some()
+    }
+
+    /// Revokes the config of an entry that was removed or written anew. The entry's memory stays until the registry's
+    /// collector frees it, and must not keep alive until then what the config refers to.
+    fn revoke(&self, lease: &Lease) {
+        lease.config.revoke();
+        if lease.config.delivery().is_some() {
+            // It may have the last reference to a message store, and this thread's batch of removed entries may never fill up.
+            self.core.flush();
+        }
     }
 
     /// The registry of a number, unless it is gone.

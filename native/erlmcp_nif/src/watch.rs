@@ -84,13 +84,14 @@ impl Resource for WatchResource {
         // fence in `Watch::has_ended`.
         fence(Ordering::SeqCst);
         let (number, location) = Self::place(word);
+        let pid = immediate::word(pid.encode(env));
         if word != IDLE
             && let Some(registry) = Registry::of_number(number)
         {
-            registry.remove_leased(env, &location, |held| held.watch.is(self));
+            registry.remove_leased(env, &location, pid, |held| held.watch.is(self));
             release(registry);
         }
-        drain_pool(immediate::word(pid.encode(env)));
+        drain_pool(pid);
         // SAFETY: the reference that `Watch::start` left for us. The VM holds another one while
         // this callback runs.
         unsafe { enif_release_resource(resource_of(self)) };

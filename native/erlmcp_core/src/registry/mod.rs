@@ -52,7 +52,7 @@ use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use ahash::RandomState;
-use papaya::HashMap;
+use papaya::{Guard, HashMap};
 use seize::Collector;
 
 pub use announcements::{Announcement, Announcements, Change, Interest};
@@ -458,6 +458,11 @@ where
         shard
             .admission()
             .is_open(&self.sampling, || clock.now_ms(), || shard.receivers())
+    }
+
+    /// Frees what this thread has removed from the connections, unless other threads read them just now.
+    pub fn flush(&self) {
+        Guard::flush(&self.connections.guard());
     }
 
     /// The number of processes behind the entries of a shard, estimated without counting them. An automatic

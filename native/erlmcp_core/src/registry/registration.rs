@@ -356,21 +356,22 @@ where
         self.remove_if(namespace, id, |_, lease| is_meant(lease))
     }
 
-    /// Removes the entry at `location` if `is_meant` accepts its lease. For the end of what the lease stands for, and the
-    /// address: never removes another registration of the same id.
+    /// Removes the entry at `location` if `is_meant` accepts its lease. For the end of what the lease stands for, and of the
+    /// process at `address`: never removes another registration of the same id. The process is charged with nothing any more
+    /// in the shard, whether the entry is still there or not.
     pub fn remove_leased(
         &self,
         location: &Location,
+        address: u64,
         is_meant: impl Fn(&L) -> bool,
     ) -> Option<Entry<L>> {
-        let place = self.located(*location)?;
-        let removed = self.remove_if(location.namespace, &place, |key, lease| {
-            place.is_place_of(key) && is_meant(lease)
-        })?;
         self.shards[usize::from(location.shard)]
             .admission()
-            .ended(removed.address);
-        Some(removed)
+            .ended(address);
+        let place = self.located(*location)?;
+        self.remove_if(location.namespace, &place, |key, lease| {
+            place.is_place_of(key) && is_meant(lease)
+        })
     }
 
     fn remove_if<Q>(
@@ -411,39 +412,29 @@ where
     /// Replaces the lease of the server or connection registered under `id` by `new`, which must have the same location.
     /// Returns the former lease, if `is_former` accepts it.
     ///
-    /// Address, place and bindings stay, the delivery of a connection too, and so do the token bucket and its tokens: a
-    /// message that is routed meanwhile is charged to them.
+    /// A connection gets the new lease's `delivery` at the same moment. Address, place and bindings stay, and so do the token
+    /// bucket and its tokens: a message that is routed meanwhile is charged to them.
     pub fn exchange_lease(
         &self,
         namespace: Namespace,
         id: &Id<'_>,
         is_former: impl Fn(&L) -> bool,
         new: L,
+        delivery: Delivery,
     ) -> Option<L> {
         match namespace {
             Namespace::Server => self.exchange_server_lease(id, is_former, new),
-            Namespace::Connection => self.exchange_connection(id, is_former, new, None),
+            Namespace::Connection => self.exchange_connection_lease(id, is_former, new, delivery),
             Namespace::Transport | Namespace::Member => None,
         }
     }
 
-    /// As [`Self::exchange_lease`], for a connection, which gets another delivery at the same moment.
-    pub fn exchange_delivery(
+    fn exchange_connection_lease(
         &self,
         id: &Id<'_>,
         is_former: impl Fn(&L) -> bool,
         new: L,
         delivery: Delivery,
-    ) -> Option<L> {
-        self.exchange_connection(id, is_former, new, Some(delivery))
-    }
-
-    fn exchange_connection(
-        &self,
-        id: &Id<'_>,
-        is_former: impl Fn(&L) -> bool,
-        new: L,
-        delivery: Option<Delivery>,
     ) -> Option<L> {
         let guard = self.connections.guard();
         let (key, held) = self.connections.get_key_value(id, &guard)?;
@@ -453,7 +444,7 @@ where
         let mark = self.buckets.move_apart(&held.level)?;
         let exchanged = self.connections.compute(
             self.next_key(*id, key, held, &guard)
-                .with_delivery(delivery.unwrap_or(key.delivery())),
+                .with_delivery(delivery),
             |current| match current {
                 // No entry is freed under this guard, so the same address is the same entry.
                 Some((_, current)) if ptr::eq(current, held) => Operation::Insert(Connection {

@@ -140,14 +140,14 @@ where
     /// Routes a message to a connection whose lease delivers it: after all layers have been passed, `deliver` gets the
     /// lease, whatever the connection's [`Delivery`] is now. If it returns an error, no layer keeps a trace of the message.
     #[cold]
-    pub fn route_by_lease<E>(
+    pub fn route_by_lease<R, E>(
         &self,
         id: &Id<'_>,
         circuit: &CircuitBreaker,
         clock: &impl Clock,
         events: &mut Events,
-        deliver: impl FnOnce(&L) -> Result<(), Undelivered<E>>,
-    ) -> Result<(), Undelivered<E>> {
+        deliver: impl FnOnce(&L) -> Result<R, Undelivered<E>>,
+    ) -> Result<R, Undelivered<E>> {
         self.lookup(&self.connections, id, |key, connection, entry| {
             let target = Target {
                 // What the lease has taken waits in no mailbox.
@@ -166,7 +166,7 @@ where
                     events,
                 );
                 let permit = permit.map_err(Undelivered::Refused)?;
-                if let Err(error) = deliver(&entry.lease) {
+                let delivered = deliver(&entry.lease).map_err(|error| {
                     if self.buckets.is_on() {
                         self.buckets.refund(&connection.level, clock, 1);
                     }
@@ -178,17 +178,16 @@ where
                             .refusals
                             .count(refusal);
                     }
-                    return Err(error);
-                }
+                    error
+                })?;
                 self.admit(&target, &receiver, permit, circuit, clock, events);
-                Ok(())
+                Ok(delivered)
             };
-            if !self.enforces_limits() {
+            if self.target_breakers.is_empty() || !self.enforces_limits() {
                 return pass();
             }
-            let id = self.id_of(key);
             self.target_breakers
-                .guarded(Namespace::Connection, &id, clock, pass)
+                .guarded(Namespace::Connection, id, clock, pass)
                 .unwrap_or_else(|| {
                     let shard = &self.shards[usize::from(key.shard())];
                     Err(Undelivered::Refused(refused(shard, Refusal::CircuitOpen)))
@@ -271,9 +270,7 @@ where
         mut each: impl FnMut(Result<&Entry<L>, Refusal>, Events),
     ) {
         self.visit_bound(server, |key, transport| {
-            let mut events = Events::default();
-            let passed = self.pass_uncharged(key, &transport.entry, circuit, clock, &mut events);
-            each(passed, events);
+            self.pass_uncharged(key, &transport.entry, circuit, clock, &mut each);
         });
     }
 
@@ -287,9 +284,7 @@ where
         mut each: impl FnMut(Result<&Entry<L>, Refusal>, Events),
     ) {
         self.visit_members(group, |key, member| {
-            let mut events = Events::default();
-            let passed = self.pass_uncharged(key, &member.entry, circuit, clock, &mut events);
-            each(passed, events);
+            self.pass_uncharged(key, &member.entry, circuit, clock, &mut each);
         });
     }
 
@@ -305,9 +300,7 @@ where
         mut routed: impl FnMut(Result<&Entry<L>, Refusal>, Events) -> R,
     ) -> Result<R, TooSparse> {
         let picked = self.pick_member(group, search, is_live, |key, member| {
-            let mut events = Events::default();
-            let passed = self.pass_uncharged(key, &member.entry, circuit, clock, &mut events);
-            routed(passed, events)
+            self.pass_uncharged(key, &member.entry, circuit, clock, &mut routed)
         })?;
         Ok(match picked {
             Some(result) => result,
@@ -316,21 +309,22 @@ where
     }
 
     /// As [`Self::pass`], with no bucket to charge.
-    fn pass_uncharged<'e>(
+    fn pass_uncharged<R>(
         &self,
         key: &Key,
-        entry: &'e Entry<L>,
+        entry: &Entry<L>,
         circuit: &CircuitBreaker,
         clock: &impl Clock,
-        events: &mut Events,
-    ) -> Result<&'e Entry<L>, Refusal> {
+        routed: &mut impl FnMut(Result<&Entry<L>, Refusal>, Events) -> R,
+    ) -> R {
         let target = Target {
             address: entry.address,
             key,
             level: None,
         };
-        self.pass(target, Charged::Nobody, circuit, clock, events)
-            .map(|_| entry)
+        let mut events = Events::default();
+        let passed = self.pass(target, Charged::Nobody, circuit, clock, &mut events);
+        routed(passed.map(|_| entry), events)
     }
 
     #[inline(always)]
@@ -484,7 +478,11 @@ where
             self.lookup(map, id, |key, value, entry| {
                 let shard = &self.shards[usize::from(key.shard())];
                 let admission = shard.admission();
-                let mut receiver = admission.receiver(entry.address, key.receiver());
+                let address = match key.delivery() {
+                    Delivery::ByLease => UNSEEN,
+                    Delivery::Single | Delivery::Batched => entry.address,
+                };
+                let mut receiver = admission.receiver(address, key.receiver());
                 let admission_ms =
                     admission.wait_ms(&mut receiver, &self.sampling, clock.now_ms(), || {
                         shard.receivers()
@@ -535,6 +533,12 @@ where
     /// up.
     pub fn refuse_unknown(&self) -> Refusal {
         refused(&self.shards[0], Refusal::NotFound)
+    }
+
+    /// Counts a message to a store that is replaced all the time.
+    pub fn refuse_full(&self, id: &Id<'_>) -> Refusal {
+        let shard = id.hash as usize % self.shards.len();
+        refused(&self.shards[shard], Refusal::StoreFull)
     }
 
     /// Counted in any shard: an id that is not registered has none, and its hash spreads the writes.

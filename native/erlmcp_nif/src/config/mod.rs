@@ -169,7 +169,7 @@ impl Config {
         }
     }
 
-    /// Whether this is the same use of the same term: no change of the entry lies between the two.
+    /// Whether this is the same word: the same term, and the same delivery.
     pub(crate) fn is(&self, other: &Self) -> bool {
         self.0 == other.0
     }
