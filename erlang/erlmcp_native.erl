@@ -9,9 +9,10 @@
 %%% A message to a connection passes the connection's own breaker, if it has one ({@link erlmcp_target_breaker}), the
 %%% node's circuit ({@link erlmcp_circuit_breaker}), the admission
 %%% control of its shard ({@link erlmcp_admission_control}) and the token bucket of the connection
-%%% that is charged ({@link erlmcp_token_bucket}), in that order, in one native call with the look-up. A
+%%% that is charged ({@link erlmcp_token_bucket}), in that order, in one native call with the look-up. A connection with a
+%%% message store gets it there ({@link erlmcp_shard_manager:set_delivery/2}), unless the store is full. A
 %%% refusal is returned to the caller; nothing that was accepted is dropped. With `backpressure'
-%%% set to `off' nothing is refused.
+%%% set to `off' nothing is refused, except by a full store.
 %%%
 %%% The layers are native and guard the default registry, whether the application runs or not. While
 %%% it does not run, nothing samples mailboxes, and admission control admits everything.
@@ -141,12 +142,13 @@ health() ->
 %% `process' ({@link erlmcp_rollout}). For a registered id there are also its `pid' and `config_bytes', the size of its
 %% config or capabilities in the external term format. `bucket' is the token bucket of a connection or a transport,
 %% `binding' the server that a transport is bound to. `target_breaker' is there if the id has a breaker of its own
-%% ({@link erlmcp_target_breaker}); where `circuit' decides, it is the node's circuit or that one.
+%% ({@link erlmcp_target_breaker}); where `circuit' decides, it is the node's circuit or that one. `delivery' is how a
+%% connection gets its messages ({@link erlmcp_shard_manager:set_delivery/2}), with what is in its store.
 %%
 %% `route' is what {@link erlmcp_shard_manager:route_message/2} would return for a connection, {@link
 %% erlmcp_registry:route_to_server/3} for a server, without regard to the bucket of the sending transport,
 %% and {@link erlmcp_registry:route_to_transport/3} for a transport. `decided_by' is the layer that
-%% decides it: `circuit', `admission', `token_bucket', `registry' where the id is not registered (a
+%% decides it: `circuit', `admission', `token_bucket', `message_store', `registry' where the id is not registered (a
 %% message to an unknown server or transport is dropped with a warning and `ok', as in erlmcp), or `none'. Messages
 %% that the registry's process routes pass no layer. `retry_after_ms' is the time of {@link retry_after_ms/1}, 0 if the
 %% message would be admitted; it is missing where the id is not registered.
@@ -189,7 +191,8 @@ retry_after_ms(Id) ->
 %% The result is the longest of the times of the layers. A bucket: until it holds a whole token, if no other message
 %% takes it. The circuit, and the target's own breaker: until it is half open; 1 while it is half open and all probes are
 %% under way. A shard: until
-%% the next sample is due, which may find its receivers as they were. Another message may be admitted first, so a
+%% the next sample is due, which may find its receivers as they were. If all of them admit it and the connection's message
+%% store is full: 10. Another message may be admitted first, so a
 %% caller that retries counts on another refusal.
 %%
 %% Takes no token and no probe and counts nothing. Constant time, on the calling scheduler: about as much as a

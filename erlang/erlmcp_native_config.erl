@@ -131,17 +131,21 @@ capability_store() ->
 
 -spec valid_or_default(key()) -> term().
 valid_or_default(Key) ->
-    Configured = configured(Key),
-    case validate(Key, Configured) of
-        ok -> Configured;
+    case check_value(Key, of_environment(Key), default(Key)) of
+        {ok, Complete} -> Complete;
         {expected, _} -> default(Key)
     end.
+
+
+-spec of_environment(key()) -> term().
+of_environment(Key) ->
+    application:get_env(erlmcp_native, Key, default_or_of_erlmcp(Key)).
 
 
 %% Wrong values are returned as they are.
 -spec configured(key()) -> term().
 configured(Key) ->
-    Value = application:get_env(erlmcp_native, Key, default_or_of_erlmcp(Key)),
+    Value = of_environment(Key),
     case check_value(Key, Value, default(Key)) of
         {ok, Complete} -> Complete;
         {expected, _} -> Value

@@ -49,7 +49,7 @@
 %%% processes are allowed. The processes of events and of the capability store have the same intensity, each by itself.</li>
 %%% <li>`erlmcp_shard_sup' and `erlmcp_native_sup' count supervisors that were killed, since those do not crash
 %%% by themselves. Ten kills a second cause 100 restarts of managers' supervisors in 10 seconds (200 are allowed);
-%%% three supervisors that are each killed ten times a second cause 300 (400 are allowed).</li>
+%%% four supervisors that are each killed ten times a second cause 400 (500 are allowed).</li>
 %%% </ul>
 -module(erlmcp_native_sup).
 
@@ -188,7 +188,7 @@ start_link(Name) ->
 -spec init(tree()) -> {ok, {supervisor:sup_flags(), [supervisor:child_spec()]}}.
 init(?MODULE) ->
     ok = raise_priority(),
-    {ok, {(flags(400, 10))#{auto_shutdown => any_significant}, trees(erlmcp_registry_native:load_error())}};
+    {ok, {(flags(500, 10))#{auto_shutdown => any_significant}, trees(erlmcp_registry_native:load_error())}};
 init(erlmcp_shard_sup) ->
     ok = raise_priority(),
     ok = erlmcp_shard_sampler:new(),

@@ -326,6 +326,7 @@ no_term_above_a_mebibyte(_Config) ->
       || Term <- [Large,
                   [Large],
                   binary:part(Large, 7, 100),
+                  begin <<_:56, Bits:801/bits, _/bits>> = Large, Bits end,
                   lists:seq(1, 70_000),
                   list_to_tuple(lists:seq(1, 140_000)),
                   maps:from_list([ {N, N} || N <- lists:seq(1, 40_000) ]),
@@ -340,6 +341,8 @@ no_process_holds_more_than_a_thousand(_Config) ->
     ?assertError(system_limit, ?S:get_or_create(1_001, fun() -> term end)),
     ?assertError(system_limit, ?S:get_or_create(1_002, fun() -> another end)),
     ?assertMatch({match, _}, re:run(shown_error(fun() -> ?S:get_or_create(1_001, fun() -> term end) end), "holds 1000 keys already")),
+    %% What is refused is not kept.
+    ?assertMatch(#{terms := 1, unused_terms := 0}, ?S:info()),
     ?assertEqual({error, not_found}, ?S:get(1_001)),
     ?assertEqual({ok, term}, ?S:get_or_create(1_000, fun() -> other end)),
     ?assertEqual({ok, term}, in_process(fun() -> ?S:get_or_create(1_001, fun() -> term end) end)),

@@ -69,6 +69,8 @@ init({children, Flags, Children}) ->
     {ok, {Flags, Children}};
 init({returns, Result}) ->
     Result;
+init({throws, Result}) ->
+    throw(Result);
 init(Reported) ->
     Reported ! {init, self()},
     {ok, {Reported, []}}.
@@ -235,10 +237,11 @@ hibernates_again(_Config) ->
 
 what_init_may_return(_Config) ->
     State = {self(), []},
-    Running = fun(Result) ->
-                      {ok, Pid} = ?C:start_link(#{id => returns, module => ?MODULE, args => {returns, Result}}),
-                      Pid
-              end,
+    Start = fun(How, Result) ->
+                    {ok, Pid} = ?C:start_link(#{id => returns, module => ?MODULE, args => {How, Result}}),
+                    Pid
+            end,
+    Running = fun(Result) -> Start(returns, Result) end,
     [ begin
           Pid = Running(Result),
           Pid ! hello,
@@ -249,13 +252,18 @@ what_init_may_return(_Config) ->
     Continued = Running({ok, State, {continue, on}}),
     {ask, {_, [{continue, on}]}} = gen_server:call(Continued, ask),
     stopped(Continued),
+    %% As a gen_server: what is thrown is returned.
+    Thrown = Start(throws, {ok, State}),
+    {ask, _} = gen_server:call(Thrown, ask),
+    stopped(Thrown),
     process_flag(trap_exit, true),
     [ begin
-          Pid = Running(Result),
+          Pid = Start(How, Result),
           ?assertExit({Reason, _}, gen_server:call(Pid, ask)),
           receive {'EXIT', Pid, Reason} -> ok end,
           ?assertEqual(undefined, ?R:whereis_name(returns))
-      end || {Result, Reason} <- [{{stop, no_socket}, no_socket},
+      end || How <- [returns, throws],
+             {Result, Reason} <- [{{stop, no_socket}, no_socket},
                                   {{error, no_socket}, no_socket},
                                   {ignore, normal},
                                   {other, {bad_return_value, other}}] ],
@@ -290,6 +298,9 @@ ids_that_are_registered(_Config) ->
     %% An id that no connection may have, and a registry that does not exist.
     ?assertError(badarg, ?C:start_link(#{id => test_terms:fun_with([1]), module => ?MODULE})),
     ?assertError(badarg, ?C:start_link(#{id => other, module => ?MODULE, registry => make_ref()})),
+    %% No exit comes of a process that was never started.
+    [ {error, _} = ?C:start_link(#{id => taken, module => ?MODULE}) || _ <- lists:seq(1, 100) ],
+    ?assertEqual([], test_support:flush()),
     process_flag(trap_exit, false),
     ?assertEqual(Pid, ?R:whereis_connection(taken)),
     stopped(Pid).
@@ -311,6 +322,7 @@ under_a_supervisor(_Config) ->
     process_flag(trap_exit, true),
     Flags = #{strategy => one_for_one, intensity => 1000, period => 1},
     Options = #{id => worker, module => ?MODULE, args => self()},
+    ?assertMatch(#{modules := [?MODULE]}, ?C:child_spec(Options)),
     {ok, Supervisor} = supervisor:start_link(?MODULE, {children, Flags, [?C:child_spec(Options)]}),
     %% Unused and used, the next process has the id at the first try.
     [ begin

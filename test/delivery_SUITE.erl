@@ -28,6 +28,7 @@ all() ->
      batches_to_a_store,
      only_the_holder_chooses,
      ends_with_the_registration,
+     a_store_goes_with_its_connection,
      outlives_an_update,
      a_full_store_refuses,
      a_refusal_leaves_no_trace,
@@ -76,7 +77,7 @@ mailbox_by_default(_Config) ->
     ?assertEqual({ok, mailbox}, ?M:delivery(a)),
     ?assertEqual(ok, ?M:set_delivery(a, mailbox)),
     ok = ?M:route_message(a, hello),
-    ?assertEqual([hello], mailbox()).
+    ?assertEqual([hello], test_support:flush()).
 
 
 to_a_store(_Config) ->
@@ -84,7 +85,7 @@ to_a_store(_Config) ->
     {ok, Store} = ?M:set_delivery(a, {store, 100}),
     ?assertEqual({ok, {store, Store}}, ?M:delivery(a)),
     ?assertEqual([ ok || _ <- lists:seq(1, 10) ], [ ?M:route_message(a, N) || N <- lists:seq(1, 10) ]),
-    ?assertEqual([{erlmcp_message_store, ready, Store}], mailbox()),
+    ?assertEqual([{erlmcp_message_store, ready, Store}], test_support:flush()),
     ?assertEqual(lists:seq(1, 10), ?S:drain(Store, 100)),
     %% Look-ups find the connection as before.
     ?assertEqual({ok, {self(), caps}}, ?R:lookup_connection(a)),
@@ -102,7 +103,7 @@ batches_to_a_store(_Config) ->
     Messages = [{a, 1}, {b, 1}, {nobody, 1}, {a, 2}, {a, 3}, {b, 2}, {a, 4}],
     ?assertEqual([ok, ok, {error, not_found}, ok, ok, ok, ?FULL], ?M:route_batch(Messages)),
     ?assertEqual([1, 2, 3], ?S:drain(Store, 10)),
-    ?assertEqual([1, 2], [ N || N <- mailbox(), is_integer(N) ]).
+    ?assertEqual([1, 2], [ N || N <- test_support:flush(), is_integer(N) ]).
 
 
 only_the_holder_chooses(_Config) ->
@@ -126,6 +127,24 @@ ends_with_the_registration(_Config) ->
     ?assertEqual({ok, mailbox}, ?M:delivery(a)),
     %% What the store has accepted is still there.
     ?assertEqual([1], ?S:drain(Store, 10)).
+
+
+%% With its messages and their charge, if nothing else refers to it.
+a_store_goes_with_its_connection(_Config) ->
+    ok = erlmcp_native:set(admission, #{threshold => 1_000}),
+    End = fun(unregister) -> ok = ?R:unregister_connection(a);
+             (replace) -> {ok, _} = ?R:replace_connection(a, self(), caps), ok
+          end,
+    [ begin
+          ok = connect(a),
+          {ok, _} = ?M:set_delivery(a, {store, 100}),
+          [ ok = ?M:route_message(a, N) || N <- lists:seq(1, 10) ],
+          [{erlmcp_message_store, ready, _}] = test_support:flush(),
+          ok = End(How),
+          ok = await_value({0, 0}, fun() -> garbage_collect(), {maps:get(messages, ?S:totals()), depth(a)} end),
+          ok = ?R:unregister_connection(a)
+      end
+      || How <- [unregister, replace] ].
 
 
 outlives_an_update(_Config) ->
@@ -290,14 +309,14 @@ back_to_the_mailbox_after_the_last_message(_Config) ->
     ?assertEqual(ok, ?M:set_delivery(a, mailbox)),
     ?assertEqual({ok, mailbox}, ?M:delivery(a)),
     ok = ?M:route_message(a, 1),
-    ?assertEqual([1], mailbox()),
+    ?assertEqual([1], test_support:flush()),
     ?assertEqual({error, closed}, ?S:push(Store, 2)),
     {ok, Second} = ?M:set_delivery(a, {store, 10}),
     ok = ?M:route_message(a, 1),
     ok = ?M:set_delivery(a, {batch, 10}),
     ?assertEqual({ok, {store, Second}}, ?M:delivery(a)),
     ok = ?M:route_message(a, 2),
-    [{erlmcp_message_store, ready, Second}] = mailbox(),
+    [{erlmcp_message_store, ready, Second}] = test_support:flush(),
     %% As many as were asked for: there may be more.
     ?assertEqual([1, 2], ?S:drain(Second, 2)),
     ?assertEqual({ok, {store, Second}}, ?M:delivery(a)),
@@ -305,7 +324,7 @@ back_to_the_mailbox_after_the_last_message(_Config) ->
     ?assertEqual({ok, {batch, 10}}, ?M:delivery(a)),
     [ok, ok, ok] = ?M:route_batch([{a, 3}, {a, 4}, {a, 5}]),
     ok = ?M:route_message(a, 6),
-    ?assertEqual([3, 4, 5, 6], lists:append([ case M of {erlmcp_batch, List} -> List; N -> [N] end || M <- mailbox() ])).
+    ?assertEqual([3, 4, 5, 6], lists:append([ case M of {erlmcp_batch, List} -> List; N -> [N] end || M <- test_support:flush() ])).
 
 
 back_to_the_store_before_it(_Config) ->
@@ -385,14 +404,14 @@ changes_beside_updates(_Config) ->
           {ok, Store} = ?M:set_delivery(a, {store, 10}),
           ?assertEqual({ok, {store, Store}}, ?M:delivery(a)),
           ok = ?M:route_message(a, N),
-          ?assertEqual([{erlmcp_message_store, ready, Store}], mailbox()),
+          ?assertEqual([{erlmcp_message_store, ready, Store}], test_support:flush()),
           ?assertEqual([N], ?S:drain(Store, 10)),
           ok = ?M:set_delivery(a, mailbox),
           ?assertEqual({ok, mailbox}, ?M:delivery(a))
       end
       || N <- lists:seq(1, 5_000) ],
     Updater ! stop,
-    receive {updates, Updates} -> ?assert(Updates > 0) end.
+    receive {updates, Updates} -> ?assert(Updates > 1, Updates) end.
 
 
 update_for_ever(Parent, N) ->
@@ -418,20 +437,20 @@ lists_of_a_batch(_Config) ->
     ok = ?R:register_connection(other, Other, caps),
     Collect = fun() -> Other ! {self(), collected}, receive {Other, Messages} -> Messages end end,
     ok = ?M:route_message(a, single),
-    ?assertEqual([single], mailbox()),
+    ?assertEqual([single], test_support:flush()),
     ?assertEqual([ok, ok, {error, not_found}, ok, ok], ?M:route_batch([{a, 1}, {other, 1}, {nobody, 1}, {other, 2}, {a, 2}])),
-    ?assertEqual([{erlmcp_batch, [1, 2]}], mailbox()),
+    ?assertEqual([{erlmcp_batch, [1, 2]}], test_support:flush()),
     ?assertEqual([1, 2], Collect()),
     %% Longer than one native call.
     N = 1000,
     ?assertEqual([ ok || _ <- lists:seq(1, N) ], ?M:route_batch([ {a, M} || M <- lists:seq(1, N) ])),
-    Lists = [ List || {erlmcp_batch, List} <- mailbox() ],
+    Lists = [ List || {erlmcp_batch, List} <- test_support:flush() ],
     ?assertEqual(lists:seq(1, N), lists:append(Lists)),
     ?assert(length(Lists) =< N div 10),
     %% Refused ones are not in a list.
     ok = erlmcp_native:set(token_bucket, #{capacity => 3, rate_per_second => 1 / 3600}),
     ?assertEqual([ok, ok, ok, {error, rate_limited}], ?M:route_batch([ {a, M} || M <- [1, 2, 3, 4] ])),
-    ?assertEqual([{erlmcp_batch, [1, 2, 3]}], mailbox()).
+    ?assertEqual([{erlmcp_batch, [1, 2, 3]}], test_support:flush()).
 
 
 collector() ->
@@ -451,7 +470,7 @@ lists_have_their_length(_Config) ->
           ok = ?M:set_delivery(a, {batch, Most}),
           Sent = lists:seq(1, Count),
           _ = ?M:route_batch([ {a, N} || N <- Sent ]),
-          Lists = [ List || {erlmcp_batch, List} <- mailbox() ],
+          Lists = [ List || {erlmcp_batch, List} <- test_support:flush() ],
           ?assertEqual(Sent, lists:append(Lists)),
           ?assert(lists:all(fun(List) -> length(List) =< Most end, Lists))
       end
@@ -498,7 +517,9 @@ collecting_lists(Messages) ->
 wrong_arguments(_Config) ->
     ok = connect(a),
     [ ?assertError(badarg, ?M:set_delivery(a, Delivery))
-      || Delivery <- [none, {batch, 1}, {batch, 257}, {batch, 1.0}, {batch, all}, {batch, 2, 3}, {}, "mailbox", 1 bsl 70] ],
+      || Delivery <- [none, {batch, 1}, {batch, 257}, {batch, 1.0}, {batch, all}, {batch, 2, 3}, {store, 10, 1000}, {}, "mailbox", 1 bsl 70] ],
+    Shown = test_support:shown_error(fun() -> ?M:set_delivery(a, none) end),
+    ?assertNotEqual(nomatch, string:find(Shown, "argument 2: not mailbox, {batch, 2 to 256}")),
     [ ?assertError({bad_option, _, _, _}, ?M:set_delivery(a, {store, Options}))
       || Options <- [0, -1, 1_000_001, #{capacity => 0}, #{max_bytes => 0}, [{capacity, many}], #{size => 1}, many] ],
     TooLong = binary:copy(<<"x">>, 70_000),
@@ -515,10 +536,6 @@ wrong_arguments(_Config) ->
 
 
 connect(Id) -> ?R:register_connection(Id, self(), caps).
-
-
-mailbox() ->
-    receive Message -> [Message | mailbox()] after 0 -> [] end.
 
 
 depth(Id) ->

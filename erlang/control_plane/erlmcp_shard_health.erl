@@ -81,16 +81,16 @@
 %% The seconds over which run queue and use of the schedulers are measured.
 -define(WINDOW, 5).
 %% Checks in a row that agree before a line is logged.
--define(LOGGED_AFTER,  3).
--define(SILENT_MS,     5_000).
--define(CONTROL_PLANE, [erlmcp_control_plane_sup,
-                        erlmcp_shard_health,
-                        erlmcp_shard_metrics,
-                        erlmcp_shard_recovery,
-                        erlmcp_connection_events_sup,
-                        erlmcp_connection_events,
-                        erlmcp_capability_store_sup,
-                        erlmcp_capability_store]).
+-define(LOGGED_AFTER, 3).
+-define(SILENT_MS,    5_000).
+-define(PROCESSES,    [erlmcp_control_plane_sup,
+                       erlmcp_shard_health,
+                       erlmcp_shard_metrics,
+                       erlmcp_shard_recovery,
+                       erlmcp_connection_events_sup,
+                       erlmcp_connection_events,
+                       erlmcp_capability_store_sup,
+                       erlmcp_capability_store]).
 
 -record(state, {
           %% The latest first.
@@ -169,7 +169,7 @@ managers_down() ->
 
 -spec control_plane_down() -> [atom()].
 control_plane_down() ->
-    [ Name || Name <- ?CONTROL_PLANE, whereis(Name) =:= undefined orelse is_silent(Name) ].
+    [ Name || Name <- ?PROCESSES, whereis(Name) =:= undefined orelse is_silent(Name) ].
 
 
 -spec is_silent(atom()) -> boolean().

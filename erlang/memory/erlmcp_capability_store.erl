@@ -30,7 +30,8 @@
 %%% == Bounds ==
 %%% The key `capability_store' of the configuration: `max_terms' (1,000) and `max_bytes' (64 MiB) of all terms together, unused ones
 %%% included. One term has at most 1 MiB, a key at most 65,535 bytes, and a process holds at most 1,000 keys. Bytes are those of the
-%%% heap, counted without sharing, and those of the binaries that the term refers to, each of them whole.
+%%% heap, counted without sharing, and those of the binaries that the term refers to, each of them whole; what a bit string of
+%%% less than eight bits refers to is not counted.
 %%%
 %%% == Consistency ==
 %%% Each function is atomic on its key. The fun of {@link get_or_create/2} runs in its caller and holds no lock: it may raise, be
@@ -43,7 +44,7 @@
 %%%
 %%% == Cost ==
 %%% {@link get/1}: a look-up in an ETS table and one of a persistent term, whatever the size of the term. {@link get_or_create/2} of a key that
-%%% the caller holds: one more look-up. Of another key that exists, and {@link release/1}: a call of a process. For a new key the fun's result is
+%%% the caller holds: one more look-up, which copies the keys that the caller holds. Of another key that exists, and {@link release/1}: a call of a process. For a new key the fun's result is
 %%% walked, hashed and compared in the caller; a term without an equal one in the store is copied twice. A holder takes some 250 bytes (`./bench/run --only capabilities').
 %%%
 %%% It works without the native library too.
@@ -96,6 +97,8 @@
 -define(PROCESSES_FOR_ONE_MS, 5).
 
 -record(state, {
+          %% Of all terms.
+          bytes :: non_neg_integer(),
           %% Whether a removal is due later.
           removes = false :: boolean()
          }).
@@ -298,7 +301,10 @@ left(Binary, Left) when is_binary(Binary) ->
         Referenced -> spend_words(6, spend(Referenced, Left))
     end;
 left(Bits, Left) when is_bitstring(Bits) ->
-    spend_words(8, spend(byte_size(Bits), Left));
+    %% What it refers to is known of whole bytes only.
+    Whole = bit_size(Bits) div 8,
+    <<Bytes:Whole/binary, _/bits>> = Bits,
+    spend_words(8, left(Bytes, Left));
 left(Integer, Left) when is_integer(Integer), Integer >= -(1 bsl 59), Integer < 1 bsl 59 ->
     Left;
 left(Number, Left) when is_number(Number) ->
@@ -384,7 +390,7 @@ init([]) ->
                           end
                   end,
                   Keys),
-    {ok, remove_later(#state{}), hibernate}.
+    {ok, remove_later(#state{bytes = bytes_of(ets:tab2list(?TERMS))}), hibernate}.
 
 
 %% @private
@@ -400,12 +406,12 @@ handle_call({share, Key, Name}, {Pid, _}, State) ->
             end,
     {reply, Reply, State};
 handle_call({create, Key, Term, Hash, Bytes}, {Pid, _}, State) ->
-    Reply = case hold(Pid, Key, none) of
-                missing -> add(Pid, Key, Term, Hash, Bytes);
-                Held -> Held
-            end,
+    {Reply, Added} = case hold(Pid, Key, none) of
+                         missing -> add(Pid, Key, Term, Hash, Bytes, State);
+                         Held -> {Held, State}
+                     end,
     %% The term is garbage on this heap.
-    {reply, Reply, remove_later(State), hibernate};
+    {reply, Reply, remove_later(Added), hibernate};
 handle_call({release, Key}, {Pid, _}, State) ->
     {Monitor, Held} = holder(Pid),
     case lists:member(Key, Held) of
@@ -433,8 +439,7 @@ handle_info({'DOWN', _Monitor, process, Pid, _Reason}, State) ->
         [] -> {noreply, State}
     end;
 handle_info(remove, State) ->
-    ok = remove_longest_unused(),
-    {noreply, remove_later(State#state{removes = false})};
+    {noreply, remove_later(remove_longest_unused(State#state{removes = false}))};
 handle_info(_Message, State) ->
     {noreply, State}.
 
@@ -442,17 +447,18 @@ handle_info(_Message, State) ->
 %% Makes a process a holder of a key. A key that does not exist gets the named term.
 -spec hold(pid(), key(), name() | none) -> ok | missing | system_limit.
 hold(Pid, Key, Name) ->
-    case ets:member(?KEYS, Key) of
-        false when Name =:= none ->
-            missing;
-        IsKey ->
-            {Monitor, Held} = holder(Pid),
-            case lists:member(Key, Held) of
-                true ->
-                    ok;
-                false when length(Held) >= ?MOST_KEYS ->
-                    system_limit;
-                false ->
+    {Monitor, Held} = holder(Pid),
+    case lists:member(Key, Held) of
+        true ->
+            ok;
+        %% Before a fun is run and its result is stored.
+        false when length(Held) >= ?MOST_KEYS ->
+            system_limit;
+        false ->
+            case ets:member(?KEYS, Key) of
+                false when Name =:= none ->
+                    missing;
+                IsKey ->
                     IsKey orelse add_key(Key, Name),
                     ok = keep(Pid, Monitor, [Key | Held]),
                     _ = ets:update_counter(?KEYS, Key, {3, 1}),
@@ -504,66 +510,65 @@ drop(Keys, State) ->
 
 
 %% An equal term may have been added since the caller looked for one.
--spec add(pid(), key(), term(), non_neg_integer(), non_neg_integer()) -> ok | system_limit | {error, full}.
-add(Pid, Key, Term, Hash, Bytes) ->
+-spec add(pid(), key(), term(), non_neg_integer(), non_neg_integer(), #state{}) ->
+          {ok | system_limit | {error, full}, #state{}}.
+add(Pid, Key, Term, Hash, Bytes, #state{bytes = Before} = State) ->
     case equal(Term, Hash) of
         none ->
             #{max_terms := MaxTerms, max_bytes := MaxBytes} = erlmcp_native_config:capability_store(),
-            Rows = ets:tab2list(?TERMS),
-            case length(Rows) < MaxTerms andalso bytes_of(Rows) + Bytes =< MaxBytes of
+            case size_of(?TERMS) < MaxTerms andalso Before + Bytes =< MaxBytes of
                 true ->
                     %% A number that has never been used: a reader may still have the name of a removed term.
                     Name = {?MODULE, Hash, erlang:unique_integer([positive])},
                     ok = persistent_term:put(Name, {ok, Term}),
                     true = ets:insert(?TERMS, {Name, Bytes, 0, now_ms()}),
-                    hold(Pid, Key, Name);
+                    {hold(Pid, Key, Name), State#state{bytes = Before + Bytes}};
                 false ->
-                    {error, full}
+                    {{error, full}, State}
             end;
         Name ->
-            hold(Pid, Key, Name)
+            {hold(Pid, Key, Name), State}
     end.
 
 
 %%% Removal of unused terms
 
 
-%% Sets the timer if there is something to remove. Never two at a time, and a successor of a killed process waits anew.
+%% Sets the timer if there may be something to remove. Never two at a time, and a successor of a killed process waits anew.
 -spec remove_later(#state{}) -> #state{}.
 remove_later(#state{removes = true} = State) ->
     State;
 remove_later(State) ->
-    case removable() of
-        [] ->
-            State;
-        _ ->
+    case is_half_full(State) andalso ets:match(?TERMS, {'$1', '_', 0, '_'}, 1) of
+        {_, _} ->
             PauseMs = max(?LEAST_REMOVAL_MS, erlang:system_info(process_count) div ?PROCESSES_FOR_ONE_MS),
             _ = erlang:send_after(PauseMs, self(), remove),
-            State#state{removes = true}
+            State#state{removes = true};
+        _ ->
+            State
     end.
 
 
--spec remove_longest_unused() -> ok.
-remove_longest_unused() ->
-    case lists:sort(removable()) of
+-spec remove_longest_unused(#state{}) -> #state{}.
+remove_longest_unused(#state{bytes = Before} = State) ->
+    Unused = case is_half_full(State) of
+                 true -> ets:select(?TERMS, [{{'$1', '$2', 0, '$3'}, [], [{{'$3', '$1', '$2'}}]}]);
+                 false -> []
+             end,
+    case lists:sort(Unused) of
         [] ->
-            ok;
-        [{_UnusedSinceMs, Name} | _] ->
+            State;
+        [{_UnusedSinceMs, Name, Bytes} | _] ->
             true = ets:delete(?TERMS, Name),
             true = persistent_term:erase(Name),
-            ok
+            State#state{bytes = Before - Bytes}
     end.
 
 
-%% The unused terms, while the store is more than half full.
--spec removable() -> [{UnusedSinceMs :: integer(), name()}].
-removable() ->
+-spec is_half_full(#state{}) -> boolean().
+is_half_full(#state{bytes = Bytes}) ->
     #{max_terms := MaxTerms, max_bytes := MaxBytes} = erlmcp_native_config:capability_store(),
-    Rows = ets:tab2list(?TERMS),
-    case length(Rows) * 2 > MaxTerms orelse bytes_of(Rows) * 2 > MaxBytes of
-        true -> [ {UnusedSinceMs, Name} || {Name, _, 0, UnusedSinceMs} <- Rows ];
-        false -> []
-    end.
+    size_of(?TERMS) * 2 > MaxTerms orelse Bytes * 2 > MaxBytes.
 
 
 -spec now_ms() -> integer().

@@ -79,10 +79,8 @@
 %% and `max_bytes' (64 MiB; up to 4 GiB less one byte). An integer is a capacity.
 %%
 %% Raises `{bad_option, Key, Value, Expected}' for options that no store can have, and `system_limit' for a process that
-%% consumes 1,000 stores already.
+%% consumes 1,000 stores already, after a garbage collection and a tenth of a second.
 -spec new(pos_integer() | options()) -> store().
-new(Capacity) when is_integer(Capacity) ->
-    new(#{capacity => Capacity});
 new(Options) ->
     case bounds(Options) of
         {Capacity, MaxBytes} -> made(fun() -> erlmcp_nif:message_store_new(Capacity, MaxBytes) end);
@@ -119,22 +117,21 @@ made(Make) ->
     case Make() of
         too_many_stores ->
             true = garbage_collect(),
-            made_after_collection(Make, ?FREED_MS);
+            made(Make, ?FREED_MS);
         Result ->
             Result
     end.
 
 
 %% The VM frees what the collection has found a little later.
--spec made_after_collection(fun(() -> Result | too_many_stores), LeftMs :: non_neg_integer()) -> Result
-              when Result :: store() | not_held.
-made_after_collection(Make, LeftMs) ->
+-spec made(fun(() -> Result | too_many_stores), LeftMs :: non_neg_integer()) -> Result when Result :: store() | not_held.
+made(Make, LeftMs) ->
     case Make() of
         too_many_stores when LeftMs =:= 0 ->
             error(system_limit);
         too_many_stores ->
             ok = timer:sleep(1),
-            made_after_collection(Make, LeftMs - 1);
+            made(Make, LeftMs - 1);
         Result ->
             Result
     end.

@@ -34,7 +34,7 @@
 %% Under a supervisor
 -export([child_spec/1, start_link/1]).
 %% The process
--export([init_it/4, use/3]).
+-export([init_it/5, use/3]).
 
 -export_type([options/0]).
 
@@ -60,11 +60,11 @@
 -define(MAX_MS,   16#ffffffff).
 
 
-%% @doc The specification of a permanent child, for a supervisor. Raises what {@link start_link/1} raises.
+%% @doc The specification of a permanent child, for a supervisor. Raises `{bad_option, Key, Value, Expected}'.
 -spec child_spec(options()) -> supervisor:child_spec().
 child_spec(Options) ->
-    #{id := Id} = checked(Options),
-    #{id => Id, start => {?MODULE, start_link, [Options]}}.
+    #{id := Id, module := Module} = checked(Options),
+    #{id => Id, start => {?MODULE, start_link, [Options]}, modules => [Module]}.
 
 
 %% @doc Starts a process and registers it as a connection. Returns when it is registered.
@@ -95,8 +95,9 @@ start_link(Options) ->
      } = checked(Options),
     %% A wrong id or registry, and a missing native library, are errors of the caller and not of the new process.
     _ = erlmcp_shard_registry:get_shard_id(Registry, Id),
-    Start = [Registry, Id, Capabilities, [Module, Args, Ms]],
-    proc_lib:start_link(?MODULE, init_it, Start, infinity, erlmcp_process:spawn_opts(Profile)).
+    Start = [self(), Registry, Id, Capabilities, [Module, Args, Ms]],
+    %% Not linked before it is registered: a caller that traps exits would get the exit of a process that it never had.
+    proc_lib:start(?MODULE, init_it, Start, infinity, erlmcp_process:spawn_opts(Profile)).
 
 
 -spec checked(options() | term()) -> map().
@@ -149,12 +150,13 @@ is_server(Module) ->
 
 
 %% @private
--spec init_it(erlmcp_shard_registry:registry(), term(), term(), [term()]) -> ok.
-init_it(Registry, Id, Capabilities, [Module | _] = Unused) ->
+-spec init_it(pid(), erlmcp_shard_registry:registry(), term(), term(), [term()]) -> ok.
+init_it(Parent, Registry, Id, Capabilities, [Module | _] = Unused) ->
     %% For crash reports and the observer, as that of a gen_server.
     _ = put('$initial_call', {Module, init, 1}),
     case erlmcp_shard_registry:register_or_find_connection(Registry, Id, self(), Capabilities) of
         {registered, _} ->
+            true = link(Parent),
             ok = proc_lib:init_ack({ok, self()}),
             proc_lib:hibernate(?MODULE, use, Unused);
         {found, {Pid, _}} ->
@@ -169,7 +171,13 @@ init_it(Registry, Id, Capabilities, [Module | _] = Unused) ->
 -spec use(module(), term(), timeout()) -> no_return().
 use(Module, Args, HibernateAfterMs) ->
     Options = [{hibernate_after, HibernateAfterMs}],
-    case Module:init(Args) of
+    %% A gen_server takes what is thrown for the result.
+    Result = try
+                 Module:init(Args)
+             catch
+                 throw:Thrown -> Thrown
+             end,
+    case Result of
         {ok, State} -> gen_server:enter_loop(Module, Options, State);
         {ok, State, Next} -> gen_server:enter_loop(Module, Options, State, self(), Next);
         {stop, Reason} -> exit(Reason);

@@ -287,8 +287,11 @@ await_until(Registry, Id, Deadline) ->
                 {error, timeout} ->
                     ok = gen_server:cast(?MODULE, {forget, Tag}),
                     await_until(Registry, Id, Deadline);
-                {error, not_running} ->
-                    {error, not_running}
+                {error, not_running} = Error ->
+                    case erlmcp_registry_native:find(Registry, connection, Id) of
+                        {ok, _} = Found -> Found;
+                        {error, not_found} -> Error
+                    end
             end
     end.
 

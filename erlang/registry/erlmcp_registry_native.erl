@@ -252,14 +252,10 @@ groups_of(Registry, Pid) ->
 watched(Registry, Pid, Watched) when Pid =:= self() ->
     %% A wrong registry is the caller's error.
     _ = erlmcp_nif:limits(Registry),
-    Reference = make_ref(),
-    {Asking, Monitor} = spawn_monitor(fun() -> Pid ! {Reference, watched(Registry, Pid, Watched)} end),
+    {Asking, Monitor} = spawn_monitor(fun() -> exit({watched, watched(Registry, Pid, Watched)}) end),
     receive
-        {Reference, Ids} ->
-            true = demonitor(Monitor, [flush]),
-            Ids;
-        {'DOWN', Monitor, process, Asking, Reason} ->
-            error(Reason)
+        {'DOWN', Monitor, process, Asking, {watched, Ids}} -> Ids;
+        {'DOWN', Monitor, process, Asking, Reason} -> error(Reason)
     end;
 watched(Registry, Pid, Watched) ->
     case process_info(Pid, monitored_by) of

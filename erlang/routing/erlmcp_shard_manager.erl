@@ -47,6 +47,8 @@
 %% Routing
 -export([route_message/2, route_message/3, route_batch/1]).
 -export([set_delivery/2, delivery/1]).
+%% Explanations of errors
+-export([format_error/2]).
 -export([get_stats/1]).
 %% Process
 -export([start_link/1]).
@@ -98,7 +100,8 @@
 
 %% @doc Sends a message to a connection.
 %%
-%% The connection's bucket is charged, and its shard admits. Constant time; see {@link erlmcp_native}.
+%% The connection's bucket is charged, and its shard admits. Constant time, and for a connection with a message store in
+%% addition {@link erlmcp_message_store:push/2}; see {@link erlmcp_native}.
 %% Raises `badarg' for an id that is too long to be registered.
 -spec route_message(Id :: term(), Message :: term()) -> ok | {error, erlmcp_delivery:reason()}.
 route_message(Id, Message) ->
@@ -201,7 +204,7 @@ send_lists([{Pid, Messages} | Lists]) ->
 %% <li>`{batch, N}' (2 to 256): those messages of one {@link route_batch/1} that go to this process are sent to it as one,
 %% `{erlmcp_batch, Messages}', up to `N' in a list, in order. It is woken once for many. This pays where several
 %% messages of a batch go to one process; where each goes to another one, lists cost more than the mailbox. Other routes send
-%% each message as it is.</li>
+%% each message as it is. To admission control a list that waits is one message, once its receiver was sampled.</li>
 %% <li>`{store, Capacity}' or `{store, Options}': messages go to a message store of which the calling process is the consumer
 %% ({@link erlmcp_message_store:new/1} names the options), and which is returned. The process is woken by
 %% `{erlmcp_message_store, ready, Store}', and gets the messages by {@link erlmcp_message_store:drain/2}. A route to a full store
@@ -221,7 +224,7 @@ send_lists([{Pid, Messages} | Lists]) ->
 %%
 %% `{error, not_held}': the calling process has no connection with this id. Constant time. Raises `badarg' for what is no
 %% delivery, `{bad_option, Key, Value, Expected}' for options that no store can have, and `system_limit' for a process that
-%% consumes 1,000 stores already.
+%% consumes 1,000 stores already, after a garbage collection and a tenth of a second.
 -spec set_delivery(Id :: term(), mailbox | {batch, 2..256} | {store, pos_integer() | erlmcp_message_store:options()}) ->
           ok | {ok, erlmcp_message_store:store()} | {error, not_held}.
 set_delivery(Id, {store, Options}) ->
@@ -229,11 +232,28 @@ set_delivery(Id, {store, Options}) ->
         not_held -> {error, not_held};
         Store -> {ok, Store}
     end;
-set_delivery(Id, Delivery) ->
-    case erlmcp_nif:set_delivery(Id, Delivery) of
+set_delivery(Id, Delivery) when Delivery =:= mailbox; tuple_size(Delivery) =:= 2, element(1, Delivery) =:= batch ->
+    try erlmcp_nif:set_delivery(Id, Delivery) of
         not_held -> {error, not_held};
         ok -> ok
-    end.
+    catch
+        error:badarg -> error(badarg, [Id, Delivery], [{error_info, #{module => ?MODULE}}])
+    end;
+set_delivery(Id, Delivery) ->
+    error(badarg, [Id, Delivery], [{error_info, #{module => ?MODULE}}]).
+
+
+%% @private
+%% For the shell and for crash reports, as in {@link erlang:error/3}.
+-spec format_error(term(), [tuple()]) -> #{pos_integer() => string()}.
+format_error(_Reason, [{?MODULE, set_delivery, [_Id, {batch, N}], _Info} | _]) when is_integer(N), N >= 2, N =< 256 ->
+    #{1 => "not an id: too long, or with a fun in it"};
+format_error(_Reason, [{?MODULE, set_delivery, [_Id, mailbox], _Info} | _]) ->
+    #{1 => "not an id: too long, or with a fun in it"};
+format_error(_Reason, [{?MODULE, set_delivery, [_Id, _Delivery], _Info} | _]) ->
+    #{2 => "not mailbox, {batch, 2 to 256}, or {store, Capacity or Options}"};
+format_error(_Reason, _Stacktrace) ->
+    #{}.
 
 
 %% @doc How routed messages get to a connection, as {@link set_delivery/2} has it. A store that is to be left is named as long as
