@@ -337,7 +337,6 @@ in_automatic_threshold() ->
     ok.
 
 
-%% Messages that a receiver reports as taken make room at once, and are subtracted once.
 %% Entries count as receivers until the processes behind them are counted. Samples are requested at three quarters of
 %% the threshold that follows. No tick takes them within the test.
 a_lower_threshold(_Config) ->
@@ -401,6 +400,7 @@ fill_to(Depth, Ids, Route) ->
     end.
 
 
+%% Messages that a receiver reports as taken make room at once, and are subtracted once.
 receivers_that_cooperate(_Config) ->
     in_peer(in_cooperating).
 

@@ -171,8 +171,7 @@ killed_again_and_again(_Config) ->
 %% Random changes, exits, kills of the owner, and slices. A model has servers and transports, each with its process,
 %% and bindings.
 changes_as_in_a_model(_Config) ->
-    Seed = rand:export_seed_s(rand:seed(exsss)),
-    ct:pal("seed ~0p", [Seed]),
+    _ = rand:seed(exsss, test_support:seed("TEST_SEED")),
     Pids = [ sleeper() || _ <- lists:seq(1, 8) ],
     {Owner, Model, Left} = change(1500, filled_owner(), {#{}, #{}, #{}}, Pids),
     ok = as_in_the_model(Owner, Model),

@@ -5,7 +5,7 @@
 
 -export([fail/2, succeed/2, refused/1]).
 -export([blocked_call/1, finish/2]).
--export([await_state/2, at_once/2, spin/1]).
+-export([await_state/2, spin/1]).
 -export([remove_all/0, without_library/3]).
 
 -define(CB,          erlmcp_circuit_breaker).
@@ -48,16 +48,6 @@ finish(Pid, Result) ->
 
 await_state(State, Breaker) ->
     test_support:await(fun() -> State =:= ?CB:get_state(Breaker) end, ?DEADLINE_MS).
-
-
-%% Runs a fun in many processes that start together, and returns their results.
-at_once(Number, Fun) ->
-    Parent = self(),
-    Pids = [ spawn_link(fun() ->
-                                receive go -> Parent ! {self(), Fun(N)} end
-                        end) || N <- lists:seq(1, Number) ],
-    _ = [ Pid ! go || Pid <- Pids ],
-    [ receive {Pid, Result} -> Result end || Pid <- Pids ].
 
 
 spin(0) -> ok;

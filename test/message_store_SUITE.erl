@@ -311,11 +311,13 @@ a_sender_that_is_killed_wakes_the_consumer(_Config) ->
           exit(Sender, kill),
           receive {'DOWN', Monitor, process, Sender, _} -> ok end,
           %% It may be stored after the exit, or not at all.
-          receive
-              {erlmcp_message_store, ready, Store} -> ?assertEqual(1, length(?S:drain(Store, 2)))
-          after
-              2_000 ->
-                  ?assertEqual({Ms, 0}, {Ms, ?S:len(Store)})
+          Woken = receive {erlmcp_message_store, ready, Store} -> true after 2_000 -> false end,
+          case Woken orelse ?S:len(Store) > 0 of
+              true ->
+                  _ = Woken orelse receive {erlmcp_message_store, ready, Store} -> ok after 10_000 -> ct:fail({not_woken, Ms}) end,
+                  ?assertEqual(1, length(?S:drain(Store, 2)));
+              false ->
+                  ok
           end
       end || Ms <- [0, 1, 3, 3, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 17, 20] ].
 

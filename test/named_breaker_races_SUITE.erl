@@ -56,7 +56,7 @@ probe_limit_under_100_callers(_Config) ->
     Running = counters:new(1, []),
     ok = ?CB:register_breaker(b, #{success_threshold => 1000, probe_limit => Limit, timeout => 1}),
     ok = ?CB:force_open(b),
-    Callers = ?S:at_once(100, fun(_) -> probe(b, Running, 20, 0, 0) end),
+    Callers = test_support:at_once(100, fun(_) -> probe(b, Running, 20, 0, 0) end),
     {Most, Refused} = lists:unzip(Callers),
     ?assertEqual(Limit, lists:max(Most)),
     ?assert(lists:sum(Refused) > 1000),
@@ -174,7 +174,7 @@ force_and_reset_against_calls(_Config) ->
     Commands = counters:new(1, []),
     Self = self(),
     Commander = spawn_link(fun() -> command_until_told(b, Self, Commands) end),
-    Counts = ?S:at_once(16, fun(N) -> call_during(300, Commands, N, {0, 0, 0}) end),
+    Counts = test_support:at_once(16, fun(N) -> call_during(300, Commands, N, {0, 0, 0}) end),
     Commander ! {stop, Self},
     receive {stopped, Commander} -> ok end,
     {Good, Bad, Refused} = lists:foldl(fun({A, B, C}, {X, Y, Z}) -> {A + X, B + Y, C + Z} end, {0, 0, 0}, Counts),
@@ -225,7 +225,7 @@ breaker_killed_at_any_moment(_Config) ->
     Kills = counters:new(1, []),
     Self = self(),
     Killer = spawn_link(fun() -> kill_until_told(b, Self, Kills) end),
-    Counts = ?S:at_once(8, fun(_) -> call_until_killed(100, Kills, Ran, 0, 0) end),
+    Counts = test_support:at_once(8, fun(_) -> call_until_killed(100, Kills, Ran, 0, 0) end),
     Killer ! {stop, Self},
     receive {stopped, Killer} -> ok end,
     ?assertEqual(lists:sum([ Returned || {Returned, _} <- Counts ]), counters:get(Ran, 1)).
@@ -246,7 +246,7 @@ call_until_killed(Wanted, Kills, Ran, Returned, Exited) ->
 
 one_name_registered_from_16_processes(_Config) ->
     lists:foreach(fun(Round) ->
-                          Results = ?S:at_once(16, fun(N) -> {?CB:register_breaker({b, Round}, #{window_size => N}), N} end),
+                          Results = test_support:at_once(16, fun(N) -> {?CB:register_breaker({b, Round}, #{window_size => N}), N} end),
                           [Winner] = [ N || {ok, N} <- Results ],
                           ?assertEqual(15, length([ x || {{error, already_registered}, _} <- Results ])),
                           {ok, #{window_size := Winner}} = ?CB:get_stats({b, Round}),

@@ -57,7 +57,7 @@ same_id_registered_from_16_processes(_Config) ->
 
 winner(Id) ->
     Self = self(),
-    Results = at_once(16, fun(N) -> {erlmcp_shard_registry:register_connection(Id, Self, N), N} end),
+    Results = test_support:at_once(16, fun(N) -> {erlmcp_shard_registry:register_connection(Id, Self, N), N} end),
     [Winner] = [ N || {ok, N} <- Results ],
     ?assertEqual(15, length([ x || {{error, already_registered}, _} <- Results ])),
     ?assertEqual({ok, {Self, Winner}}, erlmcp_shard_registry:lookup_connection(Id)),
@@ -311,7 +311,7 @@ register_until_told(Registry, Pid, Outcomes, N, I) ->
 %% counted, because removed entries are freed some operations later.
 equal_configs_come_and_go_while_their_table_grows(_Config) ->
     Before = erlmcp_nif:distinct_configs(),
-    [Rounds] = at_once(1, fun(_) -> keep_equal_configs(3000) end),
+    [Rounds] = test_support:at_once(1, fun(_) -> keep_equal_configs(3000) end),
     ct:log("rounds ~w", [Rounds]),
     ?assert(lists:all(fun(Round) -> Round > 10 end, Rounds)),
     %% The count may be lower, because garbage of earlier cases may be freed meanwhile.
@@ -321,10 +321,10 @@ equal_configs_come_and_go_while_their_table_grows(_Config) ->
 keep_equal_configs(Ms) ->
     Registry = erlmcp_nif:new(4, 1000000, 65535),
     End = erlang:monotonic_time(millisecond) + Ms,
-    Rounds = at_once(4,
-                     fun(N) when N =< 3 -> come_and_go(Registry, N, 0, End);
-                        (_) -> grow(Registry, 0, End)
-                     end),
+    Rounds = test_support:at_once(4,
+                                  fun(N) when N =< 3 -> come_and_go(Registry, N, 0, End);
+                                     (_) -> grow(Registry, 0, End)
+                                  end),
     0 = erlmcp_nif:count(Registry, connection),
     Rounds.
 
@@ -474,17 +474,17 @@ change_bindings(Changes) ->
 
 dangling_names_do_not_leak(_Config) ->
     Parent = self(),
-    _ = at_once(8,
-                fun(N) ->
-                        _ = [ begin
-                                  T = {t, N, I rem 5},
-                                  _ = erlmcp_registry:register_transport(T, Parent, #{server_id => {s, I rem 3}}),
-                                  _ = erlmcp_registry:bind_transport_to_server(T, {s, 4}),
-                                  _ = I rem 2 =:= 0 andalso
-                                      erlmcp_registry:restore_state({registry_state, #{T => {s, 1}}}),
-                                  ok = erlmcp_registry:unregister_transport(T)
-                              end || I <- lists:seq(1, 500) ]
-                end),
+    _ = test_support:at_once(8,
+                             fun(N) ->
+                                     _ = [ begin
+                                               T = {t, N, I rem 5},
+                                               _ = erlmcp_registry:register_transport(T, Parent, #{server_id => {s, I rem 3}}),
+                                               _ = erlmcp_registry:bind_transport_to_server(T, {s, 4}),
+                                               _ = I rem 2 =:= 0 andalso
+                                                   erlmcp_registry:restore_state({registry_state, #{T => {s, 1}}}),
+                                               ok = erlmcp_registry:unregister_transport(T)
+                                           end || I <- lists:seq(1, 500) ]
+                             end),
     ?assertEqual([], erlmcp_registry:list_transports()),
     ?assertEqual({ok, {registry_state, #{}}}, erlmcp_registry:get_all_state()),
     % No transport is bound to the names, so a server that is registered under one has no transports.
@@ -537,16 +537,6 @@ start() ->
                                            unlink(Registry)
                                    end),
     receive {'DOWN', Monitor, process, Pid, Reason} -> normal = Reason end.
-
-
-%% Runs a fun in several processes that start together, and returns their results.
-at_once(Number, Fun) ->
-    Parent = self(),
-    Pids = [ spawn_link(fun() ->
-                                receive go -> Parent ! {self(), Fun(N)} end
-                        end) || N <- lists:seq(1, Number) ],
-    _ = [ Pid ! go || Pid <- Pids ],
-    [ receive {Pid, Result} -> Result end || Pid <- Pids ].
 
 
 %% Runs two funs concurrently; which one is delayed, and by how much, varies with the round.

@@ -46,7 +46,7 @@ end_per_testcase(_Case, Config) ->
 
 
 default_counts() ->
-    [ erlmcp_nif:count(default, NS) || NS <- [server, transport, connection] ].
+    [ erlmcp_nif:count(default, NS) || NS <- [server, transport, connection, member] ].
 
 
 %% A removed entry is freed some operations later, on the thread that removed it.

@@ -638,7 +638,6 @@ fold_visits_everything_once(Config) ->
     ?assertEqual(lists:sort(Before), lists:sort(api(R, fold_connections, [Visit, []]))).
 
 
-%% Whatever other processes change meanwhile, connections that stay are visited exactly once.
 select_by_capabilities(Config) ->
     R = registry(Config),
     Pid = process(),
@@ -661,6 +660,7 @@ select_by_capabilities(Config) ->
     stop(Pid).
 
 
+%% Whatever other processes change meanwhile, connections that stay are visited exactly once.
 fold_while_connections_come_and_go(Config) ->
     R = registry(Config),
     Staying = [ {staying, N} || N <- lists:seq(1, 2_000) ],

@@ -154,9 +154,9 @@ opens_at_the_threshold_within_the_window(_Config) ->
 probes(_Config) ->
     ok = connect([a]),
     ok = opened({connection, a}, #{timeout_ms => 1, probe_limit => 3, success_threshold => 2}),
-    %% From now on the breaker waits longer than the case takes.
     ok = test_support:await(fun() -> ?M:state({connection, a}) =:= half_open end),
     ?assertEqual(ok, route(a)),
+    %% From now on the breaker waits longer than the case takes.
     ok = ?M:set({connection, a}, #{timeout_ms => ?NEVER_MS, probe_limit => 3, success_threshold => 2}),
     ?assertEqual([ok, ok, {error, circuit_open}, {error, circuit_open}], [ route(a) || _ <- lists:seq(1, 4) ]),
     ?assertMatch({ok, #{state := half_open, probes := 3, successes := 0}}, ?M:stats({connection, a})),

@@ -7,7 +7,7 @@
 -export([in_peer/2, in_peer/4, start_peer/2, become_distributed/0, freeze/1, thaw/1]).
 -export([await/1, await/2, await_value/2, await_value/3]).
 -export([await_samplers/0]).
--export([process/0, stop/1, in_process/1, on_every_scheduler/1]).
+-export([process/0, stop/1, in_process/1, at_once/2, on_every_scheduler/1]).
 -export([kill/1, await_end/1, await_received/3, flush/0, sleep_until/1, result/1]).
 -export([shown_error/1, resident_bytes/0]).
 -export([positive_integer/2, seed/1]).
@@ -187,6 +187,17 @@ stop(Pid) ->
     Monitor = monitor(process, Pid),
     Pid ! stop,
     receive {'DOWN', Monitor, process, Pid, _} -> ok end.
+
+
+%% Runs a fun in many processes that start together, and returns their results.
+-spec at_once(pos_integer(), fun((pos_integer()) -> Result)) -> [Result].
+at_once(Number, Fun) ->
+    Parent = self(),
+    Pids = [ spawn_link(fun() ->
+                                receive go -> Parent ! {self(), Fun(N)} end
+                        end) || N <- lists:seq(1, Number) ],
+    _ = [ Pid ! go || Pid <- Pids ],
+    [ receive {Pid, Result} -> Result end || Pid <- Pids ].
 
 
 %% The fun's result, from a process that has exited, so that its references are gone.

@@ -5,7 +5,7 @@
 %%% ratio of two medians. Its spread is the least and the greatest of those ratios.
 -module(bench_rounds).
 
--export([interleave/3, median/1, ratio/2, spread/1]).
+-export([interleave/3, in_process/1, median/1, ratio/2, spread/1]).
 
 -export_type([figures/0, ratio/0]).
 
@@ -22,6 +22,13 @@ interleave(Rounds, Cases, Progress) ->
     _ = round(Cases, Empty),
     Figures = rounds(Rounds, Cases, Progress, Empty),
     maps:map(fun(_Case, Reversed) -> lists:reverse(Reversed) end, Figures).
+
+
+%% The result of a fun that runs in a process of its own: what it holds, and what is sent to it, ends with it.
+-spec in_process(fun(() -> Result)) -> Result.
+in_process(Fun) ->
+    {Pid, Monitor} = spawn_monitor(fun() -> exit({result, Fun()}) end),
+    receive {'DOWN', Monitor, process, Pid, {result, Result}} -> Result end.
 
 
 -spec rounds(non_neg_integer(), [{Case, fun(() -> float())}], fun(() -> term()), Figures) ->

@@ -14,7 +14,7 @@
 
 -type state() :: #state{}.
 
-%% The state takes about 1.5 KB.
+%% The state takes about 1.3 KB.
 -define(RECENT, 20).
 
 

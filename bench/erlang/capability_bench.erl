@@ -122,22 +122,22 @@ change(held) ->
 change(hold) ->
     %% In a process that does not hold it.
     Key = {?MODULE, 50},
-    in_process(fun() ->
-                       repeat(3000,
-                              fun(_N) ->
-                                      {ok, #{}} = ?S:get_or_create(Key, fun no_call/0),
-                                      ok = ?S:release(Key)
-                              end)
-               end);
+    bench_rounds:in_process(fun() ->
+                                    repeat(3000,
+                                           fun(_N) ->
+                                                   {ok, #{}} = ?S:get_or_create(Key, fun no_call/0),
+                                                   ok = ?S:release(Key)
+                                           end)
+                            end);
 change(create) ->
     %% A few: no term of the store is removed while they are measured.
-    in_process(fun() ->
-                       Terms = fresh_terms(),
-                       repeat(length(Terms), fun(N) -> {ok, #{}} = ?S:get_or_create(N, fun() -> lists:nth(N, Terms) end) end)
-               end);
+    bench_rounds:in_process(fun() ->
+                                    Terms = fresh_terms(),
+                                    repeat(length(Terms), fun(N) -> {ok, #{}} = ?S:get_or_create(N, fun() -> lists:nth(N, Terms) end) end)
+                            end);
 change(create_equal) ->
     Term = term(50),
-    in_process(fun() -> repeat(?CHANGES, fun(N) -> {ok, #{}} = ?S:get_or_create(N, fun() -> Term end) end) end);
+    bench_rounds:in_process(fun() -> repeat(?CHANGES, fun(N) -> {ok, #{}} = ?S:get_or_create(N, fun() -> Term end) end) end);
 change(put) ->
     Terms = fresh_terms(),
     Ns = repeat(length(Terms), fun(N) -> ok = persistent_term:put({?MODULE, put, N}, lists:nth(N, Terms)) end),
@@ -160,12 +160,6 @@ repeat(Times, Fun) ->
     Start = erlang:monotonic_time(),
     lists:foreach(Fun, lists:seq(1, Times)),
     erlang:convert_time_unit(erlang:monotonic_time() - Start, native, nanosecond) / Times.
-
-
--spec in_process(fun(() -> Result)) -> Result.
-in_process(Fun) ->
-    {Pid, Monitor} = spawn_monitor(fun() -> exit({result, Fun()}) end),
-    receive {'DOWN', Monitor, process, Pid, {result, Result}} -> Result end.
 
 
 -spec rows(figures()) -> [bench_report:row()].
@@ -243,11 +237,11 @@ start_idle(Number) ->
 -spec remove(pos_integer()) -> {float(), float()}.
 remove(Number) ->
     Before = erlang:memory(binary),
-    in_process(fun() ->
-                       _ = [ persistent_term:put({?MODULE, N}, {term(50), binary:copy(<<N>>, ?BINARY_BYTES)})
-                             || N <- lists:seq(1, Number) ],
-                       ok
-               end),
+    bench_rounds:in_process(fun() ->
+                                    _ = [ persistent_term:put({?MODULE, N}, {term(50), binary:copy(<<N>>, ?BINARY_BYTES)})
+                                          || N <- lists:seq(1, Number) ],
+                                    ok
+                            end),
     true = erlang:memory(binary) >= Before + Number * ?BINARY_BYTES - ?BINARY_BYTES div 2,
     {RuntimeMs, _} = erlang:statistics(runtime),
     Start = erlang:monotonic_time(),

@@ -298,18 +298,18 @@ churn(System, Crowd, Ids, Seconds) ->
     Sent = counters:new(1, [write_concurrency]),
     Senders = [ spawn_link(fun() -> send_for_ever(Ids, Ids, Sent) end)
                 || _ <- lists:seq(1, erlang:system_info(schedulers_online)) ],
-    Due = trunc(Seconds * ?CHURN_PER_SECOND),
+    Rejoining = lists:sublist(Crowd, trunc(Seconds * ?CHURN_PER_SECOND)),
     Start = erlang:monotonic_time(),
     ok = lists:foreach(fun({N, Pid}) ->
                                At = Start + erlang:convert_time_unit(N * 1_000_000 div ?CHURN_PER_SECOND, microsecond, native),
-                               ok = wait_until(At),
+                               ok = latency_bench:sleep_until(At),
                                Pid ! {rejoin, System, At, self()}
                        end,
-                       lists:enumerate(lists:sublist(Crowd, Due))),
-    Delays = [ receive {rejoined, Delay} -> Delay end || _ <- lists:seq(1, Due) ],
+                       lists:enumerate(Rejoining)),
+    Delays = [ receive {rejoined, Delay} -> Delay end || _ <- Rejoining ],
     MessagesPerSecond = counters:get(Sent, 1) / bench_report:seconds(erlang:monotonic_time() - Start),
     ok = lists:foreach(fun stop/1, Senders),
-    Ns = lists:nth(max(1, Due * 95 div 100), lists:sort(Delays)),
+    Ns = lists:nth(max(1, length(Delays) * 95 div 100), lists:sort(Delays)),
     #{ns_95 => erlang:convert_time_unit(Ns, native, nanosecond) / 1, messages_per_second => MessagesPerSecond}.
 
 
@@ -326,14 +326,6 @@ rejoin(elixir) ->
     ok = 'Elixir.Registry':unregister(?DUPLICATE, ?CROWD),
     {ok, _} = 'Elixir.Registry':register(?DUPLICATE, ?CROWD, none),
     ok.
-
-
--spec wait_until(integer()) -> ok.
-wait_until(At) ->
-    case erlang:convert_time_unit(At - erlang:monotonic_time(), native, millisecond) of
-        Ms when Ms > 0 -> timer:sleep(Ms);
-        _ -> ok
-    end.
 
 
 %% A message that is refused, because its receiver has not been scheduled for long, does not count.

@@ -18,7 +18,7 @@
 %%% the latency that it stands for.
 -module(latency_bench).
 
--export([run/1]).
+-export([run/1, sleep_until/1]).
 
 -type histogram() :: counters:counters_ref().
 %% The way, the start, the length of a tick, messages a tick, all connections.
@@ -201,7 +201,7 @@ generate(Tick, Ticks, Sent, Next, {Way, Start, Length, PerTick, All} = Load) ->
     generate(Tick + 1, Ticks, Owed, Rest, Load).
 
 
-%% Rounded up to milliseconds, so that it never returns before the due time.
+%% Sleeps until a time of the monotonic clock, in native units. Rounded up to milliseconds, so that it never returns before.
 -spec sleep_until(integer()) -> ok.
 sleep_until(Due) ->
     case erlang:convert_time_unit(Due - erlang:monotonic_time(), native, microsecond) of

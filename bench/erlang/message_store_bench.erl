@@ -22,7 +22,7 @@
 -spec run(registry_bench:options()) -> [bench_report:row()].
 run(#{rounds := Rounds, progress := Progress}) ->
     Figures = bench_rounds:interleave(Rounds,
-                                      [ {Work, fun() -> measure(Work) end} || Work <- [push, send, drain, take, refused] ],
+                                      [ {Work, fun() -> bench_rounds:in_process(fun() -> measure(Work) end) end} || Work <- [push, send, drain, take, refused] ],
                                       Progress),
     Row = fun(Name, Work, OtherName, Other) ->
                   bench_report:time_row("stores", Name, map_get(Work, Figures), OtherName, map_get(Other, Figures))
