@@ -21,6 +21,8 @@
 -export([join/3, leave/3]).
 %% Look-up
 -export([find/3, row/3, list/2, list_shard/2, connections_of/2, groups_of/2, counts/1]).
+%% A process of its own
+-export([exit_with_watched/3]).
 %% Bindings
 -export([bind/4, unbind/2, bound_server/2, bindings/1, restore/2]).
 %% Requests and casts of the registry's process
@@ -252,7 +254,7 @@ groups_of(Registry, Pid) ->
 watched(Registry, Pid, Watched) when Pid =:= self() ->
     %% A wrong registry is the caller's error.
     _ = erlmcp_nif:limits(Registry),
-    {Asking, Monitor} = spawn_monitor(fun() -> exit({watched, watched(Registry, Pid, Watched)}) end),
+    {Asking, Monitor} = spawn_monitor(?MODULE, exit_with_watched, [Registry, Pid, Watched]),
     receive
         {'DOWN', Monitor, process, Asking, {watched, Ids}} -> Ids;
         {'DOWN', Monitor, process, Asking, Reason} -> error(Reason)
@@ -262,6 +264,12 @@ watched(Registry, Pid, Watched) ->
         {monitored_by, Watches} -> Watched(Registry, [ Watch || Watch <- Watches, is_reference(Watch) ]);
         undefined -> []
     end.
+
+
+%% @private
+-spec exit_with_watched(erlmcp_nif:registry(), pid(), fun((erlmcp_nif:registry(), [reference()]) -> [term()])) -> no_return().
+exit_with_watched(Registry, Pid, Watched) ->
+    exit({watched, watched(Registry, Pid, Watched)}).
 
 
 -spec counts(erlmcp_nif:registry()) -> #{servers := non_neg_integer(), transports := non_neg_integer()}.
