@@ -150,6 +150,81 @@ fn a_replaced_lease_is_given_back_once() {
     });
 }
 
+/// A lease that can tell whether it has been dropped, for as long as nothing else is stored in its memory.
+#[derive(Debug)]
+struct Canary(AtomicU64);
+
+const ALIVE: u64 = 0x00a1_1ce0_00a1_1ce0;
+
+impl Canary {
+    fn new() -> Self {
+        Self(AtomicU64::new(ALIVE))
+    }
+}
+
+impl Clone for Canary {
+    fn clone(&self) -> Self {
+        let word = self.0.load(Ordering::Relaxed);
+        assert_eq!(word, ALIVE, "an entry was freed while it was read");
+        Self::new()
+    }
+}
+
+impl PartialEq for Canary {
+    fn eq(&self, other: &Self) -> bool {
+        std::ptr::eq(self, other)
+    }
+}
+
+impl Drop for Canary {
+    fn drop(&mut self) {
+        self.0.store(0, Ordering::Relaxed);
+        // Otherwise the compiler may leave out a write before a free.
+        std::hint::black_box(&self.0);
+    }
+}
+
+/// Threads use the admission control of many shards for the first time at once, while others read entries that they
+/// replace. Nothing that is read is freed by a thread that was too late to create what is created once.
+#[test]
+fn a_first_use_frees_nothing_that_is_read() {
+    const SHARDS: u64 = if cfg!(miri) { 32 } else { 1024 };
+    const REGISTRIES: u64 = if cfg!(miri) { 2 } else { 20 };
+    for _ in 0..REGISTRIES {
+        let limits = Limits::new(SHARDS, 1 << 20, 1000).unwrap();
+        let registry = Arc::new(Registry::new(limits, &FakeClock::at_ns(0)));
+        let first = registry.id(0, b"replaced 0");
+        let second = registry.id(0, b"replaced 1");
+        for id in [first, second] {
+            registry
+                .replace_connection(id, 0, 1, |_| Canary::new())
+                .unwrap();
+        }
+        on_threads({
+            let registry = Arc::clone(&registry);
+            let (replacing, used) = (AtomicU64::new(0), AtomicU64::new(0));
+            move |n| {
+                let id = if n % 2 == 0 { first } else { second };
+                if n < 2 {
+                    replacing.fetch_add(1, Ordering::Relaxed);
+                    while used.load(Ordering::Relaxed) < 2 {
+                        let former = registry.replace_connection(id, 0, 1, |_| Canary::new());
+                        assert!(former.unwrap().is_some());
+                    }
+                } else {
+                    while replacing.load(Ordering::Relaxed) < 2 {
+                        thread::yield_now();
+                    }
+                    for shard in 0..SHARDS as u16 {
+                        registry.admission(shard);
+                    }
+                    used.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        });
+    }
+}
+
 /// Servers are registered and removed, by id and by lease, while transports are registered with automatic
 /// bindings, bound, unbound and removed. Afterwards no binding to a removed server is left, and nothing at
 /// all once the transports are removed.

@@ -8,9 +8,10 @@
 //! * Every operation of [`registry::Registry`] is linearizable, except for the iterations, which
 //!   are weakly consistent: an element that is present throughout is seen exactly once.
 //! * Look-ups and routes take no lock and make progress whatever other threads do, except that a route to a process
-//!   without a record in admission control inserts one. An update is retried when another thread's update of the
-//!   same id came between. While a map grows, `papaya` has one thread allocate the next table, under a lock, and an
-//!   update waits while another thread copies its entry.
+//!   without a record in admission control inserts one, and the first one in a shard creates its admission control,
+//!   under a lock. An update is retried when another thread's update of the same id came between. While a map grows,
+//!   `papaya` has one thread allocate the next table, under a lock, and an update waits while another thread copies
+//!   its entry.
 //! * Only one small module has `unsafe` code.
 
 #![deny(unsafe_code)]

@@ -1,6 +1,6 @@
 //! What each shard stores beside the maps: which entries it has, and how many.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use once_cell::race::OnceBox;
 use seize::Collector;
@@ -25,8 +25,10 @@ pub(crate) struct Shard {
     slots: [OnceBox<Slots>; Namespace::COUNT],
     population: Population,
     collector: Arc<Collector>,
-    /// Allocated at the first use: most registries never route.
-    admission: OnceBox<Admission>,
+    /// Allocated at the first use: most registries never route. By a lock: a thread that was too late to create it, and
+    /// dropped its own, would drop a map that shares the registry's collector. With `papaya` 0.2.5 that frees at once
+    /// whatever the collector keeps for its readers (<https://github.com/ibraheemdev/papaya/issues/102>).
+    admission: OnceLock<Box<Admission>>,
     pub(crate) refusals: Refusals,
 }
 
@@ -49,16 +51,21 @@ impl Shard {
             slots: std::array::from_fn(|_| OnceBox::new()),
             population: Population::default(),
             collector: Arc::clone(collector),
-            admission: OnceBox::new(),
+            admission: OnceLock::new(),
             refusals: Refusals::default(),
         }
     }
 
-    /// The admission control, allocated by the first call.
+    /// The admission control, allocated by the first call. Callers that come during that call wait for it.
     #[inline]
     pub(crate) fn admission(&self) -> &Admission {
         self.admission
             .get_or_init(|| Box::new(Admission::with_collector(&self.collector)))
+    }
+
+    /// The admission control; `None` if it was never used.
+    pub(crate) fn admission_if_used(&self) -> Option<&Admission> {
+        self.admission.get().map(Box::as_ref)
     }
 
     /// The hashes of the entries of one namespace; `None` if there never was one.

@@ -175,7 +175,7 @@ impl Default for Limits {
 type Map<V> = HashMap<Key, V, IdHashing>;
 
 /// All maps share one collector: a thread that reads one map inside a guard of another one does not pin the epoch a
-/// second time.
+/// second time. So no map may be dropped before the registry is (see [`Shard::admission`]).
 fn map<V: Send + 'static>(collector: &Arc<Collector>, hashing: &IdHashing) -> Map<V> {
     HashMap::builder()
         .shared_collector(Arc::clone(collector))

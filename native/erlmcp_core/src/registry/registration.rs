@@ -365,9 +365,10 @@ where
         address: u64,
         is_meant: impl Fn(&L) -> bool,
     ) -> Option<Entry<L>> {
-        self.shards[usize::from(location.shard)]
-            .admission()
-            .ended(address);
+        // `None`: the process was never sent anything in this shard.
+        if let Some(admission) = self.shards[usize::from(location.shard)].admission_if_used() {
+            admission.ended(address);
+        }
         let place = self.located(*location)?;
         self.remove_if(location.namespace, &place, |key, lease| {
             place.is_place_of(key) && is_meant(lease)
