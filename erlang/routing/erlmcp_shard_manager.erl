@@ -220,7 +220,7 @@ send_lists([{Pid, Messages} | Lists]) ->
 %%
 %% The delivery ends with the registration: another process with the same id, or a new registration of this one, begins with
 %% `mailbox'. Only guarded routes follow it, those of this module. Messages to the pid, `via' names, broadcasts and groups go to
-%% the mailbox. From the first change on, the connection takes some 200 bytes more, besides the store.
+%% the mailbox. With another delivery than `mailbox' the connection takes some 80 bytes more, besides the store.
 %%
 %% `{error, not_held}': the calling process has no connection with this id. Constant time. Raises `badarg' for what is no
 %% delivery, `{bad_option, Key, Value, Expected}' for options that no store can have, and `system_limit' for a process that

@@ -290,8 +290,8 @@ fn an_entry_refuses_nobody_while_its_limits_move() {
     });
 }
 
-/// Tokens acquired while an entry gets limits of its own and then the shared ones again, and is written anew, are acquired once: the
-/// entry never gives more than it held.
+/// Tokens acquired, by routes and without, while an entry gets limits of its own and then the shared ones again, and is written
+/// anew, are acquired once: the entry never gives more than it held.
 #[test]
 fn an_entry_is_not_overdrawn_while_its_limits_move() {
     until_contended(|| {
@@ -301,18 +301,29 @@ fn an_entry_is_not_overdrawn_while_its_limits_move() {
         registry.set_limits(Some(limits(capacity, 1.0)), &clock);
         register(&registry, Namespace::Connection, b"a", 1);
         let (id, namespace) = (registry.id(0, b"a"), Namespace::Connection);
+        let circuit = CircuitBreaker::new(None, &clock).unwrap();
+        let is_routed = || {
+            let mut events = Events::default();
+            let charged = Charged::Target;
+            registry
+                .route(namespace, &id, charged, &circuit, &clock, &mut events)
+                .is_ok()
+        };
         let (began, latest) = (clock.now_ns(), AtomicUsize::new(0));
         let mut changes = 0;
         let counts = on_threads(
             |n| {
                 let (mut taken, mut refused, mut crossed) = (0, 0, 0);
                 while refused < 1000 {
-                    match registry.take_tokens(namespace, &id, 1, &clock) {
-                        Ok(_) => {
-                            taken += 1;
-                            crossed += u64::from(latest.swap(n, Ordering::Relaxed) != n);
-                        }
-                        Err(_) => refused += 1,
+                    let is_taken = match n % 2 {
+                        0 => is_routed(),
+                        _ => registry.take_tokens(namespace, &id, 1, &clock).is_ok(),
+                    };
+                    if is_taken {
+                        taken += 1;
+                        crossed += u64::from(latest.swap(n, Ordering::Relaxed) != n);
+                    } else {
+                        refused += 1;
                     }
                 }
                 (taken, crossed)

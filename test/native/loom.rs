@@ -452,7 +452,7 @@ fn set(registry: &Registry<u64>, limits: EntryLimits) {
 }
 
 /// An entry is written anew while a thread that has found its former value acquires tokens: none is refused, lost or given
-/// twice.
+/// twice, and nothing stays apart.
 #[test]
 fn tokens_stay_when_an_entry_is_written_anew() {
     loom::model(|| {
@@ -461,14 +461,32 @@ fn tokens_stay_when_an_entry_is_written_anew() {
             let bucket = Arc::clone(&bucket);
             thread::spawn(move || {
                 for _ in 0..2 {
-                    assert!(matches!(bucket.take(1, &Still), Some(Ok(Some(_)))));
+                    assert!(matches!(bucket.take(1, &Still), Ok(Some(_))));
                 }
             })
         };
-        assert!(matches!(bucket.take_anew(1, &Still), Some(Ok(Some(_)))));
+        bucket.write_anew();
+        assert!(matches!(bucket.take(1, &Still), Ok(Some(_))));
         taker.join().unwrap();
-        assert_eq!(bucket.take_anew(0, &Still), Some(Ok(Some(5))));
-        assert_eq!(bucket.take(0, &Still), Some(Ok(Some(5))));
+        assert_eq!(bucket.take(0, &Still), Ok(Some(5)));
+        assert_eq!(bucket.apart(), 0);
+    });
+}
+
+/// An entry is written anew twice. So a thread may find its level on the way to the value that was present in between.
+#[test]
+fn tokens_stay_when_an_entry_is_written_anew_twice() {
+    loom::model(|| {
+        let bucket = Arc::new(EntryBucket::new(limits(8), &Still));
+        let taker = {
+            let bucket = Arc::clone(&bucket);
+            thread::spawn(move || assert!(matches!(bucket.take(1, &Still), Ok(Some(_)))))
+        };
+        bucket.write_anew();
+        bucket.write_anew();
+        taker.join().unwrap();
+        assert_eq!(bucket.take(0, &Still), Ok(Some(7)));
+        assert_eq!(bucket.apart(), 0);
     });
 }
 
@@ -487,9 +505,11 @@ fn tokens_stay_when_an_entry_is_written_anew_and_its_limits_change() {
                 let limits = if was_own { EntryLimits::Shared } else { own };
                 thread::spawn(move || bucket.set(limits, &Still).unwrap())
             };
-            assert!(matches!(bucket.take_anew(1, &Still), Some(Ok(Some(_)))));
+            bucket.write_anew();
+            assert!(matches!(bucket.take(1, &Still), Ok(Some(_))));
             changer.join().unwrap();
-            assert_eq!(bucket.take(0, &Still), Some(Ok(Some(7))));
+            assert_eq!(bucket.take(0, &Still), Ok(Some(7)));
+            assert_eq!(bucket.apart(), usize::from(!was_own));
         });
     }
 }

@@ -3,9 +3,21 @@
 //!
 //! The word of a bucket is a field of its entry. A word from [`OWN`] on is no level but a mark. The entry was removed
 //! ([`GONE`]), or the mark is a key of the map of [`Apart`]: of a bucket with the entry's own limits, or, from [`MOVED`]
-//! on, of the level that stands for the entry's one. A connection whose value in the map of entries is replaced has such a
-//! level: the former value and the next one have the same mark, so they have the same tokens. That level may be a mark of
-//! an own bucket in turn.
+//! on, of a level that is on its way from one value of the entry to the next.
+//!
+//! # Entries that are written anew
+//!
+//! A connection gets another lease or delivery by another value in the map of entries, which begins with the tokens of the
+//! former one. Two words cannot change at once, so:
+//!
+//! 1. The word moves to a level in the map of [`Apart`]; the former value has its mark, an even one. Acquisitions go on
+//!    there.
+//! 2. The next value takes the former one's place. Its word is the next mark, an odd one: *fetch the level first*.
+//! 3. Whoever finds the odd mark freezes the moved level, by a mark in its word, and then replaces the odd mark by what that
+//!    word was ([`Buckets::settle`]). From then on the entry is as fast as a new one.
+//!
+//! A thread that has found the former value before step 2 finds its level frozen or gone, and looks the id up again. Only
+//! such threads can make a freeze fail, each of them once.
 //!
 //! # Invariants
 //!
@@ -21,8 +33,11 @@
 //!   thread that finds it frozen moves its tokens too.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
+use ahash::RandomState;
 use papaya::{Guard, HashMap};
+use seize::Collector;
 
 use super::stored::{Stored, with_map};
 use super::{Id, Namespace, Registry};
@@ -34,10 +49,12 @@ use crate::token_bucket::{
 };
 
 /// No level: the highest bit of a level is 0.
-const OWN: u64 = u64::MAX << 40;
-const MOVED: u64 = OWN | 1 << 39;
-/// 2^39 changes are not reached.
-const NUMBERS: u64 = GONE - MOVED;
+const OWN: u64 = 1 << 63;
+const MOVED: u64 = OWN | 1 << 62;
+/// As many changes are not reached. The second mark of a pair is less than [`GONE`].
+const NUMBERS: u64 = 1 << 60;
+/// The bit of a mark of the value that is present.
+const PRESENT: u64 = 1;
 
 /// Compare-and-swaps that acquisitions may make fail before the move is announced.
 const ATTEMPTS: usize = if cfg!(loom) { 1 } else { 8 };
@@ -88,8 +105,10 @@ impl From<LimitsError> for BucketError {
 enum Apart {
     /// The bucket of an entry with its own limits.
     Bucket(Box<TokenBucket>),
-    /// The level of an entry.
+    /// The level of an entry that is written anew. Its word may be the mark of a bucket, or of what it was when it was frozen.
     Level(Level),
+    /// The word of such a level when it was frozen.
+    Frozen(u64),
 }
 
 /// Where a change moves the tokens of a level.
@@ -104,7 +123,7 @@ pub(super) struct Buckets {
     /// [`OWN_LIMITS`], [`ENFORCED`].
     in_use: AtomicU8,
     shared: Limiter,
-    own: HashMap<u64, Apart>,
+    own: HashMap<u64, Apart, RandomState>,
     numbers: AtomicU64,
     /// The addresses of levels whose tokens are about to move.
     moves: HashMap<usize, Move>,
@@ -113,11 +132,15 @@ pub(super) struct Buckets {
 }
 
 impl Buckets {
-    pub(super) fn new(clock: &impl Clock) -> Self {
+    /// `collector` is that of the maps of entries: see [`super::map`].
+    pub(super) fn new(collector: &Arc<Collector>, clock: &impl Clock) -> Self {
         Self {
             in_use: AtomicU8::new(ENFORCED),
             shared: Limiter::new(None, clock),
-            own: HashMap::new(),
+            own: HashMap::builder()
+                .shared_collector(Arc::clone(collector))
+                .hasher(RandomState::new())
+                .build(),
             numbers: AtomicU64::new(0),
             moves: HashMap::new(),
             moving: AtomicU32::new(0),
@@ -148,7 +171,7 @@ impl Buckets {
     }
 
     /// The verdict of `judge`, by the limits and the level that hold the tokens of an entry; `None` if the entry was
-    /// removed. `judge` returns `None` where the level is a mark or frozen.
+    /// removed, or has another value by now. `judge` returns `None` where the level is a mark or frozen.
     #[inline]
     fn judged<R>(
         &self,
@@ -168,7 +191,7 @@ impl Buckets {
         }
     }
 
-    /// Gives back tokens. `None` if the entry was removed.
+    /// Gives back tokens. `None` if the entry was removed, or has another value by now.
     pub(super) fn refund(&self, level: &Level, clock: &impl Clock, tokens: u64) -> Option<()> {
         self.judged(level, clock, |limiter, level| {
             limiter.refund(level, clock, tokens)
@@ -193,20 +216,31 @@ impl Buckets {
             .copied()
     }
 
-    /// The level that stands for that of an entry: itself unless it was moved. `None` if the entry was removed.
+    /// The level that holds the tokens of an entry, or the mark of its own bucket: that of its value, or the one that this was
+    /// moved to. `None` if the entry was removed, or has another value by now.
     fn standing<'l>(&self, level: &'l Level, guard: &'l impl Guard) -> Option<&'l Level> {
-        match level.word().load(Ordering::Acquire) {
-            GONE => None,
-            mark if mark >= MOVED => match self.own.get(&mark, guard) {
-                Some(Apart::Level(level)) => Some(level),
-                _ => None,
-            },
-            _ => Some(level),
+        loop {
+            match level.word().load(Ordering::Acquire) {
+                GONE => return None,
+                mark if mark >= MOVED && mark & PRESENT != 0 => self.settle(level, mark, guard),
+                mark if mark >= MOVED => {
+                    return match self.own.get(&mark, guard) {
+                        // From `MOVED` on it is frozen, so the next value is there.
+                        Some(Apart::Level(moved))
+                            if moved.word().load(Ordering::Acquire) < MOVED =>
+                        {
+                            Some(moved)
+                        }
+                        _ => None,
+                    };
+                }
+                _ => return Some(level),
+            }
         }
     }
 
-    /// Breaks with the verdict by the entry's own bucket, with `None` if the entry was removed. Continues if the entry
-    /// had no bucket of its own, or if that was frozen, in which case its tokens have been moved.
+    /// Breaks with the verdict by the entry's own bucket, with `None` if the entry was removed or has another value by now.
+    /// Continues if the entry had no bucket of its own, or if that was frozen, in which case its tokens have been moved.
     #[cold]
     fn judged_by_own_limits<R>(
         &self,
@@ -250,22 +284,28 @@ impl Buckets {
         }
     }
 
-    /// Acquires one token; `false` if there is none.
+    /// Acquires one token; `Some(false)` if there is none, `None` if the entry was removed or written anew.
     #[inline]
-    pub(super) fn admits(&self, level: &Level, clock: &impl Clock) -> bool {
+    pub(super) fn admits(&self, level: &Level, clock: &impl Clock) -> Option<bool> {
         if self.moving(level).is_none()
             && let Some(is_admitted) = self.shared.admits(level, clock)
         {
-            return is_admitted;
+            return Some(is_admitted);
         }
         self.admits_by_own_limits(level, clock)
     }
 
-    /// For an entry that had its own limits when the shared ones were applied, or is about to get some.
-    #[cold]
-    fn admits_by_own_limits(&self, level: &Level, clock: &impl Clock) -> bool {
-        // A message to an entry that has just been removed needs no token.
-        self.take(level, clock, 1).is_none_or(|taken| taken.is_ok())
+    /// For an entry that had its own limits when the shared ones were applied, or whose tokens are about to move.
+    #[inline(never)]
+    fn admits_by_own_limits(&self, level: &Level, clock: &impl Clock) -> Option<bool> {
+        let mark = level.word().load(Ordering::Acquire);
+        if let Some(Apart::Bucket(bucket)) = self.own.get(&mark, &self.own.guard()) {
+            let (limiter, level) = bucket.parts();
+            if let Some(is_admitted) = limiter.admits(level, clock) {
+                return Some(is_admitted);
+            }
+        }
+        self.take(level, clock, 1).map(|taken| taken.is_ok())
     }
 
     /// The bucket under a mark that was loaded from the entry. `None` if the entry has another word by now, which
@@ -288,7 +328,7 @@ impl Buckets {
         bucket.map(Box::as_ref)
     }
 
-    /// `None` if the entry was removed.
+    /// `None` if the entry was removed, or has another value by now.
     pub(super) fn state(&self, level: &Level, clock: &impl Clock) -> Option<BucketState> {
         let guard = self.own.guard();
         loop {
@@ -302,7 +342,7 @@ impl Buckets {
                 if state.is_some() {
                     return state;
                 }
-                // The entry has just been given its own limits, or was removed.
+                // The entry has just been given its own limits, was written anew, or was removed.
                 continue;
             }
             // `None`: shared again meanwhile.
@@ -434,7 +474,7 @@ impl Buckets {
             .get_or_insert(mark, Apart::Bucket(Box::new(bucket)), guard)
         {
             Apart::Bucket(bucket) => (mark, bucket),
-            Apart::Level(_) => unreachable!("a mark of an own bucket"),
+            Apart::Level(_) | Apart::Frozen(_) => unreachable!("a mark of an own bucket"),
         }
     }
 
@@ -470,9 +510,10 @@ impl Buckets {
         }
     }
 
-    /// Moves the level of an entry apart, and returns its mark, for a second value of the same entry; `None` if the entry
-    /// was removed. Acquisitions go on. Retries as [`Self::set_own`] does.
+    /// Moves the level of an entry apart, and returns the word of a value that is to take its place: see [`Self::settle`].
+    /// `None` if the entry was removed. Acquisitions go on. Retries as [`Self::set_own`] does.
     pub(super) fn move_apart(&self, level: &Level) -> Option<u64> {
+        let guard = self.own.guard();
         let mut attempts = 0;
         let mut announced = None;
         loop {
@@ -481,7 +522,8 @@ impl Buckets {
             }
             match level.word().load(Ordering::Acquire) {
                 GONE => return None,
-                mark if mark >= MOVED => return Some(mark),
+                mark if mark >= MOVED && mark & PRESENT != 0 => self.settle(level, mark, &guard),
+                mark if mark >= MOVED => return Some(mark | PRESENT),
                 held => self.finish_apart(level, held),
             }
             attempts += 1;
@@ -491,7 +533,7 @@ impl Buckets {
     /// Tries once to move a level apart that has this word: a level, or the mark of an own bucket, which stays where it is.
     fn finish_apart(&self, level: &Level, held: u64) {
         let guard = self.own.guard();
-        let mark = MOVED + self.number();
+        let mark = self.moved_mark();
         self.own
             .insert(mark, Apart::Level(Level::with_word(held)), &guard);
         let moved = level
@@ -500,6 +542,54 @@ impl Buckets {
         if moved.is_err() {
             self.own.remove(&mark, &guard);
         }
+    }
+
+    fn moved_mark(&self) -> u64 {
+        MOVED + 2 * self.number()
+    }
+
+    /// Once the entry's present value has the word that [`Self::move_apart`] has returned.
+    pub(super) fn settle_present(&self, level: &Level) {
+        let mark = level.word().load(Ordering::Acquire);
+        if mark >= MOVED && mark & PRESENT != 0 && mark != GONE {
+            self.settle(level, mark, &self.own.guard());
+        }
+    }
+
+    /// Moves the tokens of an entry that was written anew to its present value, whose word was `mark`. Afterwards it is another
+    /// one. Retries for acquisitions by threads that have found the former value: one for each.
+    fn settle(&self, level: &Level, mark: u64, guard: &impl Guard) {
+        let former = mark & !PRESENT;
+        while let Some(Apart::Level(moved)) = self.own.get(&former, guard) {
+            let held = moved.word().load(Ordering::Acquire);
+            if held < MOVED {
+                let frozen = self.moved_mark();
+                self.own.insert(frozen, Apart::Frozen(held), guard);
+                let freeze = moved.word().compare_exchange(
+                    held,
+                    frozen,
+                    Ordering::AcqRel,
+                    Ordering::Acquire,
+                );
+                if freeze.is_err() {
+                    self.own.remove(&frozen, guard);
+                }
+                continue;
+            }
+            if let Some(Apart::Frozen(word)) = self.own.get(&held, guard) {
+                let settled =
+                    level
+                        .word()
+                        .compare_exchange(mark, *word, Ordering::AcqRel, Ordering::Acquire);
+                if settled.is_ok() {
+                    self.own.remove(&former, guard);
+                    self.own.remove(&held, guard);
+                }
+            }
+            break;
+        }
+        // Another thread has settled it, or removed the entry: see `Self::bucket`.
+        level.word().fetch_or(0, Ordering::AcqRel);
     }
 
     /// Gives an entry the shared limits. Retries for concurrent changes of the same entry.
@@ -550,50 +640,76 @@ impl Buckets {
     pub(super) fn left(&self, level: &Level) {
         // Of the threads that replace a mark, one gets it.
         let mark = level.word().swap(GONE, Ordering::AcqRel);
+        let key = if mark >= MOVED { mark & !PRESENT } else { mark };
         if (OWN..GONE).contains(&mark)
-            && let Some(Apart::Level(level)) = self.own.remove(&mark, &self.own.guard())
+            && let Some(Apart::Level(moved)) = self.own.remove(&key, &self.own.guard())
         {
-            self.left(level);
+            self.left(moved);
         }
     }
 }
 
 /// An entry's bucket, for models. loom does not see the map of entries, and would take a level that one thread finds there for
-/// one that another thread is still making.
+/// one that another thread is still making. So the values that the entry will have are made before.
 #[cfg(loom)]
 pub struct EntryBucket {
     buckets: Buckets,
-    level: Level,
+    values: [Level; 3],
+    present: AtomicU32,
 }
 
 #[cfg(loom)]
 impl EntryBucket {
     /// A full bucket with these shared limits.
     pub fn new(limits: Limits, clock: &impl Clock) -> Self {
-        let buckets = Buckets::new(clock);
+        let buckets = Buckets::new(&Arc::new(Collector::new()), clock);
         buckets.set_shared(Some(limits), clock);
-        let level = buckets.full();
-        Self { buckets, level }
+        let values = std::array::from_fn(|_| buckets.full());
+        Self {
+            buckets,
+            values,
+            present: AtomicU32::new(0),
+        }
     }
 
-    /// As a thread that has found the entry's first value.
-    pub fn take(&self, tokens: u64, clock: &impl Clock) -> Option<Result<Option<u64>, Refused>> {
-        self.buckets.take(&self.level, clock, tokens)
+    /// As `Registry::with_level`, which gives up after some attempts.
+    fn with_level<R>(&self, then: impl Fn(&Level) -> Option<R>) -> R {
+        let mut present = self.present.load(Ordering::Acquire);
+        loop {
+            if let Some(result) = then(&self.values[present as usize]) {
+                return result;
+            }
+            // Reads the newest value, as a look-up does: see `Buckets::bucket`.
+            present = self.present.fetch_or(0, Ordering::AcqRel);
+        }
+    }
+
+    /// Acquires tokens.
+    pub fn take(&self, tokens: u64, clock: &impl Clock) -> Result<Option<u64>, Refused> {
+        self.with_level(|level| self.buckets.take(level, clock, tokens))
     }
 
     /// Changes the limits.
     pub fn set(&self, limits: EntryLimits, clock: &impl Clock) -> Result<(), BucketError> {
-        self.buckets.set(&self.level, limits, clock)
+        self.with_level(|level| match self.buckets.set(level, limits, clock) {
+            Err(BucketError::NotFound) => None,
+            set => Some(set),
+        })
     }
 
-    /// Writes the entry anew, and acquires tokens from its second value.
-    pub fn take_anew(
-        &self,
-        tokens: u64,
-        clock: &impl Clock,
-    ) -> Option<Result<Option<u64>, Refused>> {
-        let second = Level::with_word(self.buckets.move_apart(&self.level)?);
-        self.buckets.take(&second, clock, tokens)
+    /// Gives the entry its next value, of three. Not by two threads at once.
+    pub fn write_anew(&self) {
+        let present = self.present.load(Ordering::Acquire);
+        let next = &self.values[present as usize + 1];
+        let word = self.buckets.move_apart(&self.values[present as usize]);
+        next.word().store(word.unwrap(), Ordering::Relaxed);
+        self.present.fetch_add(1, Ordering::AcqRel);
+        self.buckets.settle_present(next);
+    }
+
+    /// The number of words and buckets that are apart.
+    pub fn apart(&self) -> usize {
+        self.buckets.own.len()
     }
 }
 
@@ -772,7 +888,7 @@ mod tests {
     fn a_taking_finishes_a_move_that_another_thread_has_begun() {
         let clock = FakeClock::at_ns(0);
         for shared in [None, Some(Limits::new(10, 1.0).unwrap())] {
-            let buckets = Buckets::new(&clock);
+            let buckets = Buckets::new(&Arc::new(Collector::new()), &clock);
             buckets.set_shared(shared, &clock);
             let level = buckets.full();
             let held = |tokens: u64| shared.map(|_| tokens);
@@ -798,7 +914,7 @@ mod tests {
             buckets.bucket(&level, mark, &guard).unwrap().freeze(&clock);
             drop(guard);
             assert_eq!(buckets.state(&level, &clock), state(5));
-            assert!(buckets.admits(&level, &clock));
+            assert_eq!(buckets.admits(&level, &clock), Some(true));
             assert!(level.word().load(Ordering::Relaxed) < OWN);
             assert_eq!(buckets.state(&level, &clock), state(4));
             assert!(buckets.own.is_empty());
@@ -806,5 +922,44 @@ mod tests {
             buckets.left(&level);
             assert_eq!(buckets.state(&level, &clock), None);
         }
+    }
+    /// A value that is written anew keeps the tokens, at its own word: nothing stays apart but a bucket with own limits.
+    #[test]
+    fn an_entry_written_anew_has_its_tokens_at_its_own_word() {
+        let clock = FakeClock::at_ns(0);
+        let limits = |capacity| Limits::new(capacity, 1.0).unwrap();
+        let buckets = Buckets::new(&Arc::new(Collector::new()), &clock);
+        buckets.set_shared(Some(limits(10)), &clock);
+        let mut level = buckets.full();
+        let anew = |level: &Level| {
+            let next = Level::with_word(buckets.move_apart(level).unwrap());
+            // Found by a thread before the next value is there.
+            assert!(matches!(buckets.take(level, &clock, 1), Some(Ok(Some(_)))));
+            buckets.settle_present(&next);
+            assert_eq!(buckets.take(level, &clock, 1), None);
+            assert_eq!(buckets.admits(level, &clock), None);
+            assert_eq!(buckets.state(level, &clock), None);
+            next
+        };
+        for left in [9, 8] {
+            level = anew(&level);
+            assert_eq!(buckets.state(&level, &clock).unwrap().tokens, Some(left));
+            assert!(level.word().load(Ordering::Relaxed) < OWN);
+            assert!(buckets.own.is_empty());
+        }
+        let own = EntryLimits::Own(Some(limits(8).into()));
+        buckets.set(&level, own, &clock).unwrap();
+        for left in [7, 6] {
+            level = anew(&level);
+            let state = buckets.state(&level, &clock).unwrap();
+            assert_eq!((state.tokens, state.limits), (Some(left), Some(limits(8))));
+            assert!((OWN..MOVED).contains(&level.word().load(Ordering::Relaxed)));
+            assert_eq!(buckets.own.len(), 1);
+        }
+        // Removed before it has settled.
+        let next = Level::with_word(buckets.move_apart(&level).unwrap());
+        buckets.left(&next);
+        assert_eq!(buckets.state(&next, &clock), None);
+        assert!(buckets.own.is_empty());
     }
 }

@@ -237,7 +237,7 @@ where
             hashing,
             churn: Churn::new(),
             shards: (0..limits.shards).map(|_| Shard::new(&collector)).collect(),
-            buckets: Buckets::new(clock),
+            buckets: Buckets::new(&collector, clock),
             sampling: Sampling::new(DEFAULT_SAMPLE_INTERVAL_MS),
             reserved: Reserved(AtomicU64::new(0)),
             dangling: AtomicU64::new(0),

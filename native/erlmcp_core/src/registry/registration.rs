@@ -442,7 +442,7 @@ where
         if !is_former(&held.entry.lease) {
             return None;
         }
-        let mark = self.buckets.move_apart(&held.level)?;
+        let word = self.buckets.move_apart(&held.level)?;
         let exchanged = self.connections.compute(
             self.next_key(*id, key, held, &guard)
                 .with_delivery(delivery),
@@ -453,13 +453,19 @@ where
                         address: held.entry.address,
                         lease: new.clone(),
                     },
-                    level: Level::with_word(mark),
+                    level: Level::with_word(word),
                 }),
                 _ => Operation::Abort(()),
             },
             &guard,
         );
-        matches!(exchanged, Compute::Updated { .. }).then(|| held.entry.lease.clone())
+        match exchanged {
+            Compute::Updated { new: (_, new), .. } => {
+                self.buckets.settle_present(&new.level);
+                Some(held.entry.lease.clone())
+            }
+            _ => None,
+        }
     }
 
     fn exchange_server_lease(

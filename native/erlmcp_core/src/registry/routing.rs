@@ -7,6 +7,7 @@
 
 use std::hint::black_box;
 
+use super::buckets::BucketError;
 use super::entry::{Connection, Key};
 use super::process_group::{Search, TooSparse};
 use super::stored::{Stored, with_map};
@@ -168,7 +169,8 @@ where
                 let permit = permit.map_err(Undelivered::Refused)?;
                 let delivered = deliver(&entry.lease).map_err(|error| {
                     if self.buckets.is_on() {
-                        self.buckets.refund(&connection.level, clock, 1);
+                        // By the id: the connection may have been written anew meanwhile.
+                        let _ = self.refund_tokens(Namespace::Connection, id, 1, clock);
                     }
                     if permit != Permit::Free {
                         circuit.release_probe();
@@ -429,8 +431,8 @@ where
         }
         // The clock is renewed before a refusal: the bucket may have been refilled since its reading.
         if self.buckets.is_on()
-            && !self.pay(target.level, charged, clock)
-            && !(clock.renew() && self.pay(target.level, charged, clock))
+            && !self.pay(target, charged, clock)
+            && !(clock.renew() && self.pay(target, charged, clock))
         {
             if permit != Permit::Free {
                 circuit.release_probe();
@@ -549,15 +551,28 @@ where
     }
 
     #[inline(always)]
-    fn pay(&self, target: Option<&Level>, charged: Charged<'_>, clock: &impl Clock) -> bool {
+    fn pay(&self, target: &Target<'_>, charged: Charged<'_>, clock: &impl Clock) -> bool {
         match charged {
             Charged::Nobody => true,
-            Charged::Target => target.is_none_or(|level| self.buckets.admits(level, clock)),
+            Charged::Target => target.level.is_none_or(|level| {
+                self.buckets
+                    .admits(level, clock)
+                    .unwrap_or_else(|| self.pay_anew(target.key, clock))
+            }),
             Charged::Transport(id) => self
                 .lookup(&self.transports, &id, |_, transport, _| {
                     self.buckets.admits(&transport.level, clock)
                 })
+                .flatten()
                 .unwrap_or(true),
         }
+    }
+
+    /// Charges the target whose value was replaced since it was found. A message to an entry that has just been removed needs
+    /// no token.
+    #[cold]
+    fn pay_anew(&self, key: &Key, clock: &impl Clock) -> bool {
+        let taken = self.take_tokens(key.location().namespace, &self.id_of(key), 1, clock);
+        !matches!(taken, Err(BucketError::Refused(_)))
     }
 }
