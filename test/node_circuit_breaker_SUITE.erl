@@ -54,7 +54,7 @@ metrics(_Config) ->
     ?assertMatch(#{total_requests := 0, total_errors := 0, p95_latency_ms := 0, error_rate_percent := +0.0},
                  erlmcp_circuit_breaker_metrics:read()),
     ok = sys:suspend(Pid),
-    _ = ?S:at_once(16, fun(_) -> [ ok = ?CB:record_request(N, 10) || N <- lists:seq(1, 1000) ] end),
+    _ = test_support:at_once(16, fun(_) -> [ ok = ?CB:record_request(N, 10) || N <- lists:seq(1, 1000) ] end),
     _ = [ ok = erlmcp_circuit_breaker_metrics:error() || _ <- lists:seq(1, 1600) ],
     ?assertMatch(#{
                    total_requests := 16000,
@@ -212,7 +212,7 @@ node_gives_out_no_more_probes_than_its_limit(_Config) ->
     ok = ?CB:force_open(),
     ?assert(?CB:allow_test_request()),
     ok = set_timeout(?HOUR),
-    Allowed = ?S:at_once(100, fun(_) -> ?CB:allow_test_request() end),
+    Allowed = test_support:at_once(100, fun(_) -> ?CB:allow_test_request() end),
     ?assertEqual(1, length([ true || true <- Allowed ])).
 
 
@@ -273,10 +273,10 @@ node_transitions_are_logged_once(_Config) ->
     #{level := Level} = logger:get_primary_config(),
     ok = logger:set_primary_config(level, notice),
     ok = logger:add_handler(?MODULE, ?MODULE, #{config => #{pid => self()}}),
-    _ = ?S:at_once(16, fun(_) -> fail_node(3) end),
+    _ = test_support:at_once(16, fun(_) -> fail_node(3) end),
     test_support:await_value(half_open, fun() -> ?CB:get_state() end, ?DEADLINE_MS),
-    _ = ?S:at_once(16, fun(_) -> ?CB:allow_test_request() end),
-    _ = ?S:at_once(16, fun(_) -> ?CB:record_success() end),
+    _ = test_support:at_once(16, fun(_) -> ?CB:allow_test_request() end),
+    _ = test_support:at_once(16, fun(_) -> ?CB:record_success() end),
     _ = [ ?CB:is_open() || _ <- lists:seq(1, 100) ],
     Events = [ receive {logged, #{msg := {report, #{event := Event, breaker := node}}}} -> Event after ?DEADLINE_MS -> none end
                || _ <- [1, 2, 3] ],
