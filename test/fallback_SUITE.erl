@@ -216,7 +216,7 @@ native() ->
                   fun() -> erlmcp_shard_registry:new(#{}) end,
                   fun() -> erlmcp_connection:start_link(#{id => c, module => erlmcp_registry}) end,
                   fun() -> erlmcp_shard_manager:route_message(c, hello) end,
-                  fun() -> erlmcp_batch:batch_and_send(c, hello, erlmcp_batch:new(#{max_messages => 1})) end,
+                  fun() -> erlmcp_message_batch:batch_and_send(c, hello, erlmcp_message_batch:new(#{max_messages => 1})) end,
                   fun() -> erlmcp_token_bucket:new(#{}) end,
                   fun() -> erlmcp_keyed_limiter:new(#{}) end,
                   fun() -> erlmcp_message_store:new(10) end,

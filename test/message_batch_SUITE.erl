@@ -1,5 +1,5 @@
 %%% Batches of a sender: messages that are collected in its own process, and routed together.
--module(batch_SUITE).
+-module(message_batch_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
 
@@ -18,7 +18,7 @@
 
 -import(test_support, [await/1]).
 
--define(B, erlmcp_batch).
+-define(B, erlmcp_message_batch).
 
 
 suite() ->
@@ -65,7 +65,7 @@ routed_when_its_time_has_come(_Config) ->
     lists:foreach(fun(Ms) ->
                           {[], One} = ?B:batch_and_send(a, 1, ?B:new(#{max_delay_ms => Ms})),
                           {[], Two} = ?B:batch_and_send(a, 2, One),
-                          Timeout = receive {timeout, _, erlmcp_batch} = Message -> Message end,
+                          Timeout = receive {timeout, _, erlmcp_message_batch} = Message -> Message end,
                           ?assertEqual([], mailbox()),
                           {[], Empty} = ?B:handle_timeout(Timeout, Two),
                           ?assertEqual({0, [1, 2]}, {?B:size(Empty), mailbox()})
@@ -77,7 +77,7 @@ routed_when_its_time_has_come(_Config) ->
 a_timer_of_a_former_batch_routes_nothing(_Config) ->
     ok = connect(a),
     {[], One} = ?B:batch_and_send(a, 1, ?B:new(#{max_delay_ms => 0})),
-    Former = receive {timeout, _, erlmcp_batch} = Message -> Message end,
+    Former = receive {timeout, _, erlmcp_message_batch} = Message -> Message end,
     {[], Empty} = ?B:flush(One),
     ?assertEqual([1], mailbox()),
     ?assertEqual({[], Empty}, ?B:handle_timeout(Former, Empty)),
@@ -85,7 +85,7 @@ a_timer_of_a_former_batch_routes_nothing(_Config) ->
     {[], Next} = ?B:batch_and_send(a, 2, Empty),
     ?assertEqual({[], Next}, ?B:handle_timeout(Former, Next)),
     ?assertEqual(1, ?B:size(Next)),
-    Own = receive {timeout, _, erlmcp_batch} = Other -> Other end,
+    Own = receive {timeout, _, erlmcp_message_batch} = Other -> Other end,
     {[], _} = ?B:handle_timeout(Own, Next),
     ?assertEqual([2], mailbox()),
     disconnect(a).
@@ -94,7 +94,7 @@ a_timer_of_a_former_batch_routes_nothing(_Config) ->
 without_a_delay_only_number_and_flush_count(_Config) ->
     ok = connect(a),
     {[], One} = ?B:batch_and_send(a, 1, ?B:new(#{max_delay_ms => infinity})),
-    receive {timeout, _, erlmcp_batch} -> ct:fail("a timer") after 50 -> ok end,
+    receive {timeout, _, erlmcp_message_batch} -> ct:fail("a timer") after 50 -> ok end,
     {[], Empty} = ?B:flush(One),
     ?assertEqual([1], mailbox()),
     ?assertEqual({[], Empty}, ?B:flush(Empty)),

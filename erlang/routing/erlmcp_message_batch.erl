@@ -7,20 +7,20 @@
 %%%
 %%% ```
 %%% init(_) ->
-%%%     {ok, #{batch => erlmcp_batch:new(#{max_messages => 100, max_delay_ms => 5})}}.
+%%%     {ok, #{batch => erlmcp_message_batch:new(#{max_messages => 100, max_delay_ms => 5})}}.
 %%%
 %%% handle_info({tcp, _Socket, Data}, #{batch := Batch} = State) ->
 %%%     {Id, Message} = decode(Data),
-%%%     {Refused, Next} = erlmcp_batch:batch_and_send(Id, Message, Batch),
+%%%     {Refused, Next} = erlmcp_message_batch:batch_and_send(Id, Message, Batch),
 %%%     ok = answer(Refused),
 %%%     {noreply, State#{batch := Next}};
-%%% handle_info({timeout, _Timer, erlmcp_batch} = Timeout, #{batch := Batch} = State) ->
-%%%     {Refused, Next} = erlmcp_batch:handle_timeout(Timeout, Batch),
+%%% handle_info({timeout, _Timer, erlmcp_message_batch} = Timeout, #{batch := Batch} = State) ->
+%%%     {Refused, Next} = erlmcp_message_batch:handle_timeout(Timeout, Batch),
 %%%     ok = answer(Refused),
 %%%     {noreply, State#{batch := Next}}.
 %%%
 %%% terminate(_Reason, #{batch := Batch}) ->
-%%%     {Refused, _} = erlmcp_batch:flush(Batch),
+%%%     {Refused, _} = erlmcp_message_batch:flush(Batch),
 %%%     answer(Refused).
 %%% '''
 %%%
@@ -29,7 +29,7 @@
 %%% that the process routes in another way meanwhile overtakes those that wait. Each message is routed or returned as refused,
 %%% once. What waits in a process that is killed is lost with it, as its mailbox is; a process that traps exits and flushes in
 %%% `terminate/2' loses nothing otherwise.
--module(erlmcp_batch).
+-module(erlmcp_message_batch).
 
 -export([new/0, new/1, batch_and_send/3, handle_timeout/2, flush/1, size/1]).
 %% Explanations of errors
@@ -70,7 +70,7 @@ new() ->
 %% <ul>
 %% <li>`max_messages' (100; 1 to 10,000): with that many the batch is routed by {@link batch_and_send/3}</li>
 %% <li>`max_delay_ms' (5; 0 to 60,000, or `infinity'): so long after its first message the process gets
-%% `{timeout, Timer, erlmcp_batch}', for {@link handle_timeout/2}. With `infinity' it gets none.</li>
+%% `{timeout, Timer, erlmcp_message_batch}', for {@link handle_timeout/2}. With `infinity' it gets none.</li>
 %% </ul>
 %%
 %% Raises `{bad_option, Key, Value, Expected}' for options that no batch can have.
@@ -114,7 +114,7 @@ batch_and_send(Id, Message, #batch{count = Count, messages = Messages} = Batch) 
 
 %% @doc Routes the batch whose time has come. The timer of a batch that was routed before its time may still be in the mailbox:
 %% then nothing happens.
--spec handle_timeout({timeout, reference(), erlmcp_batch}, batch()) -> {[refused()], batch()}.
+-spec handle_timeout({timeout, reference(), erlmcp_message_batch}, batch()) -> {[refused()], batch()}.
 handle_timeout({timeout, Timer, ?MODULE}, #batch{timer = Timer} = Batch) ->
     flush(Batch#batch{timer = none});
 handle_timeout({timeout, _Former, ?MODULE}, Batch) ->
