@@ -52,7 +52,7 @@
 %% Admission control
 -export([admission_check/1, admission_adjust/2, admission_stats/1]).
 -export([admission_set_threshold/2, admission_threshold/1]).
--export([admission_is_unwatched/1, refused/1, count_not_found/0]).
+-export([admission_is_unwatched/1, admitted/1, refused/1, count_not_found/0]).
 -export([count_receivers/1, is_receiver_count_due/1]).
 -export([set_sample_interval/1, sample_begin/2, sample_take/2, sample_report/3]).
 -export([sample_skip/1, sample_pause/1, sample_counts/1]).
@@ -168,6 +168,7 @@
        admission_set_threshold/2,
        admission_threshold/1,
        admission_is_unwatched/1,
+       admitted/1,
        refused/1,
        count_not_found/0,
        count_receivers/1,
@@ -489,9 +490,12 @@ list_shard(_Registry, _Shard) -> ?NOT_LOADED.
 count(_Registry, _Namespace) -> ?NOT_LOADED.
 
 
-%% Servers, transports and connections of one shard.
+%% What one shard has.
 -spec count_shard(registry(), non_neg_integer()) ->
-          {non_neg_integer(), non_neg_integer(), non_neg_integer()}.
+          {Servers :: non_neg_integer(),
+           Transports :: non_neg_integer(),
+           Connections :: non_neg_integer(),
+           Memberships :: non_neg_integer()}.
 count_shard(_Registry, _Shard) -> ?NOT_LOADED.
 
 
@@ -810,6 +814,11 @@ admission_stats(_Shard) -> ?NOT_LOADED.
 %% Whether messages have been admitted since the last sample and that sample is older than ten intervals.
 -spec admission_is_unwatched(non_neg_integer()) -> boolean().
 admission_is_unwatched(_Shard) -> ?NOT_LOADED.
+
+
+%% Messages to a shard that were admitted so far, with a threshold or without.
+-spec admitted(non_neg_integer()) -> non_neg_integer().
+admitted(_Shard) -> ?NOT_LOADED.
 
 
 %% Messages to a shard that were refused so far. Messages to unregistered ids are counted in an arbitrary shard.

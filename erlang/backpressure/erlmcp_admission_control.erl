@@ -78,7 +78,7 @@ get_shard_stats(ShardId) ->
              _ -> ok
          end,
     {Depth, Threshold, Admitted, IsOverloaded, SampleAgeMs} = erlmcp_nif:admission_stats(ShardId),
-    {Servers, Transports, Connections} = erlmcp_nif:count_shard(default, ShardId),
+    {Servers, Transports, Connections, _Memberships} = erlmcp_nif:count_shard(default, ShardId),
     {MessagesPerSecond, LatencyUs} = erlmcp_shard_sampler:lookup(ShardId),
     #{
       shard_id => ShardId,

@@ -84,7 +84,8 @@
                          shard_id := shard_id(),
                          servers := non_neg_integer(),
                          transports := non_neg_integer(),
-                         connections := non_neg_integer()
+                         connections := non_neg_integer(),
+                         memberships := non_neg_integer()
                         }.
 
 %% Places of a shard that a fold reads at a time, in some 100 microseconds with small capabilities.
@@ -426,7 +427,7 @@ count(ShardId) ->
 %% @doc The number of connections of a shard.
 -spec count(registry(), shard_id()) -> non_neg_integer().
 count(Registry, ShardId) ->
-    {_Servers, _Transports, Connections} = erlmcp_nif:count_shard(Registry, ShardId),
+    {_Servers, _Transports, Connections, _Memberships} = erlmcp_nif:count_shard(Registry, ShardId),
     Connections.
 
 
@@ -443,7 +444,7 @@ stats(Registry) when ?IS_REGISTRY(Registry) ->
     #{shards := Shards} = Limits = limits(Registry),
     BySize = lists:sort([ {S + T + C, ShardId}
                           || ShardId <- lists:seq(0, Shards - 1),
-                             {S, T, C} <- [erlmcp_nif:count_shard(Registry, ShardId)] ]),
+                             {S, T, C, _M} <- [erlmcp_nif:count_shard(Registry, ShardId)] ]),
     {Least, Emptiest} = hd(BySize),
     {Most, Fullest} = lists:last(BySize),
     Limits#{
@@ -461,12 +462,13 @@ stats(ShardId) ->
 %% @doc The counts of a shard.
 -spec stats(registry(), shard_id()) -> shard_stats().
 stats(Registry, ShardId) ->
-    {Servers, Transports, Connections} = erlmcp_nif:count_shard(Registry, ShardId),
+    {Servers, Transports, Connections, Memberships} = erlmcp_nif:count_shard(Registry, ShardId),
     #{
       shard_id => ShardId,
       servers => Servers,
       transports => Transports,
-      connections => Connections
+      connections => Connections,
+      memberships => Memberships
      }.
 
 

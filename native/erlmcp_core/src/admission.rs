@@ -232,6 +232,14 @@ pub struct Receiver<'a> {
     known: Option<Known<'a>>,
 }
 
+impl Receiver<'_> {
+    /// Whether the shard counts the messages that it admits: it has a threshold.
+    #[inline]
+    pub fn is_counted(&self) -> bool {
+        self.threshold != OFF
+    }
+}
+
 /// Its own cache line, or pair of lines, as x86 fetches them.
 #[derive(Default)]
 #[repr(align(128))]

@@ -243,6 +243,20 @@ pub struct Stats {
     pub probes: u64,
     /// How long it has been in this state.
     pub since_ms: u64,
+    /// How often it has changed to open, half open and closed.
+    pub transitions: Transitions,
+}
+
+/// How often a circuit has changed to each state, since it was made. It counts as half open from its first probe on. Being
+/// switched on or off is no change.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Transitions {
+    /// To open.
+    pub open: u64,
+    /// To half open.
+    pub half_open: u64,
+    /// To closed.
+    pub closed: u64,
 }
 
 /// See the module's documentation.
@@ -252,6 +266,8 @@ pub struct CircuitBreaker {
     /// A copy of the config's, apart: a refusal needs nothing else.
     timeout_ms: AtomicU64,
     settings: Snapshot<Settings>,
+    /// By the state that was entered: closed, open, half open. Written by changes of the state alone.
+    transitions: [AtomicU64; 3],
 }
 
 impl CircuitBreaker {
@@ -263,6 +279,7 @@ impl CircuitBreaker {
             word: AtomicU64::new(Word::new(state, 0, 0, clock.now_ms()).0),
             timeout_ms: AtomicU64::new(config.unwrap_or_default().timeout_ms),
             settings: Snapshot::new(Settings::new(config.unwrap_or_default())),
+            transitions: std::array::from_fn(|_| AtomicU64::new(0)),
         })
     }
 
@@ -376,8 +393,23 @@ impl CircuitBreaker {
     fn exchange(&self, held: Word, next: Word) -> Result<(), Word> {
         self.word
             .compare_exchange(held.0, next.0, Ordering::AcqRel, Ordering::Acquire)
-            .map(|_| ())
+            .map(|_| self.count_transition(held.state(), next.state()))
             .map_err(Word)
+    }
+
+    fn count_transition(&self, from: State, to: State) {
+        if from != to && from != State::Off && to != State::Off {
+            self.transitions[to as usize].fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn transitions(&self) -> Transitions {
+        let to = |state: State| self.transitions[state as usize].load(Ordering::Relaxed);
+        Transitions {
+            open: to(State::Open),
+            half_open: to(State::HalfOpen),
+            closed: to(State::Closed),
+        }
     }
 
     /// Records the success of a probe. Returns whether that has closed the circuit. Does not count if no call has
@@ -503,6 +535,7 @@ impl CircuitBreaker {
             successes: current.successes(),
             probes: current.probes(),
             since_ms: now_ms.saturating_sub(began_ms),
+            transitions: self.transitions(),
         }
     }
 }

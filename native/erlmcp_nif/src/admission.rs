@@ -104,6 +104,13 @@ fn admission_is_unwatched(shard: Term<'_>) -> NifResult<bool> {
     Ok(admission.is_unwatched(default_registry().sampling(), clock().now_ms()))
 }
 
+/// Messages admitted so far, with a threshold or without.
+#[rustler::nif]
+fn admitted(shard: Term<'_>) -> NifResult<u64> {
+    let registry = default_registry();
+    Ok(registry.admitted(shard_number(registry, shard)?))
+}
+
 /// Messages refused so far: not found, circuit open, shard overloaded, rate limited, store full.
 #[rustler::nif]
 fn refused(shard: Term<'_>) -> NifResult<(u64, u64, u64, u64, u64)> {

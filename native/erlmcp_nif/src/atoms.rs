@@ -103,6 +103,7 @@ rustler::atoms! {
     total_failures,
     total_rejected,
     total_successes,
+    transitions,
     transport,
     transport_not_found,
     transports,

@@ -108,6 +108,15 @@ pub(crate) fn stats_term<'a>(env: Env<'a>, breaker: &CircuitBreaker) -> NifResul
         )
             .encode(env)
     });
+    let transitions = Term::map_from_arrays(
+        env,
+        &[atoms::open(), atoms::half_open(), atoms::closed()],
+        &[
+            stats.transitions.open,
+            stats.transitions.half_open,
+            stats.transitions.closed,
+        ],
+    )?;
     Term::map_from_arrays(
         env,
         &[
@@ -117,6 +126,7 @@ pub(crate) fn stats_term<'a>(env: Env<'a>, breaker: &CircuitBreaker) -> NifResul
             atoms::probes(),
             atoms::since_ms(),
             atoms::config(),
+            atoms::transitions(),
         ],
         &[
             state_term(env, stats.state),
@@ -125,6 +135,7 @@ pub(crate) fn stats_term<'a>(env: Env<'a>, breaker: &CircuitBreaker) -> NifResul
             stats.probes.encode(env),
             stats.since_ms.encode(env),
             config,
+            transitions,
         ],
     )
 }

@@ -52,6 +52,7 @@ use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use ahash::RandomState;
+use once_cell::race::OnceBox;
 use papaya::{Guard, HashMap};
 use seize::Collector;
 
@@ -80,7 +81,7 @@ pub use target_breakers::{
 use crate::admission::{Admission, Sampling, Threshold, UNSEEN};
 use crate::churn::Churn;
 use crate::clock::Clock;
-use crate::counter::Refused;
+use crate::counter::{Passages, Refused};
 use crate::diversion::Diversion;
 use crate::error::LimitsError;
 use crate::gate::Gate;
@@ -212,6 +213,8 @@ pub struct Registry<L> {
     diversion: Diversion,
     announcements: Announcements<L>,
     target_breakers: TargetBreakers,
+    /// Allocated by the first message that no threshold counts.
+    passages: OnceBox<Passages>,
 }
 
 impl<L> Registry<L>
@@ -243,6 +246,7 @@ where
             dangling: AtomicU64::new(0),
             gate: Gate::new(),
             diversion: Diversion::new(),
+            passages: OnceBox::new(),
         }
     }
 
@@ -504,6 +508,20 @@ where
     /// only the sum of these over all shards means something.
     pub fn refused(&self, shard: u16) -> Refused {
         self.shards[usize::from(shard)].refusals.read()
+    }
+
+    /// Messages to a shard that were admitted so far, whether it had a threshold or not. A load for each thread that has
+    /// routed without a threshold.
+    pub fn admitted(&self, shard: u16) -> u64 {
+        let shard = usize::from(shard);
+        let counted = self.shards[shard]
+            .admission_if_used()
+            .map_or(0, Admission::admitted);
+        let passed = self
+            .passages
+            .get()
+            .map_or(0, |passages| passages.read(shard));
+        counted + passed
     }
 
     /// How often the shards are sampled.

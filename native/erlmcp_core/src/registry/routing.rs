@@ -15,6 +15,7 @@ use super::{Delivery, Entry, Id, Namespace, Registry};
 use crate::admission::{Receiver, UNSEEN};
 use crate::circuit_breaker::{CircuitBreaker, Permit, State};
 use crate::clock::Clock;
+use crate::counter::Passages;
 use crate::shard::Shard;
 use crate::token_bucket::Level;
 
@@ -454,16 +455,28 @@ where
         events: &mut Events,
     ) {
         let number = target.key.shard();
-        let admission = self.shards[usize::from(number)].admission();
-        if admission
-            .admit(receiver, &self.sampling, || clock.now_ms())
-            .wants_sample
-        {
-            events.sample = Some(number);
+        if receiver.is_counted() {
+            let admission = self.shards[usize::from(number)].admission();
+            if admission
+                .admit(receiver, &self.sampling, || clock.now_ms())
+                .wants_sample
+            {
+                events.sample = Some(number);
+            }
+        } else {
+            self.passed(number);
         }
         if permit != Permit::Free && circuit.record_success(clock) {
             events.circuit = Some(State::Closed);
         }
+    }
+
+    /// Counts a message to a shard without a threshold. Not inlined, so that routes with thresholds stay short.
+    #[inline(never)]
+    fn passed(&self, shard: u16) {
+        self.passages
+            .get_or_init(|| Box::new(Passages::new(self.shards.len())))
+            .count(usize::from(shard));
     }
 
     /// What would become of a message now. Leaves no trace of the question: takes no token and no probe, and counts

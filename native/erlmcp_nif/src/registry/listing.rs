@@ -183,14 +183,16 @@ fn count(of: Term<'_>, ns: Term<'_>) -> NifResult<u64> {
     Ok(registry(of)?.count(namespace))
 }
 
+/// Servers, transports, connections and memberships.
 #[rustler::nif]
-fn count_shard(of: Term<'_>, shard: Term<'_>) -> NifResult<(u64, u64, u64)> {
+fn count_shard(of: Term<'_>, shard: Term<'_>) -> NifResult<(u64, u64, u64, u64)> {
     let registry = registry(of)?;
     let shard = shard_number(registry, shard)?;
     Ok((
         registry.count_of(Namespace::Server, shard),
         registry.count_of(Namespace::Transport, shard),
         registry.count_of(Namespace::Connection, shard),
+        registry.count_of(Namespace::Member, shard),
     ))
 }
 
