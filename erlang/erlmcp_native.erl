@@ -2,7 +2,8 @@
 %%%
 %%% ```
 %%% 1> erlmcp_native:i().
-%%% 2> erlmcp_native:set(admission, #{threshold => 20000}).
+%%% 2> erlmcp_native:top().
+%%% 3> erlmcp_native:set(admission, #{threshold => 20000}).
 %%% '''
 %%%
 %%% == Backpressure ==
@@ -23,6 +24,7 @@
 -module(erlmcp_native).
 
 -export([i/0, info/0, health/0, explain/1, retry_after_ms/1, retry_after_ms/2]).
+-export([top/0, busiest/1]).
 -export([set/2]).
 
 -export_type([info/0]).
@@ -278,6 +280,66 @@ i() ->
             print_backpressure(Backpressure)
     end,
     print_capabilities(maps:get(capability_store, Info)).
+
+
+%% @doc Measures for a time, and returns the busiest shards, and the connections with the longest mailboxes among those looked
+%% at. Works whatever of the application runs.
+%%
+%% `shards' has those with the most messages a second, the deepest queues or the most refusals a second in that time: five
+%% of each at most, without idle ones, ordered by messages. `not_found_per_second' is of all shards together, since a
+%% message to an unknown id belongs to none.
+%%
+%% `connections' has ten connections at most with messages in their mailbox, the longest first. They are looked for in the
+%% shards by depth, until 1,000 connections have been looked at or half a second has passed: `connections_looked_at' of
+%% `connections_registered'. A connection with a message store has those messages there and not in its mailbox. Processes of
+%% other nodes are not looked at.
+%%
+%% The caller sleeps for `IntervalMs' (1 to 60,000), in between two readings of the counts of all shards. Looking copies
+%% the capabilities of the connections. `{error, {native_library, _}}' where the library is not loaded.
+-spec busiest(IntervalMs :: 1..60_000) -> erlmcp_top:busiest() | {error, {native_library, erlmcp_nif:load_error()}}.
+busiest(IntervalMs) ->
+    erlmcp_top:busiest(IntervalMs).
+
+
+%% @doc Measures for a second, and prints what {@link busiest/1} returns.
+-spec top() -> ok.
+top() ->
+    case busiest(1_000) of
+        {error, {native_library, #{path := Path}}} ->
+            io:format("native library NOT LOADED: ~ts~n", [Path]);
+        #{
+          shards := Shards,
+          not_found_per_second := NotFound,
+          connections := Connections,
+          connections_looked_at := LookedAt,
+          connections_registered := Registered
+         } ->
+            io:format("~5ts ~11ts ~11ts ~11ts ~11ts ~11ts~n", ["SHARD", "MESSAGES/S", "REFUSED/S", "QUEUED", "THRESHOLD", "CONNECTIONS"]),
+            lists:foreach(fun print_busy_shard/1, Shards),
+            io:format("not found: ~b/s~n~n", [NotFound]),
+            io:format("~11ts ~5ts ~-16ts ~ts~n", ["MAILBOX", "SHARD", "PROCESS", "CONNECTION"]),
+            lists:foreach(fun print_busy_connection/1, Connections),
+            io:format("looked at ~b of ~b connections~n", [LookedAt, Registered])
+    end.
+
+
+-spec print_busy_shard(erlmcp_top:shard()) -> ok.
+print_busy_shard(Shard) ->
+    #{
+      shard_id := Id,
+      messages_per_second := Messages,
+      refusals_per_second := Refusals,
+      queue_depth := Depth,
+      threshold := Threshold,
+      connections := Connections
+     } = Shard,
+    io:format("~5b ~11b ~11b ~11b ~11w ~11b~n", [Id, Messages, Refusals, Depth, Threshold, Connections]).
+
+
+%% Long ids are cut.
+-spec print_busy_connection(erlmcp_top:connection()) -> ok.
+print_busy_connection(#{id := Id, pid := Pid, shard_id := Shard, message_queue_len := Length}) ->
+    io:format("~11b ~5b ~-16ts ~ts~n", [Length, Shard, pid_to_list(Pid), io_lib:format("~0tP", [Id, 12])]).
 
 
 %%% What is installed and what runs: printing

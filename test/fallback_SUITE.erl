@@ -132,6 +132,19 @@ in_current() ->
     {degraded, [{native_library, _}, {memory_bytes, _, 1}]} = erlmcp_native:health(),
     {error, {native_library, #{remedy := [_ | _]}}} = erlmcp_native:explain(s),
     {error, not_running} = erlmcp_shard_metrics:get(),
+    %% The process counts what it routes: a broadcast to one transport too. One message was to an unknown server.
+    #{
+      mode := current,
+      left_out := [native, queueing, shard_managers],
+      messages := #{process := #{ok := 5, not_found := 1}} = Messages,
+      named_breakers := #{closed := 1}
+     } = Snapshot = erlmcp_shard_metrics:snapshot(),
+    false = is_map_key(native, Messages) orelse is_map_key(shards, Snapshot),
+    <<_/binary>> = Text = iolist_to_binary(erlmcp_metrics_text:prometheus()),
+    match = re:run(Text, "^erlmcp_messages_total\\{architecture=\"process\",shard_id=\"none\",status=\"ok\"\\} 5$", [multiline, {capture, none}]),
+    match = re:run(Text, "^erlmcp_metrics_left_out\\{group=\"native\"\\} 1$", [multiline, {capture, none}]),
+    {error, {native_library, #{remedy := [_ | _]}}} = erlmcp_native:busiest(1),
+    ok = erlmcp_native:top(),
     {error, not_running} = erlmcp_shard_recovery:subscribe(),
     ok = gen_server:stop(erlmcp_registry),
     ok = application:stop(erlmcp_native).

@@ -84,6 +84,7 @@
 %% Named breakers: operation
 -export([get_state/1, get_stats/1, reset/1, open/2, force_open/1, force_half_open/1, force_close/1]).
 -export([get_all_states/0, get_all_stats/0, reset_all/0]).
+-export([count_states/1]).
 %% The node's breaker: the process and its metrics
 -export([start_link/0, stop/0, record_request/2, record_error/1, get_metrics/0]).
 %% The node's breaker
@@ -633,6 +634,20 @@ get_all_states() ->
     for_all(fun get_state/1).
 
 
+%% @private
+%% How many named breakers are in each state, unless there are more than `Max'.
+-spec count_states(Max :: pos_integer()) -> #{state() := non_neg_integer()} | too_many.
+count_states(Max) ->
+    case length(names()) =< Max of
+        true ->
+            maps:fold(fun(_Name, State, Counts) -> maps:update_with(State, fun(Count) -> Count + 1 end, Counts) end,
+                      #{closed => 0, open => 0, half_open => 0},
+                      get_all_states());
+        false ->
+            too_many
+    end.
+
+
 %% @doc The statistics of all named breakers of this node.
 -spec get_all_stats() -> #{name() => map()}.
 get_all_stats() ->
@@ -652,7 +667,6 @@ reset_all() ->
 %% Breakers that are removed meanwhile are left out.
 -spec for_all(fun((name()) -> Result)) -> #{name() => Result}.
 for_all(Fun) ->
-    Names = in_store(fun erlmcp_nif:named_breakers/0, fun erlmcp_circuit_breaker_pure:names/0),
     lists:foldl(fun(Name, Results) ->
                         try
                             Results#{Name => Fun(Name)}
@@ -661,7 +675,12 @@ for_all(Fun) ->
                         end
                 end,
                 #{},
-                Names).
+                names()).
+
+
+-spec names() -> [name()].
+names() ->
+    in_store(fun erlmcp_nif:named_breakers/0, fun erlmcp_circuit_breaker_pure:names/0).
 
 
 -spec log_transitions([erlmcp_nif:transition()]) -> ok.

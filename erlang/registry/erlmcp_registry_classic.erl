@@ -274,6 +274,7 @@ route(Kind, Id, Message, #state{module = Module, entries = Entries} = State0) ->
         none ->
             case living(Kind, Id, State0) of
                 {none, State} ->
+                    ok = count(not_found, State),
                     warn(Kind, Id, State);
                 {Pid, State} ->
                     Kept = State#state{entries = ?OF(Module, keep_target(Kind, Id, Pid, State#state.entries))},
@@ -530,8 +531,18 @@ warn(Target, Id, State) ->
 
 
 -spec sent(ok | {error, erlmcp_delivery:unsent()}, kind(), term(), #state{}) -> #state{}.
-sent(ok, _Target, _Id, State) -> State;
-sent({error, Reason}, Target, Id, State) -> warn(undelivered, Target, Id, #{reason => Reason}, State).
+sent(Sent, Target, Id, State) ->
+    ok = count(ok, State),
+    case Sent of
+        ok -> State;
+        {error, Reason} -> warn(undelivered, Target, Id, #{reason => Reason}, State)
+    end.
+
+
+%% Messages that the named process routes are counted. Only that one has a keeper.
+-spec count(ok | not_found, #state{}) -> ok.
+count(_Status, #state{keeper = none}) -> ok;
+count(Status, _Named) -> erlmcp_delivery:count(Status).
 
 
 -spec warn(unknown_target | undelivered, server | transport | transport_of | server_of, term(), map(), #state{}) ->

@@ -396,6 +396,7 @@ route_cast(Registry, {route_to_transport, broadcast, ServerId, Message}) ->
             unknown_target(transport_of, ServerId);
         Pids ->
             lists:foreach(fun(Pid) ->
+                                  ok = count(Registry, ok),
                                   warn_unless_sent(erlmcp_delivery:send(Pid, {mcp_response, ServerId, Message}),
                                                    transport_of,
                                                    ServerId)
@@ -412,10 +413,18 @@ route_cast(_Registry, _Unknown) ->
 send(Registry, Kind, Id, Message) ->
     case erlmcp_nif:whereis(Registry, Kind, Id) of
         undefined ->
+            ok = count(Registry, not_found),
             unknown_target(Kind, Id);
         Pid ->
+            ok = count(Registry, ok),
             warn_unless_sent(erlmcp_delivery:send(Pid, Message), Kind, Id)
     end.
+
+
+%% Messages that the named process routes are counted.
+-spec count(erlmcp_nif:registry(), ok | not_found) -> ok.
+count(exclusive, Status) -> erlmcp_delivery:count(Status);
+count(_Own, _Status) -> ok.
 
 
 -spec warn_unless_sent(ok | {error, erlmcp_delivery:unsent()}, kind() | transport_of, term()) -> ok.
@@ -513,7 +522,7 @@ divert(Whom) ->
 
 %% @doc The entries of a namespace at some places of a shard, and the place at which to continue. An entry keeps
 %% its place.
--spec page(erlmcp_nif:registry(), kind(), Shard :: non_neg_integer(), From :: non_neg_integer(), Count :: pos_integer()) ->
+-spec page(erlmcp_nif:registry(), kind() | connection, Shard :: non_neg_integer(), From :: non_neg_integer(), Count :: pos_integer()) ->
           {[row()], Next :: non_neg_integer() | none}.
 page(Registry, Kind, Shard, From, Count) ->
     erlmcp_nif:page(Registry, Kind, Shard, From, Count).

@@ -89,6 +89,7 @@ init(Kind) ->
             {ok, #state{kind = anonymous, store = own_store(Mode)}};
         {ok, _Mode} ->
             ok = erlmcp_rollout:warn_unless_started(),
+            ok = erlmcp_delivery:new_counts(),
             _ = erlmcp_registry_native:load_error() =:= none andalso erlmcp_native_config:configure_alone(),
             {ok, adopt(erlmcp_rollout_path:read())}
     end.
@@ -226,12 +227,14 @@ cast({erlmcp_rollout, {send_to_transport, Id, Message}}, #state{kind = named} = 
     %% A transport with the name `broadcast'.
     case execute({find_transport, Id}, State) of
         {reply, {ok, {Pid, _Config}}, Found} ->
+            ok = erlmcp_delivery:count(ok),
             case erlmcp_delivery:send(Pid, Message) of
                 ok -> ok;
                 {error, Reason} -> ok = erlmcp_registry_native:undelivered(transport, Id, Reason)
             end,
             Found;
         {reply, {error, _}, Found} ->
+            ok = erlmcp_delivery:count(not_found),
             ok = erlmcp_registry_native:unknown_target(transport, Id),
             Found
     end;
