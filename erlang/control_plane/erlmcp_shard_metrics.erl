@@ -173,8 +173,8 @@ age_ms() ->
 %% ({@link erlmcp_shard_recovery}).</li>
 %% </ul>
 %%
-%% `left_out' names what is missing: `native' (everything from `shards' on and the `native' messages) where the native
-%% library is not loaded; `queueing' while the application does not run, since nothing samples then; `named_breakers' if
+%% `left_out' names what is missing: `native' (shards, entries, circuit, message stores and the `native' messages) where the
+%% native library is not loaded; `queueing' while the application does not run, since nothing samples then; `named_breakers' if
 %% there are more than 1,000; `shard_managers' while the process that observes restarts does not run.
 %%
 %% Counts never go back, except that those of shard managers begin anew with the application. They are read one after the
