@@ -249,6 +249,9 @@
 
 -define(LOAD_ERROR, {?MODULE, load_error}).
 
+%% The version of the application. A library of another version refuses to be loaded.
+-define(VERSION, "0.1.0").
+
 %%% Loading
 
 
@@ -258,7 +261,7 @@
 -spec load() -> ok | {error, term()}.
 load() ->
     Path = library(),
-    case erlang:load_nif(Path, []) of
+    case erlang:load_nif(Path, <<?VERSION>>) of
         ok ->
             _ = persistent_term:erase(?LOAD_ERROR),
             ok;
@@ -270,14 +273,22 @@ load() ->
                                   path => Path ++ ".so",
                                   target => erlang:system_info(system_architecture),
                                   nif_version => erlang:system_info(nif_version),
-                                  reason => Reason,
+                                  reason => reason(Reason),
                                   remedy =>
-                                      "compile erlmcp_native on this machine with Rust 1.91 or newer and OTP 25 or "
-                                      "newer: rebar3 clean -a, then rebar3 compile; a release must contain "
-                                      "priv/erlmcp_nif.so"
+                                      "compile erlmcp_native on this machine with Rust 1.91 or newer or with a "
+                                      "prebuilt library (ERLMCP_NATIVE_PREBUILT), and with OTP 25 or newer: rebar3 "
+                                      "clean -a, then rebar3 compile; a release must contain priv/erlmcp_nif.so"
                                  }),
             ok
     end.
+
+
+%% The library refuses to be loaded only for its version, and where the VM does not register its types.
+-spec reason(term()) -> term().
+reason({load, Text}) ->
+    {load, Text ++ " The library is probably not of version " ?VERSION ", which is that of the modules."};
+reason(Reason) ->
+    Reason.
 
 
 %% The `priv' folder beside the `ebin' folder that this module was loaded from: right for a project, a dependency, a

@@ -1,14 +1,14 @@
 %%% The promise of a drop-in replacement, tested on hosts built from scratch.
 %%%
 %%% `host_app', an application in the shape of erlmcp, gets the registry from `erlmcp_native' as a git dependency, in a
-%%% release and through `_checkouts'. A project that only depends on an erlmcp with its own registry replaces that
+%%% release and through `_checkouts', there also as the package that Hex would make. A project that only depends on an erlmcp with its own registry replaces that
 %%% registry by `overrides'. A project of Mix, `mix_app', takes it from git. The suite also tests the README's first steps in
 %%% the project itself: its shell and its reference.
 %%%
 %%% Everything happens in a temporary folder. The source is a commit, made there, of the project's present files. Hosts
 %%% run in nodes of their own, which are not distributed and stop with the node of the suite at the latest.
 %%%
-%%% Cost: cargo compiles the two crates of the project three times, some 60 s on two cores. The first run also compiles their
+%%% Cost: cargo compiles the two crates of the project four times, some 60 s on two cores. The first run also compiles their
 %%% dependencies, which takes another minute.
 -module(drop_in_SUITE).
 
@@ -20,7 +20,8 @@
 -export([init_per_group/2, end_per_group/2]).
 -export([init_per_testcase/2, end_per_testcase/2]).
 %% Builds
--export([git_dependency_builds/1, release_builds/1, checkout_builds/1, overrides_build/1]).
+-export([git_dependency_builds/1, release_builds/1, release_brings_its_vm/1]).
+-export([checkout_builds/1, package_builds/1, overrides_build/1]).
 %% The project
 -export([shell_has_the_application/1, reference_is_of_the_application/1]).
 %% A project of Mix
@@ -47,13 +48,14 @@ suite() ->
 
 
 all() ->
-    [{group, git_dependency}, {group, release}, {group, checkout}, {group, overrides}, {group, project}, {group, mix}].
+    [{group, git_dependency}, {group, release}, {group, checkout}, {group, package}, {group, overrides}, {group, project}, {group, mix}].
 
 
 groups() ->
     [{git_dependency, [sequence], [git_dependency_builds, {group, any_host}]},
-     {release, [sequence], [release_builds, {group, any_host}, {group, ends}]},
+     {release, [sequence], [release_builds, release_brings_its_vm, {group, any_host}, {group, ends}]},
      {checkout, [sequence], [checkout_builds, {group, any_host}]},
+     {package, [sequence], [package_builds, {group, any_host}]},
      {overrides, [sequence], [overrides_build, {group, any_host}]},
      {mix, [], [mix_project_runs]},
      {project, [], [shell_has_the_application, reference_is_of_the_application]},
@@ -127,7 +129,9 @@ needs_no_node(Case) ->
     lists:member(Case,
                  [git_dependency_builds,
                   release_builds,
+                  release_brings_its_vm,
                   checkout_builds,
+                  package_builds,
                   overrides_build,
                   mix_project_runs,
                   shell_has_the_application,
@@ -139,16 +143,32 @@ needs_no_node(Case) ->
 
 git_dependency_builds(Config) ->
     make_host(Config, ?config(folder, Config)),
-    rebar3(Config, ?config(folder, Config), "compile").
+    rebar3(Config, ?config(folder, Config), ["compile"]).
 
 
-%% The release runs after the folder that it was built in was deleted.
+%% The releases, with the VM and without, run after the folder that they were built in was deleted.
 release_builds(Config) ->
     Built = filename:join(?config(temporary, Config), "git_dependency"),
     filelib:is_dir(Built) orelse make_host(Config, Built),
-    rebar3(Config, Built, "release"),
+    rebar3(Config, Built, ["release"]),
     ok = file:rename(filename:join(Built, "_build/default/rel/host_app"), ?config(folder, Config)),
+    rebar3(Config, Built, ["release", "--include-erts", "true"]),
+    ok = file:rename(filename:join(Built, "_build/default/rel/host_app"), with_vm(Config)),
     ok = file:del_dir_r(Built).
+
+
+release_brings_its_vm(Config) ->
+    Folder = with_vm(Config),
+    Node = start_node(release, Folder),
+    InRelease = [{folder, Folder}, {node, Node} | lists:keydelete(folder, 1, Config)],
+    ?assertEqual(Folder, call(InRelease, code, root_dir, [])),
+    registry_and_library_are_ours(InRelease),
+    pair_exchanges(InRelease),
+    ok = peer:stop(Node).
+
+
+with_vm(Config) ->
+    ?config(folder, Config) ++ "_with_vm".
 
 
 %% The host's own rebar.config stays as it is, with a URL that cannot be fetched.
@@ -158,7 +178,30 @@ checkout_builds(Config) ->
     Checkout = filename:join(Folder, "_checkouts/erlmcp_native"),
     ok = filelib:ensure_dir(Checkout),
     ok = file:make_symlink(?config(source, Config), Checkout),
-    rebar3(Config, Folder, "compile").
+    rebar3(Config, Folder, ["compile"]).
+
+
+%% The package as a checkout, since no package can be fetched here.
+package_builds(Config) ->
+    Folder = ?config(folder, Config),
+    copy_host(Config, Folder),
+    Archive = Folder ++ ".tar.gz",
+    Files = pack(?config(source, Config), Archive),
+    ?assertEqual([], ["LICENSE", "native/prebuilt.sha256", ".cargo/config.toml", "docs/licences.md"] -- Files),
+    ?assertEqual([], [ File || File <- Files, Part <- ["test/", "bench/", "priv/"], lists:prefix(Part, File) ]),
+    ok = erl_tar:extract(Archive, [compressed, {cwd, filename:join(Folder, "_checkouts/erlmcp_native")}]),
+    rebar3(Config, Folder, ["compile"]).
+
+
+%% As rebar3_hex does: the files and folders of `files', and the application's file in src/ in any case.
+pack(Source, Archive) ->
+    {ok, [{application, erlmcp_native, Keys} = Application]} = file:consult(filename:join(Source, "erlang/erlmcp_native.app.src")),
+    Found = [ filename:join(Path, Inner)
+              || Path <- proplists:get_value(files, Keys), Inner <- ["" | filelib:wildcard("**", filename:join(Source, Path))] ],
+    Files = [ File || File <- Found, filelib:is_regular(filename:join(Source, File)), filename:extension(File) =/= ".so" ],
+    InSrc = {"src/erlmcp_native.app.src", unicode:characters_to_binary(io_lib:format("~tp.~n", [Application]))},
+    ok = erl_tar:create(Archive, [InSrc | [ {File, filename:join(Source, File)} || File <- Files ]], [compressed]),
+    Files.
 
 
 %% The case builds a release, because a release refuses two modules of one name.
@@ -167,7 +210,7 @@ overrides_build(Config) ->
     Erlmcp = filename:join(?config(temporary, Config), "erlmcp"),
     make_erlmcp(Config, Erlmcp),
     make_consumer(Config, Folder, Erlmcp),
-    rebar3(Config, Folder, "release"),
+    rebar3(Config, Folder, ["release"]),
     ?assert(filelib:is_regular(filename:join(Erlmcp, "src/erlmcp_registry.erl"))),
     ?assertMatch([_], filelib:wildcard("_build/default/lib/*/ebin/erlmcp_registry.beam", Folder)),
     Release = "_build/default/rel/consumer/releases/0.1.0/consumer.rel",
@@ -273,7 +316,7 @@ shell_has_the_application(Config) ->
 %% The reference covers all folders of the application, and neither tests nor benchmarks.
 reference_is_of_the_application(Config) ->
     Source = ?config(source, Config),
-    rebar3(Config, Source, "edoc"),
+    rebar3(Config, Source, ["edoc"]),
     Documented = [ filename:basename(File, ".html") || File <- filelib:wildcard("erlmcp_*.html", filename:join(Source, "doc")) ],
     ?assertEqual([], [ Module || Module <- Documented, sources(Source, Module) =:= [] ]),
     Pages = length(filelib:wildcard("*.html", filename:join(Source, "doc"))),
@@ -309,6 +352,7 @@ registry_and_library_are_ours(Config) ->
     Library =
         case ?config(host, Config) of
             checkout -> filename:join(?config(source, Config), "priv/erlmcp_nif.so");
+            package -> filename:join(Folder, "_checkouts/erlmcp_native/priv/erlmcp_nif.so");
             _ -> filename:join(call(Config, code, priv_dir, [erlmcp_native]), "erlmcp_nif.so")
         end,
     ?assert(filelib:is_regular(Library)),
@@ -624,8 +668,8 @@ commit(Folder) ->
        ["commit", "-q", "-m", "Snapshot"]]).
 
 
-rebar3(Config, Folder, Task) ->
-    _ = run(Folder, "rebar3", [Task], rebar3_env(Config), ?BUILD_MS),
+rebar3(Config, Folder, Arguments) ->
+    _ = run(Folder, "rebar3", Arguments, rebar3_env(Config), ?BUILD_MS),
     ok.
 
 
@@ -705,4 +749,4 @@ descendants(Parent, Table) ->
 clean_environment() ->
     [ {Name, false}
       || {Name, _} <- os:env(),
-         lists:any(fun(Prefix) -> lists:prefix(Prefix, Name) end, ["GIT_", "REBAR_", "ERL_"]) ].
+         lists:any(fun(Prefix) -> lists:prefix(Prefix, Name) end, ["GIT_", "REBAR_", "ERL_", "ERLMCP_"]) ].

@@ -1,5 +1,5 @@
-%%% Starting where the native library cannot be loaded: it is missing, unreadable, another kind of file, or made for
-%%% another machine.
+%%% Starting where the native library cannot be loaded: it is missing, unreadable, another kind of file, made for
+%%% another machine, or of another version than the modules.
 %%%
 %%% The contract: one warning says why and what to do, and everything that erlmcp uses works in the mode `current'. With
 %%% `require_native' neither the application nor the registry starts, and the error says the same. Each case runs in a
@@ -34,7 +34,7 @@ groups() ->
              works_without_the_application,
              refuses_if_native_is_required,
              what_is_native_says_why],
-    [ {Group, [], Cases} || Group <- [missing, unreadable, no_library, of_another_machine] ].
+    [ {Group, [], Cases} || Group <- [missing, unreadable, no_library, of_another_machine, of_another_version] ].
 
 
 init_per_group(Group, Config) ->
@@ -47,6 +47,7 @@ init_per_group(Group, Config) ->
       || File <- filelib:wildcard(filename:join([From, "ebin", "*"])), filelib:is_regular(File) ],
     {ok, Whole} = file:read_file(filename:join([From, "priv", "erlmcp_nif.so"])),
     ok = library(Group, Library, Whole),
+    Group =/= of_another_version orelse module_of_another_version(Config, filename:join(Copy, "ebin")),
     [{copy, Copy}, {library, Library} | Config].
 
 
@@ -59,7 +60,26 @@ library(no_library, Library, _Whole) ->
     file:write_file(Library, "<html>404 Not Found</html>");
 library(of_another_machine, Library, <<Ident:18/binary, _Machine:2/binary, Rest/binary>>) ->
     %% The ELF header names the machine: 8 is MIPS.
-    file:write_file(Library, [Ident, <<8, 0>>, Rest]).
+    file:write_file(Library, [Ident, <<8, 0>>, Rest]);
+library(of_another_version, Library, Whole) ->
+    file:write_file(Library, Whole).
+
+
+module_of_another_version(Config, Ebin) ->
+    {ok, Source} = file:read_file(source(proplists:get_value(data_dir, Config), "erlang/erlmcp_nif.erl")),
+    [Before, After] = re:split(Source, "(?<=-define\\(VERSION, \")[^\"]+"),
+    Changed = filename:join(proplists:get_value(priv_dir, Config), "erlmcp_nif.erl"),
+    ok = file:write_file(Changed, [Before, "99.0.0", After]),
+    {ok, erlmcp_nif} = compile:file(Changed, [{outdir, Ebin}, debug_info]).
+
+
+%% A file of the sources, found from a folder below them.
+source(Folder, File) ->
+    Path = filename:join(Folder, File),
+    case filelib:is_regular(Path) of
+        true -> Path;
+        false -> source(filename:dirname(Folder), File)
+    end.
 
 
 end_per_group(_Group, _Config) ->

@@ -33,7 +33,14 @@ mod watch;
 
 use rustler::{Env, Term};
 
-fn load(env: Env<'_>, _info: Term<'_>) -> bool {
+/// `version` is that of the Erlang modules. A library of another one may know other arguments, so it is not loaded.
+fn load(env: Env<'_>, version: Term<'_>) -> bool {
+    if !version
+        .decode()
+        .is_ok_and(|version: &str| version == env!("CARGO_PKG_VERSION"))
+    {
+        return false;
+    }
     // Calibrates the clock.
     let _ = backpressure::circuit();
     env.register::<resource::RegistryResource>().is_ok()
