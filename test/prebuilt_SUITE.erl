@@ -261,13 +261,7 @@ cargo_builds(Config) ->
     ?assertEqual(sum(<<"by cargo">>), installed(Config)).
 
 
-cargo_builds_where_there_is_no_prebuilt_%% Not in the configuration, which Common Test writes into its logs.
-contents() ->
-    {ok, Library} = file:read_file(filename:join(code:priv_dir(erlmcp_native), "erlmcp_nif.so")),
-    Library.
-
-
-library(Config) ->
+cargo_builds_where_there_is_no_prebuilt_library(Config) ->
     add_cargo(Config, 0),
     Env = [{"ERLMCP_NATIVE_PREBUILT", ?config(published, Config)}],
     {0, _} = build(Config, Env),
@@ -334,7 +328,12 @@ library_by_hand_stays(Config) ->
     ok = file:write_file(library(Config), "by hand"),
     {0, Output} = build(Config, []),
     contains(Output, ["keeps ./priv/erlmcp_nif.so, which was put there by hand"]),
-    ?assertEqual(sum(<<"by hand">>), installed(Config)).
+    ?assertEqual({ok, <<"by hand">>}, file:read_file(library(Config))),
+    ?assertEqual(["erlmcp_nif.so"], in_priv(Config)),
+    %% Where there is a choice, it is that of the sources.
+    add_cargo(Config, 0),
+    {0, _} = build(Config, []),
+    ?assertEqual(sum(<<"by cargo">>), installed(Config)).
 
 
 %% The library is loaded only by modules of its version, so the third one is right where any other suite passes.
@@ -427,10 +426,15 @@ refuses(Config, Prebuilt, Parts) ->
     nothing_installed(Config).
 
 
-nothing_%% The sum of the library in priv/.
-installed(Config) ->
+nothing_installed(Config) ->
     ?assertEqual([], in_priv(Config)),
     ?assertEqual([], partial(Config)).
+
+
+%% Not in the configuration, which Common Test writes into its logs.
+contents() ->
+    {ok, Library} = file:read_file(filename:join(code:priv_dir(erlmcp_native), "erlmcp_nif.so")),
+    Library.
 
 
 library(Config) ->
