@@ -48,7 +48,7 @@ install_new() {
     chmod 755 "$new"
     # Until the new stamp is in place, the library counts as one of other sources.
     source_sum >"$new.source"
-    cmp -s "$new.source" "$stamp" || rm -f "$stamp"
+    cmp -s "$new.source" "$stamp" || : >"$stamp"
     mv -f "$new" "$library"
     mv -f "$new.source" "$stamp"
 }

@@ -152,7 +152,12 @@ release_builds(Config) ->
     filelib:is_dir(Built) orelse make_host(Config, Built),
     rebar3(Config, Built, ["release"]),
     ok = file:rename(filename:join(Built, "_build/default/rel/host_app"), ?config(folder, Config)),
-    rebar3(Config, Built, ["release", "--include-erts", "true"]),
+    File = filename:join(Built, "rebar.config"),
+    {ok, Terms} = file:consult(File),
+    {relx, Relx} = lists:keyfind(relx, 1, Terms),
+    WithVm = lists:keystore(include_erts, 1, Relx, {include_erts, true}),
+    write_terms(File, lists:keystore(relx, 1, Terms, {relx, WithVm})),
+    rebar3(Config, Built, ["release"]),
     ok = file:rename(filename:join(Built, "_build/default/rel/host_app"), with_vm(Config)),
     ok = file:del_dir_r(Built).
 

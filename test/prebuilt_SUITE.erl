@@ -8,6 +8,7 @@
 
 -include_lib("common_test/include/ct.hrl").
 -include_lib("kernel/include/file.hrl").
+-include_lib("public_key/include/public_key.hrl").
 -include_lib("stdlib/include/assert.hrl").
 
 -export([suite/0, all/0, groups/0]).
@@ -191,24 +192,24 @@ refuses_without_a_server(Config) ->
     refuses(Config, Address, ["no prebuilt library: ", Address]).
 
 
-%% The sum would be right, but nobody vouches for the server.
+%% The sum is right, but the server's certificate is not, until the client trusts its root.
 verifies_certificates(Config) ->
-    #{server_config := Identity} =
-        public_key:pkix_test_data(#{
-                                    server_chain => #{root => [], intermediates => [], peer => []},
-                                    client_chain => #{root => [], intermediates => [], peer => []}
-                                   }),
-    {ok, Listen} = ssl:listen(0, [{active, false}, {ip, {127, 0, 0, 1}}, {log_level, none} | Identity]),
-    {ok, {_, Port}} = ssl:sockname(Listen),
-    Suite = self(),
-    Server = spawn_link(fun() ->
-                                {ok, Socket} = ssl:transport_accept(Listen, ?RUN_MS),
-                                Suite ! {handshake, self(), element(1, ssl:handshake(Socket, ?RUN_MS))}
-                        end),
-    refuses(Config, "https://localhost:" ++ integer_to_list(Port), []),
-    %% The client has broken it off.
-    receive {handshake, Server, Result} -> ?assertEqual(error, Result) end,
-    ok = ssl:close(Listen).
+    IsLocalhost = #'Extension'{extnID = ?'id-ce-subjectAltName', extnValue = [{dNSName, "localhost"}], critical = false},
+    Chain = #{root => [], intermediates => [], peer => [{extensions, [IsLocalhost]}]},
+    #{server_config := Server, client_config := Client} =
+        public_key:pkix_test_data(#{server_chain => Chain, client_chain => Chain}),
+    "http://127.0.0.1" ++ Port = serve(Config, [{socket_type, {ssl, Server}}]),
+    Address = "https://localhost" ++ Port,
+    refuses(Config, Address, []),
+    Roots = filename:join(?config(folder, Config), "roots.pem"),
+    ok = file:write_file(Roots,
+                         public_key:pem_encode([ {'Certificate', Root, not_encrypted} || Root <- proplists:get_value(cacerts, Client) ])),
+    {0, Output} = build(Config,
+                        [{"ERLMCP_NATIVE_PREBUILT", Address},
+                         {"CURL_CA_BUNDLE", Roots},
+                         {"ERL_AFLAGS", "-eval 'public_key:cacerts_load(\"" ++ Roots ++ "\")'"}]),
+    contains(Output, ["took the prebuilt library " ++ Address]),
+    ?assertEqual(sum(contents()), installed(Config)).
 
 
 %%% From a folder
@@ -525,12 +526,16 @@ write_script(File, Lines) ->
 
 %% The address of a server of what is published.
 serve(Config) ->
+    serve(Config, []).
+
+
+serve(Config, Options) ->
     {ok, Server} = inets:start(httpd,
                                [{port, 0},
                                 {bind_address, {127, 0, 0, 1}},
                                 {server_name, "localhost"},
                                 {server_root, ?config(published, Config)},
-                                {document_root, ?config(published, Config)}]),
+                                {document_root, ?config(published, Config)} | Options]),
     [{port, Port}] = httpd:info(Server, [port]),
     "http://127.0.0.1:" ++ integer_to_list(Port).
 
