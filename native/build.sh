@@ -41,6 +41,7 @@ begin_new() {
     mkdir -p "$application/priv"
     new=$(dirname "$(cd "$application/priv" && pwd -P)")/.erlmcp_nif.so.$$
     trap 'rm -f "$new" "$new.source"' EXIT
+    rm -f "$new"
     trap 'exit 1' HUP INT TERM
 }
 

@@ -3,6 +3,8 @@
 %% those of the operating system.
 
 main([Address, File]) ->
+    %% The reason is one line on standard error.
+    ok = logger:set_primary_config(level, none),
     try
         {ok, _} = application:ensure_all_started(inets),
         get(Address, File, 5)

@@ -8,7 +8,6 @@
 
 -include_lib("common_test/include/ct.hrl").
 -include_lib("kernel/include/file.hrl").
--include_lib("public_key/include/public_key.hrl").
 -include_lib("stdlib/include/assert.hrl").
 
 -export([suite/0, all/0, groups/0]).
@@ -176,31 +175,33 @@ refuses_a_short_transfer(Config) ->
                                 Suite ! {half, self(), in_priv(Config)},
                                 ok = gen_tcp:close(Socket)
                         end),
-    refuses(Config, "http://127.0.0.1:" ++ integer_to_list(Port), ["no prebuilt library: "]),
+    refuses(Config, "http://127.0.0.1:" ++ integer_to_list(Port), client(Config, "127.0.0.1")),
     receive {half, Server, InPriv} -> ?assertEqual([], InPriv) end,
     ok = gen_tcp:close(Listen).
 
 
 refuses_what_is_not_there(Config) ->
     ok = file:delete(filename:join(?config(published, Config), name(Config))),
-    refuses(Config, serve(Config), ["404"]).
+    refuses(Config, serve(Config), client(Config, "404")).
 
 
 refuses_without_a_server(Config) ->
     Address = serve(Config),
     end_servers(),
-    refuses(Config, Address, ["no prebuilt library: ", Address]).
+    refuses(Config, Address, client(Config, Address)).
 
 
 %% The sum is right, but the server's certificate is not, until the client trusts its root.
 verifies_certificates(Config) ->
-    IsLocalhost = #'Extension'{extnID = ?'id-ce-subjectAltName', extnValue = [{dNSName, "localhost"}], critical = false},
-    Chain = #{root => [], intermediates => [], peer => [{extensions, [IsLocalhost]}]},
+    %% The record of public_key.hrl, whose other records have no types. The identifier is that of subjectAltName.
+    IsLocalhost = {'Extension', {2, 5, 29, 17}, _IsCritical = false, [{dNSName, "localhost"}]},
+    Options = [{key, {namedCurve, secp256r1}}, {digest, sha256}],
+    Chain = #{root => Options, intermediates => [], peer => [{extensions, [IsLocalhost]} | Options]},
     #{server_config := Server, client_config := Client} =
         public_key:pkix_test_data(#{server_chain => Chain, client_chain => Chain}),
     "http://127.0.0.1" ++ Port = serve(Config, [{socket_type, {ssl, Server}}]),
     Address = "https://localhost" ++ Port,
-    refuses(Config, Address, []),
+    refuses(Config, Address, client(Config, "localhost")),
     Roots = filename:join(?config(folder, Config), "roots.pem"),
     ok = file:write_file(Roots,
                          public_key:pem_encode([ {'Certificate', Root, not_encrypted} || Root <- proplists:get_value(cacerts, Client) ])),
@@ -210,6 +211,11 @@ verifies_certificates(Config) ->
                          {"ERL_AFLAGS", "-eval 'public_key:cacerts_load(\"" ++ Roots ++ "\")'"}]),
     contains(Output, ["took the prebuilt library " ++ Address]),
     ?assertEqual(sum(contents()), installed(Config)).
+
+
+%% The reason begins with the name of the client that the group is about.
+client(Config, Part) ->
+    ["no prebuilt library: " ++ atom_to_list(proplists:get_value(name, ?config(tc_group_properties, Config))) ++ ": ", Part].
 
 
 %%% From a folder
