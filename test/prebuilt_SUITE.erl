@@ -85,9 +85,16 @@ groups() ->
 
 
 init_per_suite(Config) ->
-    {ok, _} = application:ensure_all_started(inets),
-    {ok, _} = application:ensure_all_started(ssl),
-    [{root, project_root(?config(data_dir, Config))} | Config].
+    Programs = [ Program || Program <- ["rebar3", "uname" | ?PROGRAMS], os:find_executable(Program) =:= false ],
+    Applications = [ Name || Name <- [inets, ssl], code:lib_dir(Name) =:= {error, bad_name} ],
+    case {Programs, Applications} of
+        {[], []} ->
+            {ok, _} = application:ensure_all_started(inets),
+            {ok, _} = application:ensure_all_started(ssl),
+            [{root, project_root(?config(data_dir, Config))} | Config];
+        Missing ->
+            {skip, {missing, Missing}}
+    end.
 
 
 end_per_suite(_Config) ->
