@@ -5,7 +5,7 @@
 %%% Transport}'.
 -module(bench_senders).
 
--export([prepare/1, send/3, ways/0, name/1]).
+-export([prepare/1, send/3, offer/3, ways/0, name/1]).
 -export([connection_ways/0]).
 
 -export_type([way/0, connection/0]).
@@ -45,6 +45,25 @@ send(connection, Connections, Message) -> connection(Connections, Message);
 send(batch, Connections, Message) -> batch(Connections, Message);
 send(classic, Connections, Message) -> classic(Connections, Message);
 send(bare, Connections, Message) -> bare(Connections, Message).
+
+
+%% Sends as {@link send/3} does, and returns the reason for each message that was refused.
+-spec offer(native | classic | bare, [connection()], term()) -> [Reason :: term()].
+offer(native, Connections, Message) ->
+    offer_native(Connections, Message, []);
+offer(Unguarded, Connections, Message) ->
+    ok = send(Unguarded, Connections, Message),
+    [].
+
+
+-spec offer_native([connection()], term(), [term()]) -> [term()].
+offer_native([{Id, _Pid, Transport} | Others], Message, Refused) ->
+    case erlmcp_registry:route_to_server(Id, Transport, Message) of
+        ok -> offer_native(Others, Message, Refused);
+        {error, Reason} -> offer_native(Others, Message, [Reason | Refused])
+    end;
+offer_native([], _Message, Refused) ->
+    Refused.
 
 
 -spec native([connection()], term()) -> ok.

@@ -302,7 +302,7 @@ churn(System, Crowd, Ids, Seconds) ->
     Start = erlang:monotonic_time(),
     ok = lists:foreach(fun({N, Pid}) ->
                                At = Start + erlang:convert_time_unit(N * 1_000_000 div ?CHURN_PER_SECOND, microsecond, native),
-                               ok = latency_bench:sleep_until(At),
+                               ok = bench_open_loop:sleep_until(At),
                                Pid ! {rejoin, System, At, self()}
                        end,
                        lists:enumerate(Rejoining)),
