@@ -4,7 +4,7 @@
 -module(bench_baseline).
 
 -export([start_link/0]).
--export([register_server/3, unregister_server/1, find_server/1, list_servers/0, route_to_server/3]).
+-export([register_server/3, register_transport/3, unregister_server/1, find_server/1, list_servers/0, route_to_server/3]).
 
 
 %% Must be called before the registry with its own name is started.
@@ -17,7 +17,12 @@ start_link() ->
 
 -spec register_server(term(), pid(), term()) -> ok | {error, already_registered}.
 register_server(Id, Pid, Config) ->
-    gen_server:call(?MODULE, {register_server, Id, Pid, Config}).
+    gen_server:call(?MODULE, {register_server, Id, Pid, Config}, infinity).
+
+
+-spec register_transport(term(), pid(), term()) -> ok | {error, already_registered}.
+register_transport(Id, Pid, Config) ->
+    gen_server:call(?MODULE, {register_transport, Id, Pid, Config}, infinity).
 
 
 -spec unregister_server(term()) -> ok.

@@ -7,9 +7,9 @@
 
 %% Rows
 -export([time_row/5, rate_row/5, latency_row/6, size_row/6]).
--export([floor/3, goal/3, growth/1, series/3]).
+-export([floor/3, goal/3, growth/1, series/3, load/2]).
 %% Output
--export([print/2, json/1, missed/1]).
+-export([print/2, json/1, missed/1, load_texts/1]).
 %% Numbers
 -export([thousands/1, seconds/1]).
 
@@ -39,7 +39,8 @@
                  growth => true,
                  latency => #{native := map(), against := map()},
                  % Memory over time.
-                 series => #{title := string(), points := [point()]}
+                 series => #{title := string(), points := [point()]},
+                 load => load_bench:report()
                 }.
 
 -define(BAR, 50).
@@ -148,6 +149,12 @@ series(Title, Points, Row) ->
     Row#{series => #{title => Title, points => Points}}.
 
 
+%% Adds the results of all levels of load, which are printed below the table.
+-spec load(load_bench:report(), row()) -> row().
+load(Report, Row) ->
+    Row#{load => Report}.
+
+
 %% The rows that miss their floor.
 -spec missed([row()]) -> [row()].
 missed(Rows) ->
@@ -173,6 +180,7 @@ print(Machine, Rows) ->
     Latencies = [ Latency || #{latency := Latency} <- Rows ],
     Latencies =:= [] orelse print_latencies(Latencies),
     lists:foreach(fun print_series/1, [ Series || #{series := Series} <- Rows ]),
+    lists:foreach(fun print_load/1, [ Load || #{load := Load} <- Rows ]),
     Floors = length([ Row || #{met := _} = Row <- Rows ]),
     Losing = length([ Row || #{loses := true} = Row <- Rows ]),
     io:format("~nratios: native / other, the median of the rounds; less is better, more for msg/s~n"
@@ -277,6 +285,63 @@ print_series(#{title := Title, points := Points}) ->
                           io:format("~16b s ~13.1f ~9.1f ~12ts  ~ts~n", [round(Seconds), Mb, Vm, thousands(Connections), Bar])
                   end,
                   Points).
+
+
+-spec print_load(load_bench:report()) -> ok.
+print_load(#{results := Results}) ->
+    Format = "~-24ts ~-9ts ~11ts ~11ts ~11ts ~8ts ~8ts ~8ts ~8ts ~8ts ~6ts ~9ts ~7ts ~9ts ~9ts  ~ts~n",
+    io:format("~n" ++ Format,
+              ["load: connections, stage",
+               "way",
+               "asked/s",
+               "offered/s",
+               "delivered/s",
+               "p50 ms",
+               "p95",
+               "p99",
+               "p99.9",
+               "max",
+               "lost",
+               "refused",
+               "KB each",
+               "long GCs",
+               "run queue",
+               ""]),
+    lists:foreach(fun(Result) -> io:format(Format, load_texts(Result)) end, Results),
+    io:format("long GCs: collections of a millisecond or more, and the longest in ms; run queue: the mean~n").
+
+
+%% The columns of one result of the load, as texts.
+-spec load_texts(load_bench:summary()) -> [io_lib:chars()].
+load_texts(#{connections := Connections, stage := Stage, way := Way, lost := Lost, refused := Refused} = Result) ->
+    Rate = fun(Key) -> thousands(round(map_get(Key, Result))) end,
+    Percentile = fun(Key) ->
+                         case Result of
+                             #{latency := #{Key := Ms}} -> short(Ms);
+                             _ -> "-"
+                         end
+                 end,
+    #{memory_kb := Kb, long_gcs := Gcs, longest_gc_ms := Longest, run_queue := RunQueue} = Result,
+    [thousands(Connections) ++ ", " ++ atom_to_list(Stage), load_bench:name(Way)] ++
+    [ Rate(Key) || Key <- [asked, offered, delivered] ] ++
+    [ Percentile(Key) || Key <- [p50, p95, p99, p999, max] ] ++
+    [thousands(Lost),
+     thousands(lists:sum(maps:values(Refused))),
+     short(Kb),
+     thousands(Gcs) ++ [ [" (", integer_to_list(Longest), ")"] || Gcs > 0 ],
+     thousands(round(RunQueue)),
+     load_note(Result)].
+
+
+%% What a reader of the figures has to know.
+-spec load_note(load_bench:summary()) -> io_lib:chars().
+load_note(#{collapsed := Collapsed, not_offered := NotOffered, refused := Refused, delivered := Delivered, offered := Offered} = Result) ->
+    #{sent := Sent, received := Received} = Result,
+    lists:join("; ",
+               [ "COLLAPSED" || Collapsed ] ++
+               [ "senders too slow" || NotOffered ] ++
+               [ "falls behind" || not Collapsed, Delivered < 0.95 * Offered * (Received + map_get(lost, Result)) / Sent ] ++
+               [ io_lib:format("~ts ~ts", [Reason, thousands(Number)]) || {Reason, Number} <- lists:sort(maps:to_list(Refused)) ]).
 
 
 %%% Numbers

@@ -15,7 +15,7 @@
                      % Rounds of the parts that are measured in rounds.
                      rounds := pos_integer(),
                      connections := pos_integer(),
-                     % Receivers and senders of the growth part, connections of memory.
+                     % Receivers and senders of the growth part, connections of memory and load.
                      sizes := default | [pos_integer()],
                      senders := default | [pos_integer()],
                      % Look-ups per round.
@@ -29,10 +29,11 @@
                      entries := pos_integer(),
                      deaths := pos_integer(),
                      json := file:filename() | default,
+                     html := file:filename() | default,
                      strict := boolean(),
                      progress := fun(() -> ok)
                     }.
--type section() :: lookup | guarded | limits | stores | capabilities | groups | breakers | routing | batches | growth | registration | latency | capacity | deaths | restart | losses | profiles | memory | stress | soak.
+-type section() :: lookup | guarded | limits | stores | capabilities | groups | breakers | routing | batches | growth | registration | latency | capacity | deaths | restart | losses | profiles | memory | stress | soak | load.
 
 -define(SECTIONS, [{lookup, lookup_bench},
                    {guarded, backpressure_bench},
@@ -53,9 +54,10 @@
                    {profiles, profile_bench},
                    {memory, memory_bench},
                    {stress, stress_bench},
-                   {soak, soak_bench}]).
+                   {soak, soak_bench},
+                   {load, load_bench}]).
 %% Parts that take minutes run only when they are named.
--define(ON_REQUEST, [batches, profiles, memory, stress, soak]).
+-define(ON_REQUEST, [batches, profiles, memory, stress, soak, load]).
 
 
 %% The first argument is the folder of the project.
@@ -149,7 +151,7 @@ write(Root, #{json := Json} = Options, Machine, Rows, Took) ->
     ok = file:write_file(File,
                          [bench_report:json(#{
                                               machine => maps:from_list(Machine),
-                                              options => maps:without([progress, json, sections, sizes, senders],
+                                              options => maps:without([progress, json, html, sections, sizes, senders],
                                                                       Options),
                                               seconds => Took,
                                               rows => Rows
@@ -176,6 +178,7 @@ defaults() ->
       entries => 1_000_000,
       deaths => 1_000_000,
       json => default,
+      html => default,
       strict => false,
       progress => fun() -> io:put_chars(standard_error, ".") end
      }.
@@ -197,6 +200,8 @@ parse(["--quick" | Rest], Options) ->
            });
 parse(["--memory" | Rest], Options) ->
     parse(Rest, Options#{sections => [profiles, memory]});
+parse(["--load" | Rest], Options) ->
+    parse(Rest, Options#{sections => [load]});
 parse(["--soak", Value | Rest], Options) ->
     parse(Rest, Options#{sections => [soak], minutes => number(Value, "--soak") / 1});
 parse(["--only", Names | Rest], Options) ->
@@ -208,6 +213,8 @@ parse(["--senders", Values | Rest], Options) ->
     parse(Rest, Options#{senders => numbers(Values, "--senders")});
 parse(["--json", File | Rest], Options) ->
     parse(Rest, Options#{json => File});
+parse(["--html", File | Rest], Options) ->
+    parse(Rest, Options#{html => File});
 parse(["--seconds", Value | Rest], Options) ->
     parse(Rest, Options#{seconds => number(Value, "--seconds") / 1});
 parse(["--" ++ Name = Option, Value | Rest], Options) ->
