@@ -19,6 +19,8 @@ main(Patterns) ->
     ok = application_file(Compiled),
     true = code:add_patha(filename:absname("ebin")),
     Others = compile(files("test/*.erl"), "test", TestOptions) ++ compile(files("bench/erlang/*.erl"), "bench", Options),
+    %% Of open_loop_SUITE.
+    true = code:add_patha(filename:absname("bench")),
     Suites = suites(Patterns),
     io:format("Erlang/OTP ~s: ~b modules compiled without a warning; ~s~n",
               [otp_version(), length(Compiled ++ Others), lists:join(" ", Suites)]),

@@ -12,6 +12,7 @@ describe(Root) ->
                            [erlang:system_info(logical_processors),
                             erlang:system_info(schedulers_online)])},
      {memory, memory()},
+     {load, command("cut -d ' ' -f 1-3 /proc/loadavg || sysctl -n vm.loadavg") ++ " (1, 5 and 15 minutes before)"},
      {os, os_name() ++ ", " ++ command("uname -srm")},
      {otp, otp_version() ++ ", " ++ flavour(erlang:system_info(emu_flavor)) ++ ", NIF " ++
            erlang:system_info(nif_version)},

@@ -3,15 +3,16 @@
 %%% One generator per scheduler has messages due every millisecond, for its share of the connections in turn, whether
 %%% or not earlier ones have arrived. Each message carries the time at which it was *due*, and its latency counts from
 %%% then. A generator that is late sends all due messages at once: nothing is skipped or put off because the system was
-%%% too busy (no coordinated omission). Generators run at high priority, as load from outside would.
+%%% too busy (no coordinated omission).
+%%%
+%%% Generators run at high priority by default, as load from outside would.
 %%%
 %%% The VM's timers wake a process up to about a millisecond late, which affects all figures alike.
 %%%
 %%% <ul>
-%%% <li>*Offered* is what the generators sent, in the time that they took. Where the machine is too slow for the
-%%% schedule that is less than what was *asked* for.</li>
-%%% <li>*Delivered* is what was received until 50 ms after the end of the schedule: a message of the last tick is still
-%%% under way at the end, and in time.</li>
+%%% <li>*Offered* is what was sent until 50 ms after the end of the schedule. Where the machine is too slow for the schedule
+%%% that is less than what was *asked* for.</li>
+%%% <li>*Delivered* is what was received until then: a message of the last tick is under way at the end, and in time.</li>
 %%% <li>*Lost* is a message that was sent and not refused, and is not received although all mailboxes on its way
 %%% are empty, or within `give_up_ms' after the last message was sent.</li>
 %%% </ul>
@@ -20,7 +21,7 @@
 %%% bound, and after `max_seconds'.
 -module(bench_open_loop).
 
--export([run/1, merged/1]).
+-export([run/1, merged/1, is_offered/1]).
 -export([stripes/1, receiver/1, sleep_until/1]).
 
 -export_type([load/0, result/0, schedule/0]).
@@ -39,6 +40,8 @@
                   connect => fun((bench_senders:connection()) -> term()),
                   % Processes that messages pass on their way to the receivers.
                   through => [pid()],
+                  % Of the generators.
+                  priority => normal | high,
                   max_backlog => pos_integer() | infinity,
                   max_seconds => float() | infinity,
                   give_up_ms => pos_integer()
@@ -46,17 +49,16 @@
 %% Messages per second to all connections. A ramp begins without connections and has all of them after `Seconds'.
 -type schedule() :: {steady, Rate :: number()} | {ramp, Rate :: number(), Seconds :: float()}.
 -type result() :: #{
-                    % As planned, until the last message was sent, until the last look at what was delivered, and until the
-                    % last message was received.
+                    % As planned, until the look at what was offered and delivered, and until the last message was received.
                     seconds := float(),
-                    send_seconds := float(),
-                    delivery_seconds := float(),
+                    window_seconds := float(),
                     drain_seconds := float(),
                     asked := non_neg_integer(),
+                    offered := non_neg_integer(),
+                    delivered := non_neg_integer(),
                     % Refused messages included.
                     sent := non_neg_integer(),
                     refused := #{Reason :: term() => pos_integer()},
-                    delivered := non_neg_integer(),
                     received := non_neg_integer(),
                     lost := non_neg_integer(),
                     % The most messages that were seen to wait.
@@ -94,15 +96,15 @@
           max_time :: integer() | infinity,
           backlog = 0 :: non_neg_integer(),
           stopped = no :: no | backlog | late,
-          %% What was received at which time.
-          delivered :: {non_neg_integer(), integer()} | undefined,
-          last_sent :: integer() | undefined,
+          %% What was sent and received at which time.
+          window :: {non_neg_integer(), non_neg_integer(), integer()} | undefined,
           refused = #{} :: #{term() => pos_integer()}
          }).
 
 -define(TICK_US, 1000).
 %% Messages that a generator sends between two looks at whether to stop.
 -define(CHUNK,         500).
+-define(TOLERANCE,     0.95).
 -define(RUN_UP_MS,     100).
 -define(LOOK_MS,       20).
 -define(DRAIN_LOOK_MS, 2).
@@ -148,28 +150,23 @@ run(#{stripes := Stripes, histogram := Histogram, seconds := Seconds} = Load) ->
 -spec result(load(), integer(), #watch{}) -> result().
 result(#{stripes := Stripes, seconds := Seconds, schedule := Schedule} = Load,
        Drained,
-       #watch{histogram = Histogram, control = Control, start = Start, stopped = Stopped, last_sent = LastSent} = Watch) ->
-    {Delivered, At} = Watch#watch.delivered,
+       #watch{histogram = Histogram, control = Control, start = Start, stopped = Stopped, window = {Offered, Delivered, At}} = Watch) ->
     Number = length(Stripes),
     From = from_us(Load),
     Received = bench_histogram:total(Histogram),
     Accepted = accepted(Control),
-    SendSeconds = bench_report:seconds(LastSent - Start),
     #{
       seconds => Seconds,
-      send_seconds => case Stopped of
-                          no -> max(Seconds, SendSeconds);
-                          _ -> SendSeconds
-                      end,
-      delivery_seconds => case Stopped of
-                              no when Delivered >= Accepted -> Seconds;
-                              no -> max(Seconds, bench_report:seconds(At - native_ms(?IN_TIME_MS) - Start));
-                              _ -> bench_report:seconds(At - Start)
-                          end,
+      window_seconds => case Stopped of
+                            no when Delivered >= Accepted -> Seconds;
+                            no -> max(Seconds, bench_report:seconds(At - native_ms(?IN_TIME_MS) - Start));
+                            _ -> bench_report:seconds(At - Start)
+                        end,
       drain_seconds => bench_report:seconds(Drained - Start),
       asked => Number * (owed(From + round(Seconds * 1_000_000), Schedule, Number) - owed(From, Schedule, Number)),
       sent => atomics:get(Control, ?SENT),
       refused => Watch#watch.refused,
+      offered => Offered,
       delivered => Delivered,
       received => Received,
       lost => max(0, Accepted - Received),
@@ -200,6 +197,13 @@ added(Some, Others) ->
     maps:merge_with(fun(_Reason, One, Other) -> One + Other end, Some, Others).
 
 
+%% Whether what was asked for was offered, but for a twentieth. The generators were too slow otherwise, and the result says
+%% little about what receives the messages.
+-spec is_offered(result()) -> boolean().
+is_offered(#{asked := Asked, seconds := Seconds, offered := Offered, window_seconds := Window}) ->
+    Offered / Window >= ?TOLERANCE * Asked / Seconds.
+
+
 %% The messages that were sent and not refused.
 -spec accepted(atomics:atomics_ref()) -> integer().
 accepted(Control) ->
@@ -215,20 +219,14 @@ watch(Generators, Watch) when map_size(Generators) =:= 0 ->
     Watch;
 watch(Generators, #watch{refused = Refused} = Watch) ->
     receive
-        {'DOWN', Monitor, process, _, {offered, At, Reasons}} when is_map_key(Monitor, Generators) ->
-            Sent = Watch#watch{refused = added(Reasons, Refused), last_sent = max_of(At, Watch#watch.last_sent)},
-            watch(maps:remove(Monitor, Generators), looked(Sent));
+        {'DOWN', Monitor, process, _, {offered, Reasons}} when is_map_key(Monitor, Generators) ->
+            watch(maps:remove(Monitor, Generators), looked(Watch#watch{refused = added(Reasons, Refused)}));
         {'DOWN', Monitor, process, _, Reason} when is_map_key(Monitor, Generators) ->
             error(Reason)
     after
         ?LOOK_MS ->
             watch(Generators, looked(Watch))
     end.
-
-
--spec max_of(integer(), integer() | undefined) -> integer().
-max_of(Time, undefined) -> Time;
-max_of(Time, Other) -> max(Time, Other).
 
 
 -spec looked(#watch{}) -> #watch{}.
@@ -254,8 +252,10 @@ stop(Why, Received, Now, #watch{control = Control} = Watch) ->
 
 %% The first look counts: a stop, or the end.
 -spec delivered(non_neg_integer(), integer(), #watch{}) -> #watch{}.
-delivered(Received, Now, #watch{delivered = undefined} = Watch) -> Watch#watch{delivered = {Received, Now}};
-delivered(_Received, _Now, Watch) -> Watch.
+delivered(Received, Now, #watch{window = undefined, control = Control} = Watch) ->
+    Watch#watch{window = {atomics:get(Control, ?SENT), Received, Now}};
+delivered(_Received, _Now, Watch) ->
+    Watch.
 
 
 %% Returns when all have been received or the others are lost. A receiver handles its last message after it has taken
@@ -298,13 +298,13 @@ is_idle(Pid) ->
 %%% Generators
 
 
-%% The connections of the generators: every N-th of the list.
+%% The connections of the generators: every N-th of the list, which must not be empty.
 -spec stripes([bench_senders:connection()]) -> [tuple(), ...].
 stripes(Connections) ->
-    Number = erlang:system_info(schedulers_online),
+    Number = min(erlang:system_info(schedulers_online), length(Connections)),
     Numbered = lists:enumerate(Connections),
     [ list_to_tuple([ Connection || {N, Connection} <- Numbered, N rem Number =:= Rest ])
-      || Rest <- lists:seq(0, min(Number, length(Connections)) - 1) ].
+      || Rest <- lists:seq(0, Number - 1) ].
 
 
 -spec start_generator(tuple(), integer(), atomics:atomics_ref(), load()) -> {reference(), pid()}.
@@ -325,7 +325,7 @@ start_generator(Stripe, Start, Control, #{stripes := Stripes, schedule := Schedu
                   connected = connected(From, Schedule, tuple_size(Stripe))
                  },
     Ticks = round(Seconds * 1_000_000 / ?TICK_US),
-    {Pid, Monitor} = spawn_opt(fun() -> generate(1, Ticks, Generator) end, [monitor, {priority, high}]),
+    {Pid, Monitor} = spawn_opt(fun() -> generate(1, Ticks, Generator) end, [monitor, {priority, maps:get(priority, Load, high)}]),
     {Monitor, Pid}.
 
 
@@ -336,7 +336,7 @@ from_us(Load) ->
 
 -spec generate(pos_integer(), pos_integer(), #generator{}) -> no_return().
 generate(Tick, Ticks, #generator{refused = Refused}) when Tick > Ticks ->
-    exit({offered, erlang:monotonic_time(), Refused});
+    exit({offered, Refused});
 generate(Tick, Ticks, #generator{start = Start, tick = Length, from_us = From, schedule = Schedule} = Generator) ->
     Due = Start + Tick * Length,
     ok = sleep_until(Due),
@@ -373,7 +373,7 @@ connect(To, #generator{connected = Connected, stripe = Stripe, connect = Connect
 offer(0, _Due, Generator) ->
     Generator;
 offer(Left, Due, #generator{stripe = Stripe, connected = Connected, next = Next, control = Control, send = Send} = Generator) ->
-    atomics:get(Control, ?STOP) =:= 0 orelse exit({offered, erlang:monotonic_time(), Generator#generator.refused}),
+    atomics:get(Control, ?STOP) =:= 0 orelse exit({offered, Generator#generator.refused}),
     Number = min(Left, ?CHUNK),
     {Batch, After} = take(Number, Next, Connected, Stripe, []),
     Refused = Send(Batch, Due),

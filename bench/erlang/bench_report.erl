@@ -321,13 +321,16 @@ load_texts(#{connections := Connections, stage := Stage, way := Way, lost := Los
                              _ -> "-"
                          end
                  end,
-    #{memory_kb := Kb, long_gcs := Gcs, longest_gc_ms := Longest, run_queue := RunQueue} = Result,
+    #{long_gcs := Gcs, longest_gc_ms := Longest, run_queue := RunQueue} = Result,
     [thousands(Connections) ++ ", " ++ atom_to_list(Stage), load_bench:name(Way)] ++
     [ Rate(Key) || Key <- [asked, offered, delivered] ] ++
     [ Percentile(Key) || Key <- [p50, p95, p99, p999, max] ] ++
     [thousands(Lost),
      thousands(lists:sum(maps:values(Refused))),
-     short(Kb),
+     case Result of
+         #{memory_kb := Kb} -> short(Kb);
+         _ -> "-"
+     end,
      thousands(Gcs) ++ [ [" (", integer_to_list(Longest), ")"] || Gcs > 0 ],
      thousands(round(RunQueue)),
      load_note(Result)].

@@ -92,14 +92,14 @@ run_and_halt() ->
 -spec run(file:filename(), options()) -> 0 | 1.
 run(Root, #{sections := Sections, strict := Strict} = Options) ->
     ok = start_registries(),
-    Machine = bench_machine:describe(Root),
+    Machine = bench_machine:describe(Root) ++ [{command, lists:join($\s, ["./bench/run" | tl(init:get_plain_arguments())])}],
     Started = erlang:monotonic_time(),
     Rows = lists:append([ section(Section, Module, Options)
                           || {Section, Module} <- ?SECTIONS, lists:member(Section, Sections) ]),
     Took = bench_report:seconds(erlang:monotonic_time() - Started),
     bench_report:print(Machine, Rows),
-    File = write(Root, Options, Machine, Rows, Took),
-    io:format("~.1f s; ~ts~n", [Took, File]),
+    Files = write(Root, Options, Machine, Rows, Took),
+    io:format("~.1f s; ~ts~n", [Took, lists:join(", ", Files)]),
     case Strict andalso bench_report:missed(Rows) =/= [] of
         true -> 1;
         false -> 0
@@ -133,31 +133,32 @@ start_registries() ->
     receive registries_started -> ok end.
 
 
+%% Writes the results as JSON, and those of a load as HTML.
 -spec write(file:filename(),
             options(),
             [{atom(), io_lib:chars()}],
             [bench_report:row()],
-            float()) -> file:filename().
-write(Root, #{json := Json} = Options, Machine, Rows, Took) ->
+            float()) -> [file:filename()].
+write(Root, #{json := Json, html := Html} = Options, Machine, Rows, Took) ->
     {date, Date} = lists:keyfind(date, 1, Machine),
-    File = case Json of
-               default ->
-                   Name = re:replace(Date, "[-:]", "", [global, {return, list}]) ++ ".json",
-                   filename:join([Root, "bench", "results", Name]);
-               _ ->
-                   Json
+    Name = re:replace(Date, "[-:]", "", [global, {return, list}]),
+    File = fun(default, Extension) -> filename:join([Root, "bench", "results", Name ++ Extension]);
+              (Given, _Extension) -> Given
            end,
-    ok = filelib:ensure_dir(File),
-    ok = file:write_file(File,
-                         [bench_report:json(#{
-                                              machine => maps:from_list(Machine),
-                                              options => maps:without([progress, json, html, sections, sizes, senders],
-                                                                      Options),
-                                              seconds => Took,
-                                              rows => Rows
-                                             }),
-                          $\n]),
-    File.
+    Written = [{File(Json, ".json"),
+                [bench_report:json(#{
+                                     machine => maps:from_list(Machine),
+                                     options => maps:without([progress, json, html, sections, sizes, senders], Options),
+                                     seconds => Took,
+                                     rows => Rows
+                                    }),
+                 $\n]} | [ {File(Html, ".html"), bench_html:page(Machine, Rows, Report, Took)} || #{load := Report} <- Rows ]],
+    [ begin
+          ok = filelib:ensure_dir(Path),
+          ok = file:write_file(Path, Content),
+          Path
+      end
+      || {Path, Content} <- Written ].
 
 
 %%% Options
