@@ -65,15 +65,15 @@ style() ->
     "body{margin:0;background:var(--page);color:var(--text);font:15px/1.5 system-ui,sans-serif}\n"
     "main{max-width:1280px;margin:0 auto;padding:16px}\n"
     "h1{font-size:1.5em;margin:.4em 0}h2{font-size:1.15em;margin:1.6em 0 .5em}p,li{max-width:75ch}\n"
-    ".wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}\n"
-    "th,td{padding:4px 8px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}\n"
+    ".wide{overflow-x:auto}table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums}\n"
+    "th,td{padding:3px 7px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}\n"
     "thead th{background:var(--band);font-weight:600}.first,.texts th,.texts td{text-align:left}.first:first-child{position:sticky;left:0;background:var(--page)}\n"
-    ".texts td{white-space:normal;overflow-wrap:anywhere}.group td,.group th{border-top:2px solid var(--line)}\n"
-    ".met{color:var(--good);font-weight:600}.missed{color:var(--bad);font-weight:600}.note{text-align:left;white-space:normal;min-width:8em}\n"
+    ".texts td:nth-child(2){white-space:normal;overflow-wrap:anywhere}.group td,.group th{border-top:2px solid var(--line)}\n"
+    ".met{color:var(--good);font-weight:600}.missed{color:var(--bad);font-weight:600}.note{text-align:left;white-space:normal;min-width:9em}thead .first:first-child{background:var(--band)}\n"
     ".charts{display:grid;gap:16px;grid-template-columns:repeat(auto-fit,minmax(min(340px,100%),1fr))}\n"
     "figure{margin:0}figcaption{font-weight:600;margin-bottom:4px}svg{display:block;width:100%;height:auto}\n"
     "svg text{font:12px system-ui,sans-serif;fill:var(--faint)}.grid{stroke:var(--line);fill:none}\n"
-    ".limit{stroke:var(--bad);stroke-dasharray:2 3;fill:none}svg text.over{fill:var(--bad)}\n"
+    ".limit{stroke:var(--bad);stroke-dasharray:2 3;fill:none}svg text.over{fill:var(--bad);stroke:var(--page);stroke-width:4px;paint-order:stroke}\n"
     ".series{fill:none;stroke-width:2;stroke-linejoin:round}.dashed{stroke-dasharray:5 4;stroke-width:1.3}\n"
     ".native{stroke:var(--native)}.classic{stroke:var(--classic)}.bare{stroke:var(--bare)}.asked{stroke:var(--faint)}\n"
     ".mark{stroke-width:2}.native.solid{fill:var(--native)}.classic.solid{fill:var(--classic)}.bare.solid{fill:var(--bare)}\n"
@@ -110,7 +110,7 @@ requirement(#{name := Name, met := Met, better := Better, floor := Floor, floor_
                            false -> "<td class=\"missed\">fail</td>"
                        end},
     {Figure, Limit} = case Of of
-                          ratio -> {decimals(map_get(ratio, Row)) ++ " × " ++ map_get(against, Row), decimals(Floor) ++ " ×"};
+                          ratio -> {decimals(map_get(ratio, Row)) ++ " × bare send", decimals(Floor) ++ " ×"};
                           figure -> {quantity(map_get(figure, Row)) ++ [$\s | Unit], quantity(Floor) ++ [$\s | Unit]}
                       end,
     ["<tr>", Verdict, "<td>", escaped(Name), "</td><td>", escaped(Figure), "</td><td>", Sign, escaped(Limit), "</td></tr>\n"].
@@ -268,8 +268,8 @@ chart(#{title := Title, x := XName, y := YName, scale := Scale, series := Series
              escaped(Title),
              "\">",
              frame(X, Y, XName, YName),
-             limit(Limit, Y),
              [ series(One, X, Y) || One <- Series ],
+             limit(Limit, Y),
              "</svg></figure>\n"]
     end.
 

@@ -150,17 +150,18 @@ run(#{stripes := Stripes, histogram := Histogram, seconds := Seconds} = Load) ->
 -spec result(load(), integer(), #watch{}) -> result().
 result(#{stripes := Stripes, seconds := Seconds, schedule := Schedule} = Load,
        Drained,
-       #watch{histogram = Histogram, control = Control, start = Start, stopped = Stopped, window = {Offered, Delivered, At}} = Watch) ->
+       #watch{histogram = Histogram, control = Control, start = Start, in_time = InTime, stopped = Stopped, window = {Offered, Delivered, At}} =
+           Watch) ->
     Number = length(Stripes),
     From = from_us(Load),
     Received = bench_histogram:total(Histogram),
     Accepted = accepted(Control),
     #{
       seconds => Seconds,
-      window_seconds => case Stopped of
-                            no when Delivered >= Accepted -> Seconds;
-                            no -> max(Seconds, bench_report:seconds(At - native_ms(?IN_TIME_MS) - Start));
-                            _ -> bench_report:seconds(At - Start)
+      window_seconds => if
+                            At >= InTime, Delivered < Accepted -> max(Seconds, bench_report:seconds(At - native_ms(?IN_TIME_MS) - Start));
+                            Stopped =:= no -> Seconds;
+                            true -> bench_report:seconds(At - Start)
                         end,
       drain_seconds => bench_report:seconds(Drained - Start),
       asked => Number * (owed(From + round(Seconds * 1_000_000), Schedule, Number) - owed(From, Schedule, Number)),

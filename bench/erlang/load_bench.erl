@@ -20,8 +20,8 @@
 %%% </ul>
 %%%
 %%% A stage begins with a closed circuit. A way *collapses* when more than a second's messages wait to be received, or as
-%%% many as would take too much memory: its load stops, and it takes no further turn in that stage. A way whose senders
-%%% need more than twice the planned time is stopped as well; that says nothing about delivery.
+%%% many as would take too much memory: its load stops, and it takes no further turn in that stage. Senders that
+%%% need more than twice the planned time of a turn are stopped, too; that says nothing about delivery.
 %%%
 %%% *Memory of a connection* is the growth of resident memory from before there is any process of a connection until the
 %%% greatest that was seen in a stage, with messages, senders and their lists of connections. It is left out for less than
@@ -85,18 +85,17 @@
 -define(BURST_SECONDS, 2).
 -define(TURN_SECONDS,  3).
 -define(MAX_OVERRUN,   2).
+-define(GIVE_UP_MS,    120_000).
 %% A backlog is a collapse when it is a second's messages. Fewer may be due to the machine.
 -define(LEAST_BACKLOG, 20_000).
 %% Native code admits some 640,000 messages by default, or 43 for each connection if that is more.
 -define(MOST_BACKLOG,          2_000_000).
 -define(BACKLOG_A_CONNECTION,  64).
 -define(BACKLOG_OF_ANY_MEMORY, 10_000_000).
-%% Less than this share of what was asked for, or accepted, is too little.
--define(TOLERANCE,         0.95).
--define(LOOK_MS,           20).
--define(LONG_GC_MS,        1).
--define(PROGRESS_MS,       10_000).
--define(FEWEST_FOR_MEMORY, 1_000).
+-define(LOOK_MS,               20).
+-define(LONG_GC_MS,            1).
+-define(PROGRESS_MS,           10_000).
+-define(FEWEST_FOR_MEMORY,     1_000).
 %% The warm-up of a VM.
 -define(WARM_UP_SIZE,    100).
 -define(WARM_UP_SECONDS, 0.3).
@@ -177,7 +176,7 @@ turns(Turn, Plan, Peers, Collector) ->
     Left = lists:filter(fun({Way, Peer, Base}) ->
                                 {Result, Samples} = bench_peer:call(Peer, ?MODULE, turn, [Plan, Turn]),
                                 Collector ! {turn, Plan, Way, Result, Samples, Base},
-                                map_get(stopped, Result) =:= no
+                                map_get(stopped, Result) =/= backlog
                         end,
                         Peers),
     turns(Turn + 1, Plan, rotated(Left), Collector).
@@ -231,18 +230,11 @@ progressed(#{connections := Size, stage := Stage, seconds := Seconds, turns := T
     Now = erlang:monotonic_time(millisecond),
     %% A way that was stopped takes no further turns.
     Turn = maps:get({turn, Way}, Progress, 0) rem Turns + 1,
-    Took = case Stopped of
-               no -> Seconds;
-               _ -> Seconds * (Turns - Turn + 1)
-           end,
-    Advanced = Progress#{
-                 left => Left - Took,
-                 done => Done + Took,
-                 {turn, Way} => case Stopped of
-                                    no -> Turn;
-                                    _ -> 0
-                                end
-                },
+    {Took, Last} = case Stopped of
+                       backlog -> {Seconds * (Turns - Turn + 1), 0};
+                       _ -> {Seconds, Turn}
+                   end,
+    Advanced = Progress#{left => Left - Took, done => Done + Took, {turn, Way} => Last},
     case {Size, Stage} of
         Shown when Now - Printed < ?PROGRESS_MS ->
             Advanced;
@@ -446,7 +438,8 @@ turn(#{connections := Size, stage := Stage, rate := Rate, seconds := Seconds, tu
                                    seconds => Seconds,
                                    priority => normal,
                                    max_backlog => max_backlog(Size, Rate),
-                                   max_seconds => ?MAX_OVERRUN * Seconds
+                                   max_seconds => ?MAX_OVERRUN * Seconds,
+                                   give_up_ms => ?GIVE_UP_MS
                                   }),
     Samples = stop_sampler(Sampler),
     %% Samplers of mailboxes would run in the turn of another way.
