@@ -68,7 +68,7 @@ style() ->
     ".wide{overflow-x:auto}table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums}\n"
     "th,td{padding:3px 7px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}\n"
     "thead th{background:var(--band);font-weight:600}.first,.texts th,.texts td{text-align:left}.first:first-child{position:sticky;left:0;background:var(--page)}\n"
-    ".texts td:nth-child(2){white-space:normal;overflow-wrap:anywhere}.group td,.group th{border-top:2px solid var(--line)}\n"
+    ".texts td:nth-child(2){white-space:normal;overflow-wrap:break-word}.group td,.group th{border-top:2px solid var(--line)}\n"
     ".met{color:var(--good);font-weight:600}.missed{color:var(--bad);font-weight:600}.note{text-align:left;white-space:normal;min-width:9em}thead .first:first-child{background:var(--band)}\n"
     ".charts{display:grid;gap:16px;grid-template-columns:repeat(auto-fit,minmax(min(340px,100%),1fr))}\n"
     "figure{margin:0}figcaption{font-weight:600;margin-bottom:4px}svg{display:block;width:100%;height:auto}\n"

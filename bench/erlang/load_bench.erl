@@ -329,6 +329,7 @@ rows(#{results := Results} = Report, #{rate := Rate}) ->
     [ Row || is_map_key(native, AtRate), Row <- rate_rows(Rate, AtRate) ].
 
 
+%% Latencies are compared only where both ways were offered what was asked for.
 -spec rate_rows(pos_integer(), #{way() => summary()}) -> [bench_report:row()].
 rate_rows(Rate, #{native := #{connections := Size, delivered := Delivered} = Native} = Ways) ->
     Judge = Size >= ?GOAL_CONNECTIONS andalso Rate >= ?GOAL_RATE,
@@ -348,8 +349,8 @@ rate_rows(Rate, #{native := #{connections := Size, delivered := Delivered} = Nat
                                    "ms",
                                    bench_senders:name(bare),
                                    map_get(Percentile, Other)))
-      || #{latency := Latency} <- [Native],
-         {bare, #{latency := Other, collapsed := false}} <- Others,
+      || #{latency := Latency, collapsed := false, not_offered := false} <- [Native],
+         {bare, #{latency := Other, collapsed := false, not_offered := false}} <- Others,
          {Percentile, Floor} <- [{p95, 1.5}, {p99, 2.0}] ].
 
 
