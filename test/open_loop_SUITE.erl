@@ -273,13 +273,15 @@ the_part_in_small(_Config) ->
 an_interrupted_run(_Config) ->
     Self = self(),
     Before = length(erlang:ports()),
+    %% A newer OTP has others, too.
+    Handlers = lists:sort(gen_event:which_handlers(erl_signal_server)),
     {Pid, Monitor} = spawn_monitor(fun() -> Self ! {rows, load_bench:run(options(100.0))} end),
     ok = test_support:await(fun() -> lists:member(bench_interrupt, gen_event:which_handlers(erl_signal_server)) end, ?WAIT_MS),
     ok = test_support:await(fun() -> length(erlang:ports()) > Before end, ?WAIT_MS),
     ok = gen_event:notify(erl_signal_server, sigterm),
     receive {'DOWN', Monitor, process, Pid, Reason} -> ?assertEqual(normal, Reason) end,
     receive {rows, Rows} -> ?assertEqual([], Rows) end,
-    ?assertEqual([erl_signal_handler], gen_event:which_handlers(erl_signal_server)),
+    ?assertEqual(Handlers, lists:sort(gen_event:which_handlers(erl_signal_server))),
     test_support:await_value(Before, fun() -> length(erlang:ports()) end).
 
 
