@@ -622,7 +622,7 @@ top_prints_the_columns_of_the_readme(_Config) ->
     ok = erlmcp_native:top(),
     ct:capture_stop(),
     Lines = string:split(lists:flatten(ct:capture_get()), "\n", all),
-    {ok, Readme} = file:read_file(filename:join(root(), "README.md")),
+    {ok, Readme} = file:read_file(filename:join(test_support:root(), "README.md")),
     InReadme = [ string:trim(Line) || Line <- string:split(binary_to_list(Readme), "\n", all) ],
     Headers = [ Line || Line <- Lines, lists:any(fun(Column) -> string:find(Line, Column) =/= nomatch end, ["MESSAGES/S", "MAILBOX"]) ],
     ?assertEqual(2, length(Headers)),
@@ -632,17 +632,6 @@ top_prints_the_columns_of_the_readme(_Config) ->
     [Connection] = [ Line || Line <- Lines, lists:prefix(["42", Shard], string:lexemes(Line, " ")) ],
     ?assert(length(Connection) < 150, Connection),
     ?assert(lists:member("looked at 1 of 1 connections", Lines)).
-
-
-root() ->
-    root(filename:dirname(code:which(?MODULE))).
-
-
-root(Folder) ->
-    case filelib:is_regular(filename:join(Folder, "CHANGELOG.md")) of
-        true -> Folder;
-        false -> root(filename:dirname(Folder))
-    end.
 
 
 %%% Tools

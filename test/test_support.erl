@@ -4,6 +4,7 @@
 
 -include_lib("stdlib/include/assert.hrl").
 
+-export([root/0]).
 -export([in_peer/2, in_peer/4, start_peer/2, become_distributed/0, freeze/1, thaw/1]).
 -export([await/1, await/2, await_value/2, await_value/3]).
 -export([await_samplers/0]).
@@ -339,4 +340,18 @@ shown_error(Function) ->
         error(no_error)
     catch
         error:Reason:Stacktrace -> lists:flatten(erl_error:format_exception(error, Reason, Stacktrace))
+    end.
+
+
+%% The folder of the project.
+-spec root() -> file:filename().
+root() ->
+    root(filename:dirname(code:which(?MODULE))).
+
+
+-spec root(file:filename()) -> file:filename().
+root(Folder) ->
+    case filelib:is_regular(filename:join(Folder, "CHANGELOG.md")) of
+        true -> Folder;
+        false -> root(filename:dirname(Folder))
     end.
