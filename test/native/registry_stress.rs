@@ -188,8 +188,8 @@ impl Drop for Canary {
 /// replace. Nothing that is read is freed by a thread that was too late to create what is created once.
 #[test]
 fn a_first_use_frees_nothing_that_is_read() {
-    const SHARDS: u64 = if cfg!(miri) { 32 } else { 1024 };
-    const REGISTRIES: u64 = if cfg!(miri) { 2 } else { 20 };
+    const SHARDS: u64 = if cfg!(miri) { 8 } else { 1024 };
+    const REGISTRIES: u64 = if cfg!(miri) { 1 } else { 20 };
     for _ in 0..REGISTRIES {
         let limits = Limits::new(SHARDS, 1 << 20, 1000).unwrap();
         let registry = Arc::new(Registry::new(limits, &FakeClock::at_ns(0)));
