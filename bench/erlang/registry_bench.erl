@@ -33,7 +33,7 @@
                      strict := boolean(),
                      progress := fun(() -> ok)
                     }.
--type section() :: lookup | guarded | limits | stores | capabilities | groups | breakers | routing | batches | growth | registration | latency | capacity | deaths | restart | losses | profiles | memory | stress | soak | load.
+-type section() :: lookup | guarded | limits | stores | capabilities | groups | breakers | routing | batches | growth | registration | latency | capacity | deaths | restart | losses | shards | profiles | memory | stress | soak | load.
 
 -define(SECTIONS, [{lookup, lookup_bench},
                    {guarded, backpressure_bench},
@@ -51,6 +51,7 @@
                    {deaths, death_bench},
                    {restart, restart_bench},
                    {losses, losses_bench},
+                   {shards, shard_bench},
                    {profiles, profile_bench},
                    {memory, memory_bench},
                    {stress, stress_bench},
