@@ -203,7 +203,7 @@ in_other_node_down() ->
     Node = node(P1),
     peer:stop(Peer),
     test_support:await(fun() -> {?M:count(), ?M:count(R)} =:= {0, 0} end),
-    test_support:await(fun() -> default_counts() =:= [0, 0, 0] end),
+    test_support:await(fun() -> default_counts() =:= [0, 0, 0, 0] end),
     [] = erlmcp_nif:bindings(default),
     {error, not_found} = erlmcp_registry:find_server(<<1:32>>),
     [ ok = ?M:register_connection(<<N:32>>, self(), anew) || N <- lists:seq(1, 500) ],
@@ -272,7 +272,7 @@ in_stopped_application() ->
     {ok, {_, Self, #{}}} = erlmcp_registry:find_server(global, local),
     Pid ! stop,
     test_support:await(fun() -> {?M:count(), ?M:count(R)} =:= {0, 0} end),
-    test_support:await(fun() -> default_counts() =:= [0, 0, 0] end),
+    test_support:await(fun() -> default_counts() =:= [0, 0, 0, 0] end),
     peer:stop(Peer),
     ok.
 
