@@ -353,5 +353,6 @@ root() ->
 root(Folder) ->
     case filelib:is_regular(filename:join(Folder, "CHANGELOG.md")) of
         true -> Folder;
+        false when Folder =:= "/" -> error(outside_of_the_project);
         false -> root(filename:dirname(Folder))
     end.
