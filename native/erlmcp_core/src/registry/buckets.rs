@@ -56,6 +56,11 @@ const NUMBERS: u64 = 1 << 60;
 /// The bit of a mark of the value that is present.
 const PRESENT: u64 = 1;
 
+/// Whether a word says that the level is still to be fetched.
+fn is_unsettled(word: u64) -> bool {
+    (MOVED..GONE).contains(&word) && word & PRESENT != 0
+}
+
 /// Compare-and-swaps that acquisitions may make fail before the move is announced.
 const ATTEMPTS: usize = if cfg!(loom) { 1 } else { 8 };
 
@@ -222,7 +227,7 @@ impl Buckets {
         loop {
             match level.word().load(Ordering::Acquire) {
                 GONE => return None,
-                mark if mark >= MOVED && mark & PRESENT != 0 => self.settle(level, mark, guard),
+                mark if is_unsettled(mark) => self.settle(level, mark, guard),
                 mark if mark >= MOVED => {
                     return match self.own.get(&mark, guard) {
                         // From `MOVED` on it is frozen, so the next value is there.
@@ -522,7 +527,7 @@ impl Buckets {
             }
             match level.word().load(Ordering::Acquire) {
                 GONE => return None,
-                mark if mark >= MOVED && mark & PRESENT != 0 => self.settle(level, mark, &guard),
+                mark if is_unsettled(mark) => self.settle(level, mark, &guard),
                 mark if mark >= MOVED => return Some(mark | PRESENT),
                 held => self.finish_apart(level, held),
             }
@@ -551,7 +556,7 @@ impl Buckets {
     /// Once the entry's present value has the word that [`Self::move_apart`] has returned.
     pub(super) fn settle_present(&self, level: &Level) {
         let mark = level.word().load(Ordering::Acquire);
-        if mark >= MOVED && mark & PRESENT != 0 && mark != GONE {
+        if is_unsettled(mark) {
             self.settle(level, mark, &self.own.guard());
         }
     }
@@ -923,6 +928,7 @@ mod tests {
             assert_eq!(buckets.state(&level, &clock), None);
         }
     }
+
     /// A value that is written anew keeps the tokens, at its own word: nothing stays apart but a bucket with own limits.
     #[test]
     fn an_entry_written_anew_has_its_tokens_at_its_own_word() {
